@@ -1,0 +1,16 @@
+"""Gradient Harmonizing Mechanism (AAAI 2019) for Detectron2.
+
+Importing this package imports neither torch nor Detectron2; its names do when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["add_ghm_config"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "add_ghm_config":
+        return import_module("ghm_d2.config").add_ghm_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,201 @@
+"""The config keys of this extension, and the losses that they describe."""
+
+from typing import Any
+
+from detectron2.config import CfgNode as CN
+
+from .errors import UserError
+from .losses import GHMCLoss, GHMRLoss
+
+__all__ = ["add_ghm_config", "build_ghm_c", "build_ghm_r", "validate_ghm_config"]
+
+SCOPES = ("level", "batch")
+
+
+def _loss_node(bins: int, momentum: float, loss_weight: float) -> CN:
+    node = CN()
+    # False: Detectron2's own loss, exactly.
+    node.ENABLED = True
+    # Number M of unit regions.
+    node.BINS = bins
+    # alpha of the moving average of the region counts, in [0, 1); 0: counts of this call alone.
+    node.MOMENTUM = momentum
+    # Factor of this loss.
+    node.LOSS_WEIGHT = loss_weight
+    # Divisor of the region weights: "valid_bins" (non-empty regions, authors' code) or
+    # "all_bins" (M, paper).
+    node.NORMALIZE_BY = "valid_bins"
+    # Whether the average of an empty region decays (paper) or stays (authors' code).
+    node.DECAY_EMPTY_BINS = False
+    # Whether averages are divided by 1 - alpha^n, so that the first steps are not too large.
+    node.BIAS_CORRECTION = False
+    # "unit_region", or "exact" (sorting; needs MOMENTUM 0; the window is 1 / BINS).
+    node.DENSITY = "unit_region"
+    return node
+
+
+def _pair_node(cls: CN, reg: CN) -> CN:
+    node = CN()
+    # GHM-C on the classification loss.
+    node.CLS = cls
+    # GHM-R on the box regression loss.
+    node.REG = reg
+    # mu of authentic smooth L1, in units of the deltas.
+    node.REG.MU = 0.02
+    return node
+
+
+def add_ghm_config(cfg: CN) -> None:
+    """Adds ``MODEL.GHM`` to ``cfg`` and registers every architecture and the default data set.
+
+    Args:
+        cfg: a config from :func:`detectron2.config.get_cfg`; changed in place.
+    """
+    from . import data, modeling  # noqa: F401  (their import registers)
+
+    cfg.MODEL.GHM = CN()
+    # Pool the region counts over all processes (False: each has its own, as in the authors' code).
+    cfg.MODEL.GHM.SYNC = False
+
+    # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
+    cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))
+    # One histogram for each FPN "level" (authors' code) or for the whole "batch".
+    cfg.MODEL.GHM.RETINANET.SCOPE = "level"
+    # Images that share a histogram; 0: all images of the process. 2 makes one GPU with 16 images
+    # compute what the authors' 8 GPUs with 2 images did.
+    cfg.MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM = 0
+
+    # PROPOSAL_GENERATOR.NAME "GHMRPN".
+    cfg.MODEL.GHM.RPN = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 1.0))
+
+    # ROI_HEADS.NAME "GHMROIHeads".
+    cfg.MODEL.GHM.ROI_BOX_HEAD = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 1.0))
+    # Foreground probability at the start with USE_SIGMOID_CE and GHM-C (softmax needs none).
+    cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB = 0.01
+
+
+def _loss_arguments(node: CN, sync: bool) -> dict[str, Any]:
+    return {
+        "bins": node.BINS,
+        "momentum": node.MOMENTUM,
+        "loss_weight": node.LOSS_WEIGHT,
+        "normalize_by": node.NORMALIZE_BY,
+        "decay_empty_bins": node.DECAY_EMPTY_BINS,
+        "bias_correction": node.BIAS_CORRECTION,
+        "density": node.DENSITY,
+        "sync": sync,
+    }
+
+
+def build_ghm_c(cfg: CN, part: str, activation: str = "sigmoid") -> GHMCLoss | None:
+    """Builds the GHM-C loss that ``MODEL.GHM.<part>.CLS`` describes.
+
+    Args:
+        cfg: a config with ``MODEL.GHM``.
+        part: "RETINANET", "RPN" or "ROI_BOX_HEAD".
+        activation: see :class:`~ghm_d2.losses.GHMCLoss`.
+
+    Returns:
+        The loss, or None where it is not enabled.
+
+    Raises:
+        UserError: a key holds a value out of range; the message names it.
+    """
+    node = cfg.MODEL.GHM[part].CLS
+    if not node.ENABLED:
+        return None
+    try:
+        return GHMCLoss(activation=activation, **_loss_arguments(node, cfg.MODEL.GHM.SYNC))
+    except ValueError as error:
+        raise _name_key(f"MODEL.GHM.{part}.CLS", error) from None
+
+
+def build_ghm_r(cfg: CN, part: str) -> GHMRLoss | None:
+    """Builds the GHM-R loss that ``MODEL.GHM.<part>.REG`` describes; see :func:`build_ghm_c`."""
+    node = cfg.MODEL.GHM[part].REG
+    if not node.ENABLED:
+        return None
+    stock = {"RETINANET": "RETINANET", "RPN": "RPN", "ROI_BOX_HEAD": "ROI_BOX_HEAD"}[part]
+    kind = cfg.MODEL[stock].BBOX_REG_LOSS_TYPE
+    if kind != "smooth_l1":
+        raise UserError(
+            f"MODEL.{stock}.BBOX_REG_LOSS_TYPE {kind!r} and MODEL.GHM.{part}.REG.ENABLED True "
+            f"exclude each other: GHM-R replaces smooth_l1; set one of the two"
+        )
+    try:
+        return GHMRLoss(mu=node.MU, **_loss_arguments(node, cfg.MODEL.GHM.SYNC))
+    except ValueError as error:
+        raise _name_key(f"MODEL.GHM.{part}.REG", error) from None
+
+
+def _name_key(prefix: str, error: ValueError) -> UserError:
+    name, _, rest = str(error).partition(" ")
+    return UserError(f"{prefix}.{name.upper()} {rest}")
+
+
+def histogram_groups(cfg: CN) -> int:
+    """How many groups of IMAGES_PER_HISTOGRAM images one process trains on in a step.
+
+    Raises:
+        UserError: IMAGES_PER_HISTOGRAM is not a whole number >= 0, or is set beside SYNC.
+    """
+    from detectron2.utils.comm import get_world_size
+
+    images = cfg.MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM
+    if isinstance(images, bool) or images < 0:
+        raise UserError(
+            f"MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM must be a whole number of at least 0 "
+            f"(0 = all images of the process), got {images!r}"
+        )
+    if images == 0:
+        return 1
+    if cfg.MODEL.GHM.SYNC:
+        raise UserError(
+            "MODEL.GHM.SYNC True and MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM above 0 exclude each "
+            "other: one pools all images, the other splits them; set one of the two"
+        )
+    per_process = max(cfg.SOLVER.IMS_PER_BATCH // get_world_size(), 1)
+    return -(-per_process // images)
+
+
+def validate_ghm_config(cfg: CN) -> None:
+    """Checks every ``MODEL.GHM`` key that the chosen architecture uses, building no network.
+
+    Raises:
+        UserError: one sentence that names the key, what it holds and what is allowed.
+    """
+    if cfg.MODEL.META_ARCHITECTURE == "GHMRetinaNet":
+        _validate_pair(cfg, "RETINANET")
+        scope = cfg.MODEL.GHM.RETINANET.SCOPE
+        if scope not in SCOPES:
+            raise UserError(f"MODEL.GHM.RETINANET.SCOPE must be one of {SCOPES}, got {scope!r}")
+        histogram_groups(cfg)
+    elif cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "ProposalNetwork"):
+        if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "GHMRPN":
+            _validate_pair(cfg, "RPN")
+        if cfg.MODEL.ROI_HEADS.NAME == "GHMROIHeads":
+            _validate_pair(cfg, "ROI_BOX_HEAD")
+            check_box_head(cfg)
+
+
+def _validate_pair(cfg: CN, part: str) -> None:
+    build_ghm_c(cfg, part)
+    build_ghm_r(cfg, part)
+
+
+def check_box_head(cfg: CN) -> None:
+    """Refuses what GHM-C cannot stand beside in the box head.
+
+    Raises:
+        UserError: ``USE_FED_LOSS`` is on, or ``PRIOR_PROB`` is not in (0, 1).
+    """
+    if not cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED:
+        return
+    if cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS:
+        raise UserError(
+            "MODEL.ROI_BOX_HEAD.USE_FED_LOSS True and MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED True "
+            "exclude each other: both decide which classes count; set one of the two to False"
+        )
+    prior = cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB
+    if not 0 < prior < 1:
+        raise UserError(f"MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB must lie in (0, 1), got {prior!r}")

@@ -1,0 +1,25 @@
+"""Gradient Harmonizing Mechanism losses (Li, Liu, Wang, AAAI 2019, arXiv 1811.05181); torch alone."""
+
+from .density import exact_gradient_density
+from .functional import (
+    authentic_smooth_l1_loss,
+    count_unit_regions,
+    harmonized_sum,
+    regression_examples,
+    sigmoid_examples,
+    softmax_examples,
+)
+from .ghm_c import GHMCLoss
+from .ghm_r import GHMRLoss
+
+__all__ = [
+    "GHMCLoss",
+    "GHMRLoss",
+    "authentic_smooth_l1_loss",
+    "count_unit_regions",
+    "exact_gradient_density",
+    "harmonized_sum",
+    "regression_examples",
+    "sigmoid_examples",
+    "softmax_examples",
+]

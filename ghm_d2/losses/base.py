@@ -1,0 +1,200 @@
+"""What GHM-C and GHM-R share: settings, running counts, and the step from counts to weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .checks import (
+    ValueChecks,
+    check_bins,
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_non_negative,
+)
+from .density import exact_gradient_density
+from .functional import count_unit_regions, harmonized_sum, unit_region_index
+
+__all__ = ["HarmonizedLoss", "raise_deferred_errors"]
+
+# Loss, gradient norm (both of the examples' shape) and mask (broadcastable, or None) of one tensor.
+Examples = tuple[Tensor, Tensor, Tensor | None]
+
+
+class HarmonizedLoss(nn.Module):
+    """``loss_weight * sum_i loss_i / GD(g_i)`` over the examples that a subclass provides.
+
+    Attributes:
+        acc_sum: float32 (bins,), the exponential moving average of the region counts,
+            ``S_j <- alpha * S_j + (1 - alpha) * R_j``. Saved with the model; written in training
+            mode alone.
+        num_updates: int64 (bins,), how often region j was averaged; with ``bias_correction`` alone.
+    """
+
+    acc_sum: Tensor
+
+    def __init__(
+        self,
+        bins: int,
+        momentum: float,
+        loss_weight: float,
+        *,
+        normalize_by: str = "valid_bins",
+        decay_empty_bins: bool = False,
+        bias_correction: bool = False,
+        sync: bool = False,
+        density: str = "unit_region",
+    ) -> None:
+        """See :class:`~ghm_d2.losses.GHMCLoss` for the arguments."""
+        super().__init__()
+        self.bins = check_bins(bins)
+        self.momentum = check_fraction("momentum", momentum)
+        self.loss_weight = check_non_negative("loss_weight", loss_weight)
+        self.normalize_by = check_choice("normalize_by", normalize_by, ("valid_bins", "all_bins"))
+        self.decay_empty_bins = check_flag("decay_empty_bins", decay_empty_bins)
+        self.bias_correction = check_flag("bias_correction", bias_correction)
+        self.sync = check_flag("sync", sync)
+        self.density = check_choice("density", density, ("unit_region", "exact"))
+        if density == "exact":
+            if self.momentum:
+                raise ValueError(
+                    f"momentum must be 0 with density='exact', which has no region counts to "
+                    f"average, got {momentum!r}"
+                )
+            for name in ("decay_empty_bins", "bias_correction", "sync"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} must be False with density='exact', got True")
+        self.register_buffer("acc_sum", torch.zeros(self.bins))
+        if self.bias_correction:
+            self.register_buffer("num_updates", torch.zeros(self.bins, dtype=torch.int64))
+        self._value_checks = ValueChecks()
+
+    def extra_repr(self) -> str:
+        """The settings, as ``print(model)`` shows them."""
+        names = ("bins", "momentum", "loss_weight", "normalize_by", "decay_empty_bins")
+        names += ("bias_correction", "sync", "density")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def raise_deferred_errors(self) -> None:
+        """Raises the ValueError of an earlier call on a CUDA device, if there is one; synchronises.
+
+        On the CPU bad values raise in the call itself and this does nothing.
+        """
+        self._value_checks.raise_if_any()
+
+    def forward_examples(self, inputs: Sequence[Tensor], examples: Sequence[Examples]) -> Tensor:
+        """One histogram, one update and one loss over the examples of all tensors.
+
+        Args:
+            inputs: the predictions, named only to keep an empty loss on their graph.
+            examples: ``(loss, gradient_norm, valid)`` of each tensor.
+
+        Returns:
+            A scalar, float32 at least.
+        """
+        # Sums over nothing are 0, and keep the prediction on the graph: DDP waits for all of them.
+        terms = [x.sum(dtype=torch.float32) for x in inputs if not x.numel()]
+        examples = [each for each in examples if each[0].numel()]
+        scale = self.loss_weight
+        if self.density == "exact":
+            terms += self._exact_terms(examples)
+        else:
+            regions = [unit_region_index(g, valid, self.bins) for _, g, valid in examples]
+            counts = torch.zeros_like(self.acc_sum, dtype=torch.int64)
+            for region in regions:
+                counts += count_unit_regions(region, self.bins)
+            scale *= self._pool(counts)
+            weights = self.region_weights(counts)
+            terms += [
+                harmonized_sum(loss, region, weights)
+                for (loss, _, _), region in zip(examples, regions, strict=True)
+            ]
+        loss = sum(terms, start=self.acc_sum.new_zeros(())) * scale
+        self._value_checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
+        return self._value_checks.poison(loss)
+
+    not_finite_message = "the loss is not finite"
+
+    @torch.no_grad()
+    def region_weights(self, counts: Tensor) -> Tensor:
+        """``w_j = 1 / (S_j * D)`` of each region; updates the running counts in training mode.
+
+        Args:
+            counts: int64 (bins,), R_j of this call.
+
+        Returns:
+            float32 (bins,), 0 where no example fell.
+        """
+        filled = counts > 0
+        # Authors' code leaves an empty region as it was; the paper's formula lets it decay. A call
+        # without any example saw nothing and changes nothing either way.
+        updated = filled.any().expand_as(filled) if self.decay_empty_bins else filled
+        # Rounded as the published code rounds: alpha * S in float32, (1 - alpha) * R in float64.
+        mean = self.acc_sum * self.momentum + (counts.double() * (1 - self.momentum)).float()
+        mean = torch.where(updated, mean, self.acc_sum)
+        corrected = mean
+        if self.bias_correction:
+            num_updates = self.num_updates + updated
+            corrected = (mean.double() / (1 - self.momentum ** num_updates.double())).float()
+            if self.training:
+                self.num_updates.copy_(num_updates)
+        if self.training:
+            self.acc_sum.copy_(mean)
+        divisor = filled.sum() if self.normalize_by == "valid_bins" else self.bins
+        return torch.where(filled, 1 / (corrected * divisor), torch.zeros_like(mean))
+
+    def _pool(self, counts: Tensor) -> int:
+        """Adds up ``counts`` over all processes in place; returns how many there are."""
+        if not (self.sync and dist.is_available() and dist.is_initialized()):
+            return 1
+        dist.all_reduce(counts)
+        return dist.get_world_size()
+
+    def _exact_terms(self, examples: Sequence[Examples]) -> list[Tensor]:
+        if not examples:
+            return []
+        norms = torch.cat([g.flatten() for _, g, _ in examples])
+        masks = [
+            torch.ones_like(g, dtype=torch.bool) if valid is None else valid.expand_as(g)
+            for _, g, valid in examples
+        ]
+        kept = torch.cat([m.flatten() for m in masks])
+        weights = torch.where(kept, 1 / exact_gradient_density(norms, 1 / self.bins, kept), 0.0)
+        parts = weights.split([g.numel() for _, g, _ in examples])
+        return [(loss.flatten() * w).sum() for (loss, _, _), w in zip(examples, parts, strict=True)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HarmonizedLoss":
+        """Follows ``model.half()`` with everything but the counts, which pass 65504."""
+        counts = self.acc_sum
+        super()._apply(fn, *args, **kwargs)
+        if self.acc_sum.dtype != torch.float32:
+            self.acc_sum = counts.to(self.acc_sum.device)
+        return self
+
+
+def example_mask(weight: Tensor | None, shape: torch.Size, checks: ValueChecks) -> Tensor | None:
+    """Turns ``weight`` into a bool mask that broadcasts to examples of ``shape``.
+
+    A positive weight keeps an example and 0 drops it: the published code uses its weights as a
+    mask, so their size has no effect.
+    """
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight must be a tensor or None, got {type(weight).__name__}")
+    if weight.shape not in (shape, shape[:1]):
+        allowed = " or ".join(dict.fromkeys(str(tuple(s)) for s in (shape[:1], shape)))
+        raise ValueError(f"weight must have shape {allowed}, got {tuple(weight.shape)}")
+    checks.require((weight >= 0).all(), "weight must be 0 or positive; it holds NaN or less")
+    mask = weight > 0
+    return mask if mask.shape == shape else mask.view(-1, *[1] * (len(shape) - 1))
+
+
+def raise_deferred_errors(model: nn.Module) -> None:
+    """Calls :meth:`HarmonizedLoss.raise_deferred_errors` of every loss inside ``model``."""
+    for module in model.modules():
+        if isinstance(module, HarmonizedLoss):
+            module.raise_deferred_errors()

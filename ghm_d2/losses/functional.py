@@ -1,0 +1,186 @@
+"""Pure functions of the harmonised losses.
+
+Every loss here is a sum over examples, ``sum_i loss_i / GD(g_i)`` (paper, eq. 9 and 11, where the
+number of examples cancels). An *example* is one (anchor, class) logit, one softmax row, or one
+box coordinate. The three ``*_examples`` functions turn predictions into ``(loss_i, g_i)``;
+:func:`count_unit_regions` and :func:`harmonized_sum` do the rest for all of them alike.
+
+Shape shorthand:
+
+    R: number of anchors or regions of interest
+    K: number of foreground classes
+    P: number of positive anchors or regions of interest
+    M: number of unit regions (``bins``)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "authentic_smooth_l1_loss",
+    "count_unit_regions",
+    "harmonized_sum",
+    "regression_examples",
+    "sigmoid_examples",
+    "softmax_examples",
+    "unit_region_index",
+]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32: region weights are ratios of counts beyond 65504."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def authentic_smooth_l1_loss(
+    pred: Tensor, target: Tensor, mu: float = 0.02, reduction: str = "none"
+) -> Tensor:
+    """Authentic smooth L1, ``sqrt(d^2 + mu^2) - mu`` with ``d = pred - target`` (paper, eq. 12).
+
+    Args:
+        pred: predicted deltas, any shape, floating point.
+        target: same shape.
+        mu: width of the quadratic part, above 0, in the units of the deltas.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        Loss of ``pred``'s shape, or a scalar; float32, or float64 for float64 input. ``mean`` of
+        no elements is 0, on the graph.
+
+    Raises:
+        ValueError: shapes differ, ``mu`` is not above 0, or ``reduction`` is unknown.
+    """
+    from .checks import check_choice, check_floating, check_positive
+
+    check_choice("reduction", reduction, ("none", "mean", "sum"))
+    check_floating("pred", pred)
+    check_floating("target", target)
+    if pred.shape != target.shape:
+        raise ValueError(
+            f"target must have pred's shape {tuple(pred.shape)}, got {tuple(target.shape)}"
+        )
+    loss, _ = regression_examples(pred, target, check_positive("mu", mu))
+    if reduction == "none":
+        return loss
+    return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
+
+
+def regression_examples(pred: Tensor, target: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    """Authentic smooth L1 and its gradient norm ``|d| / sqrt(d^2 + mu^2)`` (paper, eq. 13).
+
+    Args:
+        pred: predicted deltas, any shape.
+        target: same shape.
+        mu: above 0.
+
+    Returns:
+        ``(loss, gradient_norm)``, both of ``pred``'s shape; the norm in [0, 1] carries no gradient.
+    """
+    d = at_least_float32(pred) - at_least_float32(target)
+    root = torch.sqrt(mu * mu + d * d)
+    # d^2 / (root + mu) is root - mu without the cancellation that leaves nothing of a small d.
+    loss = d * d / (root + mu)
+    return loss, torch.abs(d / root).detach()
+
+
+def sigmoid_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross entropy of each logit and its gradient norm ``|sigmoid(x) - t|`` (paper, eq. 3).
+
+    Args:
+        logits: (R, K).
+        labels: int64 (R,) with a class in [0, K), anything else meaning "no class"; or dense
+            (R, K) of 0 and 1.
+
+    Returns:
+        ``(loss, gradient_norm)``, both (R, K); the norm in [0, 1] carries no gradient.
+    """
+    x = at_least_float32(logits)
+    p = x.detach().sigmoid()
+    if labels.dim() == 2:
+        t = labels.to(x.dtype)
+        return F.binary_cross_entropy_with_logits(x, t, reduction="none"), torch.abs(p - t)
+    # Integer labels: one logit of a positive row differs, so no one-hot tensor is made.
+    # BCE(x, t) = softplus(x) for t = 0 and softplus(-x) for t = 1.
+    column = labels.clamp(0, x.shape[1] - 1).unsqueeze(1)
+    positive = ((labels >= 0) & (labels < x.shape[1])).unsqueeze(1)
+    x_own = x.gather(1, column)
+    p_own = p.gather(1, column)
+    signed = x.scatter(1, column, torch.where(positive, -x_own, x_own))
+    gradient_norm = p.scatter_(1, column, torch.where(positive, 1 - p_own, p_own))
+    # softplus with a threshold would return x itself above 20: exact in float32, not in float64.
+    loss = (
+        torch.logaddexp(signed, signed.new_zeros(()))
+        if x.dtype == torch.float64
+        else F.softplus(signed)
+    )
+    return loss, gradient_norm
+
+
+def softmax_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each row and its gradient norm ``1 - p_target``.
+
+    The paper never treats softmax. ``1 - p_target`` is half the L1 distance between the
+    probabilities and the one-hot target, so it equals ``|p - t|`` for two classes.
+
+    Args:
+        logits: (R, K + 1), the last column is background.
+        labels: int64 (R,) in [0, K]; other values are clamped and the row must be dropped later.
+
+    Returns:
+        ``(loss, gradient_norm)``, both (R,); the norm in [0, 1] carries no gradient.
+    """
+    log_p = torch.log_softmax(at_least_float32(logits), dim=1)
+    loss = -log_p.gather(1, labels.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    return loss, -torch.expm1(-loss.detach())
+
+
+def unit_region_index(gradient_norm: Tensor, valid: Tensor | None, bins: int) -> Tensor:
+    """The unit region of each example: j where ``j/M <= g < (j+1)/M``, the last region closed.
+
+    Args:
+        gradient_norm: any shape, in [0, 1].
+        valid: bool, broadcastable to it, or None when all examples count.
+        bins: M.
+
+    Returns:
+        int64 of ``gradient_norm``'s shape, in [0, M); M for examples that do not count.
+    """
+    # The edges are float32 quotients, as in the published code: floor(g * M) puts a g that is one
+    # rounding step below an edge into the next region.
+    edges = torch.arange(1, bins, device=gradient_norm.device).to(torch.float32) / bins
+    region = torch.bucketize(gradient_norm, edges.to(gradient_norm.dtype), right=True)
+    return region if valid is None else torch.where(valid, region, bins)
+
+
+def count_unit_regions(region: Tensor, bins: int) -> Tensor:
+    """Number of examples in each unit region.
+
+    Args:
+        region: int64, any shape, from :func:`unit_region_index`.
+        bins: M.
+
+    Returns:
+        int64 (M,). Never float32, where counting by ones stops at 2^24.
+    """
+    region = region.flatten()
+    if region.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.bincount(region, minlength=bins + 1)[:bins]
+    # torch.bincount makes a CUDA device wait for the host to learn the largest index.
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=region.device)
+    return counts.scatter_add_(0, region, region.new_ones(1).expand_as(region))[:bins]
+
+
+def harmonized_sum(loss: Tensor, region: Tensor, region_weights: Tensor) -> Tensor:
+    """``sum_i w_{region(i)} * loss_i``, the harmonised loss.
+
+    Args:
+        loss: loss of each example, any shape.
+        region: int64 of its shape, from :func:`unit_region_index`; M drops the example.
+        region_weights: float (M,), ``1 / (S_j * D)``.
+
+    Returns:
+        A scalar of ``loss``'s dtype, on its graph.
+    """
+    padded = F.pad(region_weights.to(loss.dtype), (0, 1))
+    return (loss * padded[region]).sum()

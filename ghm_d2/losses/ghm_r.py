@@ -1,0 +1,120 @@
+"""GHM-R: gradient-harmonised box regression."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Examples, HarmonizedLoss, example_mask
+from .checks import check_floating, check_positive
+from .functional import regression_examples
+
+__all__ = ["GHMRLoss"]
+
+
+class GHMRLoss(HarmonizedLoss):
+    """Gradient-harmonised authentic smooth L1 (paper, section "GHM-R Loss").
+
+    One example is one coordinate of one positive.
+    """
+
+    not_finite_message = (
+        "pred and target must be finite; they hold NaN or infinite values "
+        "(a zero-size ground-truth box gives an infinite target)"
+    )
+
+    def __init__(
+        self,
+        mu: float = 0.02,
+        bins: int = 10,
+        momentum: float = 0.7,
+        loss_weight: float = 1.0,
+        *,
+        normalize_by: str = "valid_bins",
+        decay_empty_bins: bool = False,
+        bias_correction: bool = False,
+        sync: bool = False,
+        density: str = "unit_region",
+    ) -> None:
+        """
+        Args:
+            mu: width of the quadratic part of authentic smooth L1, above 0, in units of the deltas.
+            bins, momentum, loss_weight, normalize_by, decay_empty_bins, bias_correction, sync,
+                density: see :class:`~ghm_d2.losses.GHMCLoss`. The published code uses
+                ``loss_weight`` 10 in RetinaNet.
+
+        Raises:
+            ValueError: an argument is out of range; the message names it.
+        """
+        super().__init__(
+            bins,
+            momentum,
+            loss_weight,
+            normalize_by=normalize_by,
+            decay_empty_bins=decay_empty_bins,
+            bias_correction=bias_correction,
+            sync=sync,
+            density=density,
+        )
+        self.mu = check_positive("mu", mu)
+
+    def extra_repr(self) -> str:
+        """The settings, as ``print(model)`` shows them."""
+        return f"mu={self.mu!r}, {super().extra_repr()}"
+
+    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            pred: predicted deltas of the positives, (P, 4) or any shape; floating point.
+            target: same shape.
+            weight: (P,) or ``pred``'s shape; 0 drops an example, a positive value keeps it. None
+                keeps all.
+
+        Returns:
+            A scalar on the graph, float32 (float64 for float64 input); 0 without examples.
+
+        Raises:
+            ValueError: a shape, type or value is wrong; see :meth:`raise_deferred_errors` for
+                when values are checked on CUDA.
+        """
+        return self.forward_pooled([pred], [target], [weight])
+
+    def forward_pooled(
+        self,
+        preds: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """:meth:`forward` of several tensors (such as FPN levels) that share one histogram.
+
+        Args:
+            preds: tensors as in :meth:`forward`.
+            targets: as many.
+            weights: as many, or None.
+
+        Returns:
+            One scalar; the running counts are updated once.
+        """
+        weights = [None] * len(preds) if weights is None else weights
+        if not len(preds) == len(targets) == len(weights):
+            raise ValueError(
+                f"targets and weights must be as many as preds ({len(preds)}), "
+                f"got {len(targets)} and {len(weights)}"
+            )
+        device = preds[0].device.type if preds and isinstance(preds[0], Tensor) else "cpu"
+        with torch.autocast(device, enabled=False):
+            examples = [self._examples(*each) for each in zip(preds, targets, weights, strict=True)]
+            return self.forward_examples(preds, examples)
+
+    def _examples(self, pred: Tensor, target: Tensor, weight: Tensor | None) -> Examples:
+        check_floating("pred", pred)
+        check_floating("target", target)
+        if pred.shape != target.shape:
+            raise ValueError(
+                f"target must have pred's shape {tuple(pred.shape)}, got {tuple(target.shape)}"
+            )
+        mask = example_mask(weight, pred.shape, self._value_checks)
+        if mask is not None:
+            pred, target = pred.masked_fill(~mask, 0), target.masked_fill(~mask, 0)
+        loss, norm = regression_examples(pred, target, self.mu)
+        return loss, norm, mask

@@ -1,0 +1,8 @@
+"""Detectron2's detectors with harmonised losses; importing this registers them."""
+
+from .fast_rcnn import GHMFastRCNNOutputLayers
+from .retinanet import GHMRetinaNet
+from .roi_heads import GHMROIHeads
+from .rpn import GHMRPN
+
+__all__ = ["GHMRPN", "GHMFastRCNNOutputLayers", "GHMROIHeads", "GHMRetinaNet"]

@@ -1,0 +1,211 @@
+"""RetinaNet with GHM-C and GHM-R in place of focal loss and smooth L1."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import cat
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.box_regression import _dense_box_regression_loss
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.structures import Boxes
+from detectron2.utils.events import get_event_storage
+from fvcore.nn import sigmoid_focal_loss_jit
+from torch import Tensor, nn
+
+from ..config import SCOPES, build_ghm_c, build_ghm_r, histogram_groups, validate_ghm_config
+from ..losses import GHMCLoss, GHMRLoss
+from ..losses.base import raise_deferred_errors
+
+__all__ = ["GHMRetinaNet"]
+
+# For each group of images, for each level: predictions of the examples and what they should be.
+Pairs = list[list[tuple[Tensor, Tensor]]]
+
+
+@META_ARCH_REGISTRY.register()
+class GHMRetinaNet(RetinaNet):
+    """RetinaNet whose two losses are harmonised; everything else is Detectron2's.
+
+    Shape shorthand:
+
+        N: number of images in the minibatch
+        R: number of anchors of an image, over all levels
+        K: number of foreground classes
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        ghm_c: GHMCLoss | None,
+        ghm_r: GHMRLoss | None,
+        ghm_scope: str = "level",
+        images_per_histogram: int = 0,
+        num_histogram_groups: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            ghm_c: classification loss; None: Detectron2's focal loss.
+            ghm_r: box regression loss; None: Detectron2's own.
+            ghm_scope: "level": one histogram for each FPN level, the levels sharing one set of
+                running counts, and the losses of the levels added up (authors' code); "batch":
+                one histogram over all levels.
+            images_per_histogram: images that share a histogram and running counts; their losses
+                are averaged over the groups, as DistributedDataParallel averages processes. 0:
+                all images.
+            num_histogram_groups: groups in a training batch of one process.
+            kwargs: see :class:`detectron2.modeling.meta_arch.retinanet.RetinaNet`.
+
+        Raises:
+            ValueError: ``ghm_scope`` is unknown.
+        """
+        super().__init__(**kwargs)
+        if ghm_scope not in SCOPES:
+            raise ValueError(f"ghm_scope must be one of {SCOPES}, got {ghm_scope!r}")
+        self.ghm_scope = ghm_scope
+        self.images_per_histogram = images_per_histogram
+        # Every group has running counts of its own, as every process of the authors' had.
+        self.ghm_c = _copies(ghm_c, num_histogram_groups)
+        self.ghm_r = _copies(ghm_r, num_histogram_groups)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        validate_ghm_config(cfg)
+        return {
+            **super().from_config(cfg),
+            "ghm_c": build_ghm_c(cfg, "RETINANET"),
+            "ghm_r": build_ghm_r(cfg, "RETINANET"),
+            "ghm_scope": cfg.MODEL.GHM.RETINANET.SCOPE,
+            "images_per_histogram": cfg.MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM,
+            "num_histogram_groups": histogram_groups(cfg),
+        }
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            anchors: #levels Boxes of (Hi * Wi * A, 4).
+            pred_logits: #levels tensors (N, Hi * Wi * A, K).
+            gt_labels: N tensors (R,), int64: class in [0, K), K = background, -1 = ignored.
+            pred_anchor_deltas: #levels tensors (N, Hi * Wi * A, 4).
+            gt_boxes: N tensors (R, 4), the box matched to each anchor.
+
+        Returns:
+            ``loss_cls`` and ``loss_box_reg``, scalars.
+
+        Raises:
+            ValueError: a label or target is invalid, or the batch has more groups of
+                ``images_per_histogram`` images than there are running counts.
+        """
+        if self.ghm_c is None and self.ghm_r is None:
+            return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        labels = torch.stack(gt_labels)
+        positive = (labels >= 0) & (labels != self.num_classes)
+        loss_cls = loss_box_reg = None
+        if self.ghm_c is not None:
+            pairs = self._cls_pairs(pred_logits, labels)
+            loss_cls = self._harmonized_loss(self.ghm_c, pairs)
+        if self.ghm_r is not None:
+            pairs = self._reg_pairs(anchors, pred_anchor_deltas, gt_boxes, positive)
+            loss_box_reg = self._harmonized_loss(self.ghm_r, pairs)
+        # Here the step waits for the device, as Detectron2's does; the losses above never do.
+        num_positive = positive.sum().item()
+        get_event_storage().put_scalar("num_pos_anchors", num_positive / len(gt_labels))
+        raise_deferred_errors(self)
+        # Detectron2 normalises by a running number of positives; a harmonised loss has its own.
+        normalizer = self._ema_update("loss_normalizer", max(num_positive, 1), 100)
+        if loss_cls is None:
+            loss_cls = self._focal_loss(pred_logits, labels) / normalizer
+        if loss_box_reg is None:
+            loss_box_reg = _dense_box_regression_loss(
+                anchors,
+                self.box2box_transform,
+                pred_anchor_deltas,
+                gt_boxes,
+                positive,
+                box_reg_loss_type=self.box_reg_loss_type,
+                smooth_l1_beta=self.smooth_l1_beta,
+            )
+            loss_box_reg = loss_box_reg / normalizer
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
+
+    def _focal_loss(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
+        """Detectron2's focal loss, not normalised, for GHM-R alone."""
+        valid = labels >= 0
+        one_hot = F.one_hot(labels[valid], num_classes=self.num_classes + 1)[:, :-1]
+        return sigmoid_focal_loss_jit(
+            cat(pred_logits, dim=1)[valid],
+            one_hot.to(pred_logits[0].dtype),
+            alpha=self.focal_loss_alpha,
+            gamma=self.focal_loss_gamma,
+            reduction="sum",
+        )
+
+    def _groups(self, num_images: int) -> list[slice]:
+        size = self.images_per_histogram or num_images
+        groups = [slice(start, start + size) for start in range(0, num_images, size)]
+        available = len(self.ghm_c if self.ghm_c is not None else self.ghm_r)
+        if len(groups) > available:
+            raise ValueError(
+                f"images_per_histogram {size} makes {len(groups)} groups of a batch of "
+                f"{num_images} images, but the model was built for {available}: build it with the "
+                f"SOLVER.IMS_PER_BATCH it trains with"
+            )
+        return groups
+
+    def _cls_pairs(self, pred_logits: list[Tensor], labels: Tensor) -> Pairs:
+        level_labels = labels.split([x.shape[1] for x in pred_logits], dim=1)
+        return [
+            [
+                (x[images].flatten(0, 1), y[images].flatten())
+                for x, y in zip(pred_logits, level_labels, strict=True)
+            ]
+            for images in self._groups(len(labels))
+        ]
+
+    def _reg_pairs(
+        self,
+        anchors: list[Boxes],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+        positive: Tensor,
+    ) -> Pairs:
+        sizes = [len(x) for x in anchors]
+        level_positive = positive.split(sizes, dim=1)
+        level_boxes = torch.stack(gt_boxes).split(sizes, dim=1)
+        groups = self._groups(len(gt_boxes))
+        pairs: Pairs = [[] for _ in groups]
+        for anchor, deltas, mask, boxes in zip(
+            anchors, pred_anchor_deltas, level_positive, level_boxes, strict=True
+        ):
+            for group, images in zip(pairs, groups, strict=True):
+                image, index = mask[images].nonzero(as_tuple=True)
+                target = self.box2box_transform.get_deltas(
+                    anchor.tensor[index], boxes[images][image, index]
+                )
+                group.append((deltas[images][image, index], target))
+        return pairs
+
+    def _harmonized_loss(self, losses: nn.ModuleList, pairs: Pairs) -> Tensor:
+        """Mean over groups of the levels' sum (scope "level") or of their pooled loss ("batch")."""
+        total = []
+        for loss, levels in zip(losses, pairs, strict=False):
+            if self.ghm_scope == "level":
+                total += [loss(prediction, target) for prediction, target in levels]
+            else:
+                total.append(loss.forward_pooled(*zip(*levels, strict=True)))
+        return sum(total) / len(pairs)
+
+
+def _copies(loss: nn.Module | None, number: int) -> nn.ModuleList | None:
+    return loss and nn.ModuleList(copy.deepcopy(loss) for _ in range(number))

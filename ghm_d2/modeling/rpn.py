@@ -1,0 +1,88 @@
+"""The region proposal network with harmonised losses."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.structures import Boxes
+from torch import Tensor
+
+from ..config import build_ghm_c, build_ghm_r
+from ..losses import GHMCLoss, GHMRLoss
+from ..losses.base import raise_deferred_errors
+
+__all__ = ["GHMRPN"]
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class GHMRPN(RPN):
+    """RPN with GHM-C on the objectness and GHM-R on the deltas of the sampled anchors.
+
+    One histogram over all levels and images: a level seldom holds more than a few of the 256
+    anchors that are sampled in an image.
+    """
+
+    @configurable
+    def __init__(self, *, ghm_c: GHMCLoss | None, ghm_r: GHMRLoss | None, **kwargs: Any) -> None:
+        """
+        Args:
+            ghm_c: objectness loss; None: Detectron2's binary cross entropy.
+            ghm_r: box regression loss; None: Detectron2's own.
+            kwargs: see :class:`detectron2.modeling.proposal_generator.RPN`.
+        """
+        super().__init__(**kwargs)
+        self.ghm_c = ghm_c
+        self.ghm_r = ghm_r
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        return {
+            **super().from_config(cfg, input_shape),
+            "ghm_c": build_ghm_c(cfg, "RPN"),
+            "ghm_r": build_ghm_r(cfg, "RPN"),
+        }
+
+    @torch.jit.unused
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            anchors: #levels Boxes of (Hi * Wi * A, 4).
+            pred_objectness_logits: #levels tensors (N, Hi * Wi * A).
+            gt_labels: N tensors (R,): 1 = object, 0 = background, -1 = not sampled.
+            pred_anchor_deltas: #levels tensors (N, Hi * Wi * A, 4).
+            gt_boxes: N tensors (R, 4), the box matched to each anchor.
+
+        Returns:
+            ``loss_rpn_cls`` and ``loss_rpn_loc``, scalars.
+        """
+        # Detectron2's method also logs the sampled anchors; of a few hundred examples, the losses
+        # that are replaced cost next to nothing.
+        losses = super().losses(
+            anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
+        )
+        labels = torch.stack(gt_labels)
+        if self.ghm_c is not None:
+            # One class: 0 is "object", 1 is background.
+            classes = torch.where(labels >= 0, 1 - labels, labels).long()
+            logits = torch.cat(pred_objectness_logits, dim=1)
+            loss = self.ghm_c(logits.view(-1, 1), classes.flatten())
+            losses["loss_rpn_cls"] = loss * self.loss_weight.get("loss_rpn_cls", 1.0)
+        if self.ghm_r is not None:
+            image, index = (labels == 1).nonzero(as_tuple=True)
+            target = self.box2box_transform.get_deltas(
+                Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
+            )
+            pred = torch.cat(pred_anchor_deltas, dim=1)[image, index]
+            loss = self.ghm_r(pred, target)
+            losses["loss_rpn_loc"] = loss * self.loss_weight.get("loss_rpn_loc", 1.0)
+        raise_deferred_errors(self)
+        return losses
