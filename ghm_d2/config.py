@@ -55,6 +55,7 @@ def add_ghm_config(cfg: CN) -> None:
 
     cfg.MODEL.GHM = CN()
     # Pool the region counts over all processes (False: each has its own, as in the authors' code).
+    # With IMAGES_PER_HISTOGRAM, the first groups of all processes share counts, and so on.
     cfg.MODEL.GHM.SYNC = False
 
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
@@ -115,11 +116,10 @@ def build_ghm_r(cfg: CN, part: str) -> GHMRLoss | None:
     node = cfg.MODEL.GHM[part].REG
     if not node.ENABLED:
         return None
-    stock = {"RETINANET": "RETINANET", "RPN": "RPN", "ROI_BOX_HEAD": "ROI_BOX_HEAD"}[part]
-    kind = cfg.MODEL[stock].BBOX_REG_LOSS_TYPE
+    kind = cfg.MODEL[part].BBOX_REG_LOSS_TYPE
     if kind != "smooth_l1":
         raise UserError(
-            f"MODEL.{stock}.BBOX_REG_LOSS_TYPE {kind!r} and MODEL.GHM.{part}.REG.ENABLED True "
+            f"MODEL.{part}.BBOX_REG_LOSS_TYPE {kind!r} and MODEL.GHM.{part}.REG.ENABLED True "
             f"exclude each other: GHM-R replaces smooth_l1; set one of the two"
         )
     try:
@@ -137,23 +137,18 @@ def histogram_groups(cfg: CN) -> int:
     """How many groups of IMAGES_PER_HISTOGRAM images one process trains on in a step.
 
     Raises:
-        UserError: IMAGES_PER_HISTOGRAM is not a whole number >= 0, or is set beside SYNC.
+        UserError: IMAGES_PER_HISTOGRAM is negative.
     """
     from detectron2.utils.comm import get_world_size
 
     images = cfg.MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM
-    if isinstance(images, bool) or images < 0:
+    if images < 0:
         raise UserError(
             f"MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM must be a whole number of at least 0 "
             f"(0 = all images of the process), got {images!r}"
         )
     if images == 0:
         return 1
-    if cfg.MODEL.GHM.SYNC:
-        raise UserError(
-            "MODEL.GHM.SYNC True and MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM above 0 exclude each "
-            "other: one pools all images, the other splits them; set one of the two"
-        )
     per_process = max(cfg.SOLVER.IMS_PER_BATCH // get_world_size(), 1)
     return -(-per_process // images)
 

@@ -124,6 +124,7 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
         if pred_deltas.shape[1] == box_dim:
             pred = pred_deltas[index]
         else:
-            pred = pred_deltas.view(-1, self.num_classes, box_dim)[index, gt_classes[index]]
+            # Without proposals, Detectron2's gt_classes is an empty float tensor.
+            pred = pred_deltas.view(-1, self.num_classes, box_dim)[index, gt_classes[index].long()]
         target = self.box2box_transform.get_deltas(proposal_boxes[index], gt_boxes[index])
         return self.ghm_r(pred, target)

@@ -207,5 +207,16 @@ class GHMRetinaNet(RetinaNet):
         return sum(total) / len(pairs)
 
 
-def _copies(loss: nn.Module | None, number: int) -> nn.ModuleList | None:
-    return loss and nn.ModuleList(copy.deepcopy(loss) for _ in range(number))
+class _Groups(nn.ModuleList):
+    """One loss for each group of images; a checkpoint of fewer groups fills the others too."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self[0].state_dict():
+            if (first := state_dict.get(f"{prefix}0.{name}")) is not None:
+                for group in range(1, len(self)):
+                    state_dict.setdefault(f"{prefix}{group}.{name}", first)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _copies(loss: nn.Module | None, number: int) -> _Groups | None:
+    return None if loss is None else _Groups(copy.deepcopy(loss) for _ in range(number))

@@ -1,0 +1,146 @@
+"""Every config file loads with safe YAML, builds, and holds the published recipe."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from ghm_d2 import add_ghm_config
+from ghm_d2.config import validate_ghm_config
+from ghm_d2.errors import UserError
+
+CONFIGS = sorted(Path("configs").rglob("*.yaml"))
+MODELS = [p for p in CONFIGS if not p.name.startswith("Base-")]
+PUBLISHED = [p for p in MODELS if p.parent == Path("configs")]
+
+
+def load(path):
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    cfg.merge_from_file(str(path), allow_unsafe=False)
+    return cfg
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_safe_yaml(path):
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=str)
+def test_builds(path):
+    cfg = load(path)
+    cfg.MODEL.DEVICE = "cpu"
+    validate_ghm_config(cfg)
+    model = build_model(cfg)
+    assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
+    if "ghm_" in path.name:
+        assert any("acc_sum" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=str)
+def test_published_recipe(path):
+    cfg = load(path)
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (16, 0.01, 1e-4)
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (90000, (60000, 80000), 500)
+    clip = solver.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE) == (
+        True,
+        "full_model",
+        35.0,
+        2.0,
+    )
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    assert "ImageNetPretrained" in cfg.MODEL.WEIGHTS or "32x4d" in cfg.MODEL.WEIGHTS
+
+
+def test_published_losses():
+    cfg = load("configs/ghm_retinanet_R_101.yaml")
+    node = cfg.MODEL.GHM.RETINANET
+    assert (node.CLS.BINS, node.CLS.MOMENTUM, node.CLS.LOSS_WEIGHT) == (30, 0.75, 1.0)
+    assert (node.REG.MU, node.REG.BINS, node.REG.MOMENTUM, node.REG.LOSS_WEIGHT) == (
+        0.02,
+        10,
+        0.7,
+        10.0,
+    )
+    assert (node.SCOPE, node.IMAGES_PER_HISTOGRAM, cfg.MODEL.GHM.SYNC) == ("level", 2, False)
+
+
+def test_paper_two_stage_switches():
+    head = load("configs/ghm_r_faster_rcnn_R_50.yaml").MODEL.GHM.ROI_BOX_HEAD
+    assert (head.CLS.ENABLED, head.REG.ENABLED) == (False, True)
+    head = load("configs/ghm_faster_rcnn_R_50.yaml").MODEL.GHM.ROI_BOX_HEAD
+    assert (head.CLS.ENABLED, head.REG.ENABLED) == (True, True)
+
+
+def test_upstream_nodes_get_no_keys():
+    plain, extended = get_cfg(), get_cfg()
+    add_ghm_config(extended)
+    assert extended.MODEL.pop("GHM") is not None
+    assert plain.dump() == extended.dump()
+
+
+BAD = [
+    ("RETINANET.CLS.BINS", 0),
+    ("RETINANET.CLS.MOMENTUM", 1.0),
+    ("RETINANET.CLS.LOSS_WEIGHT", -1.0),
+    ("RETINANET.CLS.NORMALIZE_BY", "bins"),
+    ("RETINANET.CLS.DENSITY", "approximate"),
+    ("RETINANET.REG.BINS", -3),
+    ("RETINANET.REG.MOMENTUM", -0.1),
+    ("RETINANET.REG.MU", 0.0),
+    ("RETINANET.SCOPE", "image"),
+    ("RETINANET.IMAGES_PER_HISTOGRAM", -1),
+    ("RPN.CLS.BINS", 0),
+    ("RPN.REG.MU", -1.0),
+    ("ROI_BOX_HEAD.CLS.MOMENTUM", 2.0),
+    ("ROI_BOX_HEAD.REG.LOSS_WEIGHT", float("nan")),
+    ("ROI_BOX_HEAD.PRIOR_PROB", 1.0),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD, ids=[key for key, _ in BAD])
+def test_out_of_range_value_names_its_key(key, value):
+    name = "ghm_retinanet_R_50" if key.startswith("RETINANET") else "ghm_faster_rcnn_R_50"
+    cfg = load(f"configs/{name}.yaml")
+    cfg.merge_from_list(["MODEL.GHM.RPN.CLS.ENABLED", True, "MODEL.GHM.RPN.REG.ENABLED", True])
+    cfg.merge_from_list([f"MODEL.GHM.{key}", value])
+    with pytest.raises(UserError, match=f"MODEL.GHM.{key}") as error:
+        validate_ghm_config(cfg)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "both"),
+    [
+        (
+            "ghm_retinanet_R_50",
+            ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou"],
+            ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "MODEL.GHM.RETINANET.REG.ENABLED"],
+        ),
+        (
+            "ghm_faster_rcnn_R_50",
+            ["MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", "MODEL.GHM.RPN.REG.ENABLED", True],
+            ["MODEL.RPN.BBOX_REG_LOSS_TYPE", "MODEL.GHM.RPN.REG.ENABLED"],
+        ),
+        (
+            "ghm_faster_rcnn_R_50",
+            ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "ciou"],
+            ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "MODEL.GHM.ROI_BOX_HEAD.REG.ENABLED"],
+        ),
+        (
+            "ghm_faster_rcnn_R_50",
+            ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True],
+            ["MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED"],
+        ),
+    ],
+)
+def test_exclusive_keys_are_refused_by_naming_both(name, opts, both):
+    cfg = load(f"configs/{name}.yaml")
+    cfg.merge_from_list(opts)
+    with pytest.raises(UserError) as error:
+        validate_ghm_config(cfg)
+    assert all(key in str(error.value) for key in both)
