@@ -1,0 +1,89 @@
+"""The command line of train_net.py."""
+
+import argparse
+from collections.abc import Sequence
+
+from ghm_d2.errors import UserError
+
+__all__ = ["parse_arguments"]
+
+_FLAGS = ("-h", "--help", "--eval-only", "--resume")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (--help lists the options).")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train_net.py",
+        usage="%(prog)s --config-file FILE [options] [KEY VALUE ...]",
+        description="Train, resume or evaluate a detector. KEY VALUE pairs override the config "
+        "and may stand before or after the options.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config-file", metavar="FILE", required=True, help="a YAML file of configs/, or yours")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
+    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME=annotations.json,image_dir",
+        help="register COCO-format data; the first is trained on and the others are tested on, "
+        "unless DATASETS.TRAIN and DATASETS.TEST say otherwise (repeatable)",
+    )
+    add("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (1)")
+    add("--num-machines", type=int, default=1, metavar="N", help="number of machines (1)")
+    add("--machine-rank", type=int, default=0, metavar="R", help="number of this machine (0)")
+    add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0 (auto)")
+    return parser
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the options from the KEY VALUE pairs, wherever they stand.
+
+    argparse alone either swallows every option after the first pair (REMAINDER, as Detectron2 has
+    it) or takes values such as -1e-3 for options.
+    """
+    options: list[str] = []
+    pairs: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") and token != "-h":
+            pairs.append(token)
+            continue
+        options.append(token)
+        if token not in _FLAGS and "=" not in token and rest:
+            options.append(rest.pop(0))
+        if token == "--dataset":  # more than one may follow; no KEY holds a "="
+            while rest and "=" in rest[0] and not rest[0].startswith("-"):
+                options += ["--dataset", rest.pop(0)]
+    return options, pairs
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        argv: the arguments without the program's name.
+
+    Returns:
+        A namespace with one attribute for each option; `dataset` is a list of strings and `opts`
+        the flat list of KEY VALUE pairs.
+
+    Raises:
+        UserError: an unknown option, a missing or wrong value, or a key without a value.
+    """
+    options, pairs = _split(argv)
+    args = _parser().parse_args(options)
+    if len(pairs) % 2:
+        raise UserError(
+            f"the KEY VALUE pairs are {len(pairs)} words, so one key has no value: "
+            + " ".join(pairs)
+        )
+    args.opts = pairs
+    return args

@@ -1,0 +1,137 @@
+"""What train_net.py does: check once, launch, then train or evaluate in each process."""
+
+import argparse
+import contextlib
+import pickle
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from ghm_d2.config import add_ghm_config
+from ghm_d2.data import CocoDataset, register_coco_dataset
+from ghm_d2.engine.arguments import parse_arguments
+from ghm_d2.engine.checks import check_all
+from ghm_d2.engine.setup import build_config, setup_ghm_logger
+from ghm_d2.engine.summary import summarize_training
+from ghm_d2.engine.trainer import GHMTrainer
+from ghm_d2.errors import UserError
+
+__all__ = ["main"]
+
+_USER_ERROR = 2  # exit code, as argparse has it
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run train_net.py.
+
+    Args:
+        argv: the arguments without the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+        SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr; code 1
+            where the results are not those of `TEST.EXPECTED_RESULTS`.
+    """
+    try:
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        cfg, datasets = build_config(args)
+        check_all(cfg, args)
+        cfg.freeze()
+        launch(
+            _work,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args, cfg, datasets),
+        )
+    except UserError as error:
+        _fail(error)
+    except ProcessExitedException as error:
+        if error.exit_code < 0:  # a signal
+            raise
+        sys.exit(error.exit_code)  # the process has said why
+
+
+def _fail(error: UserError) -> NoReturn:
+    print(f"train_net.py: error: {error}", file=sys.stderr)
+    sys.exit(_USER_ERROR)
+
+
+def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -> None:
+    """One process of the job."""
+    if comm.get_world_size() > 1:
+        add_ghm_config(get_cfg())  # a spawned process has registered nothing yet
+        for dataset in datasets:
+            register_coco_dataset(dataset)
+    default_setup(cfg, args)
+    setup_ghm_logger(cfg, comm.get_rank())
+    try:
+        _evaluate(args, cfg) if args.eval_only else _train(args, cfg)
+    except UserError as error:
+        if not comm.is_main_process():
+            # The first process to leave ends the others: where all of them found the same mistake,
+            # this lets the main one report it alone.
+            time.sleep(10)
+        _fail(error)
+
+
+def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
+    start = time.perf_counter()
+    trainer = GHMTrainer(cfg)
+    with _named_if_unreadable(cfg):
+        trainer.resume_or_load(resume=args.resume)
+    if trainer.start_iter >= trainer.max_iter:
+        raise UserError(
+            f"--resume: {trainer.start_iter} iterations are done already and SOLVER.MAX_ITER is "
+            f"{trainer.max_iter}: give a larger one, or evaluate with --eval-only --resume."
+        )
+    trainer.train()
+    if comm.is_main_process():
+        summarize_training(trainer, args, seconds=time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _named_if_unreadable(cfg: CfgNode) -> Iterator[None]:
+    """Turn what torch and pickle raise for a damaged file into one sentence."""
+    try:
+        yield
+    except (EOFError, pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        reason = " ".join(str(error).split()[:20])
+        raise UserError(
+            f"the weights (MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}, or with --resume the last checkpoint "
+            f"in {cfg.OUTPUT_DIR}) are not a file that can be loaded ({reason})."
+        ) from error
+
+
+def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
+    model = GHMTrainer.build_model(cfg)
+    checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    with _named_if_unreadable(cfg):
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = GHMTrainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+
+
+class _EvaluationCheckpointer(DetectionCheckpointer):
+    """Refuses weights that do not fit, where training would start these layers afresh."""
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        super()._log_incompatible_keys(incompatible)
+        if wrong := incompatible.incorrect_shapes:
+            name, found, expected = wrong[0]
+            raise UserError(
+                f"the weights do not fit the model: {name} has the shape {found} instead of "
+                f"{expected} ({len(wrong)} such parameters); evaluate with the config, and the "
+                "number of classes, of the training."
+            )

@@ -1,0 +1,79 @@
+"""The trainer: Detectron2's, with evaluators, global clipping and several processes on CPUs."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+
+from ghm_d2.engine.clipping import build_clipping_optimizer
+from ghm_d2.errors import UserError
+
+__all__ = ["EVALUATOR_TYPES", "GHMTrainer"]
+
+EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
+
+
+@contextlib.contextmanager
+def _ddp_without_device_ids() -> Iterator[None]:
+    """DefaultTrainer wraps the model with device_ids=[local rank], which a CPU model must not have.
+
+    It offers no argument for that, so the function that it calls is exchanged while it is built.
+    """
+
+    def create(model: torch.nn.Module, **kwargs: object) -> torch.nn.Module:
+        return create_ddp_model(model, device_ids=None, **kwargs)
+
+    defaults.create_ddp_model = create
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = create_ddp_model
+
+
+class GHMTrainer(DefaultTrainer):
+    """`DefaultTrainer` with an evaluator for each box data set and `full_model` clipping."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        with _ddp_without_device_ids() if on_cpu else contextlib.nullcontext():
+            super().__init__(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's optimizer; see :func:`build_clipping_optimizer`."""
+        return build_clipping_optimizer(cfg, model)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """The evaluator for the metadata's `evaluator_type`, one of `EVALUATOR_TYPES`.
+
+        Its files go to OUTPUT_DIR/inference, with a folder for each data set where there are more.
+
+        Raises:
+            UserError: the data set is not one of boxes that these evaluators know.
+        """
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            folder = os.path.join(folder, dataset_name)
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind == "coco":
+            # A cached conversion would outlive a change of the data.
+            return COCOEvaluator(dataset_name, output_dir=folder, allow_cached_coco=False)
+        if kind == "lvis":
+            return LVISEvaluator(dataset_name, output_dir=folder)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise UserError(
+            f"{dataset_name} cannot be evaluated: its evaluator_type is {kind!r}, "
+            f"not one of {', '.join(EVALUATOR_TYPES)}."
+        )

@@ -1,0 +1,73 @@
+"""The command line: where options and KEY VALUE pairs may stand, and which values survive."""
+
+import pytest
+
+from ghm_d2.engine.arguments import parse_arguments
+from ghm_d2.errors import UserError
+
+PAIRS = ["SOLVER.MAX_ITER", "2", "DATASETS.TRAIN", "('a',)"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--config-file", "f.yaml", "--num-gpus", "2", "--eval-only", *PAIRS],
+        [*PAIRS, "--eval-only", "--config-file", "f.yaml", "--num-gpus=2"],
+        ["--eval-only", *PAIRS[:2], "--num-gpus", "2", *PAIRS[2:], "--config-file=f.yaml"],
+    ],
+    ids=["before", "after", "between"],
+)
+def test_options_may_stand_anywhere(argv):
+    args = parse_arguments(argv)
+    assert (args.config_file, args.num_gpus, args.eval_only) == ("f.yaml", 2, True)
+    assert args.opts == PAIRS
+    assert (args.resume, args.num_machines, args.machine_rank) == (False, 1, 0)
+
+
+@pytest.mark.parametrize("value", ["-1", "-1e-3", "1e-3", "('a',)", "[1,2]", "", "a=b,c", "-"])
+@pytest.mark.parametrize("last", [True, False])
+def test_values_survive(value, last):
+    config = ["--config-file", "f.yaml"]
+    argv = [*config, "KEY", value] if last else ["KEY", value, *config]
+    assert parse_arguments(argv).opts == ["KEY", value]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dataset", "a=1.json,x", "--dataset", "b=2.json,x"],
+        ["--dataset", "a=1.json,x", "b=2.json,x"],
+        ["--dataset=a=1.json,x", "--dataset=b=2.json,x"],
+    ],
+)
+def test_dataset_repeats_and_leaves_the_pairs(words):
+    args = parse_arguments(["--config-file", "f.yaml", *words, *PAIRS])
+    assert args.dataset == ["a=1.json,x", "b=2.json,x"]
+    assert args.opts == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--config-file", "f", "--nun-gpus", "2"], "--nun-gpus"),
+        (["--config-file", "f", "KEY", "1", "--evil-only"], "--evil-only"),
+        (["--config-file", "f", "--eval"], "--eval"),  # no abbreviations
+        (["--config-file", "f", "--num-gpus", "two"], "--num-gpus"),
+        (["--config-file", "f", "KEY", "1", "OTHER"], "3 words"),
+        (["KEY", "1"], "--config-file"),
+        (["--config-file"], "--config-file"),
+        (["--config-file", "f", "--dataset"], "--dataset"),
+    ],
+)
+def test_mistakes_are_named(argv, words):
+    with pytest.raises(UserError, match=words):
+        parse_arguments(argv)
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--config-file", "--eval-only", "--resume", "--dataset", "--num-gpus", "KEY"):
+        assert option in text

@@ -1,0 +1,78 @@
+"""A COCO-format data set of a few small images and a detector small enough to train in a second."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from ghm_d2.data import registration
+
+ROOT = Path(__file__).resolve().parents[1]
+RETINANET = str(ROOT / "configs" / "ghm_retinanet_R_50.yaml")
+CLASSES = ("disc", "bar", "cup")
+
+TINY = {
+    "MODEL.WEIGHTS": "",
+    "MODEL.DEVICE": "cpu",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.RETINANET.NUM_CONVS": 1,
+    "INPUT.MIN_SIZE_TRAIN": (64,),
+    "INPUT.MIN_SIZE_TEST": 64,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 2,
+    "SEED": 1,
+}
+
+
+def coco_content(images: int = 6, classes: tuple[str, ...] = CLASSES) -> dict[str, Any]:
+    """Annotations: image i holds one box of class i % 3 and one of class (i + 1) % 3."""
+    return {
+        "images": [
+            {"id": i + 1, "file_name": f"{i}.png", "height": 64, "width": 64} for i in range(images)
+        ],
+        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
+        "annotations": [
+            {
+                "id": 2 * i + j + 1,
+                "image_id": i + 1,
+                "category_id": (i + j) % len(classes) + 1,
+                "bbox": [8.0 + 20 * j, 10.0 + 2 * i, 24.0, 30.0],
+                "area": 720.0,
+                "iscrowd": 0,
+            }
+            for i in range(images)
+            for j in range(2)
+        ],
+    }
+
+
+def write_coco(folder: Path, name: str = "train", content: Any = None, images: int = 6) -> str:
+    """Write images and annotations; returns what follows "NAME=" in --dataset."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(images):
+        pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(coco_content(images) if content is None else content))
+    return f"{file},{folder / 'images'}"
+
+
+def unregister_all() -> None:
+    """Forget every data set that register_coco_dataset has registered."""
+    for name in registration._registered_here & set(DatasetCatalog):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    registration._registered_here.clear()
+
+
+def tiny_pairs(**changes: Any) -> list[str]:
+    """KEY VALUE pairs of the tiny detector; "__" in a changed name stands for "."."""
+    pairs = TINY | {key.replace("__", "."): value for key, value in changes.items()}
+    return [str(word) for pair in pairs.items() for word in pair]
