@@ -1,4 +1,7 @@
-"""Gradient Harmonizing Mechanism losses (Li, Liu, Wang, AAAI 2019, arXiv 1811.05181); torch alone."""
+"""Gradient Harmonizing Mechanism losses (Li, Liu, Wang, AAAI 2019, arXiv 1811.05181).
+
+This package imports torch alone.
+"""
 
 from .density import exact_gradient_density
 from .functional import (

@@ -14,11 +14,15 @@ from .checks import (
     check_flag,
     check_fraction,
     check_non_negative,
+    raise_first,
 )
 from .density import exact_gradient_density
 from .functional import count_unit_regions, harmonized_sum, unit_region_index
 
 __all__ = ["HarmonizedLoss", "raise_deferred_errors"]
+
+# So many updates that 1 - alpha^n is 1.
+_STEADY = 1 << 40
 
 # Loss, gradient norm (both of the examples' shape) and mask (broadcastable, or None) of one tensor.
 Examples = tuple[Tensor, Tensor, Tensor | None]
@@ -70,7 +74,7 @@ class HarmonizedLoss(nn.Module):
         self.register_buffer("acc_sum", torch.zeros(self.bins))
         if self.bias_correction:
             self.register_buffer("num_updates", torch.zeros(self.bins, dtype=torch.int64))
-        self._value_checks = ValueChecks()
+        self._failures: dict[str, Tensor] = {}
 
     def extra_repr(self) -> str:
         """The settings, as ``print(model)`` shows them."""
@@ -83,14 +87,17 @@ class HarmonizedLoss(nn.Module):
 
         On the CPU bad values raise in the call itself and this does nothing.
         """
-        self._value_checks.raise_if_any()
+        raise_first(self._failures)
 
-    def forward_examples(self, inputs: Sequence[Tensor], examples: Sequence[Examples]) -> Tensor:
+    def forward_examples(
+        self, inputs: Sequence[Tensor], examples: Sequence[Examples], checks: ValueChecks
+    ) -> Tensor:
         """One histogram, one update and one loss over the examples of all tensors.
 
         Args:
             inputs: the predictions, named only to keep an empty loss on their graph.
             examples: ``(loss, gradient_norm, valid)`` of each tensor.
+            checks: what has been required of the arguments so far.
 
         Returns:
             A scalar, float32 at least.
@@ -99,6 +106,7 @@ class HarmonizedLoss(nn.Module):
         terms = [x.sum(dtype=torch.float32) for x in inputs if not x.numel()]
         examples = [each for each in examples if each[0].numel()]
         scale = self.loss_weight
+        state = None
         if self.density == "exact":
             terms += self._exact_terms(examples)
         else:
@@ -107,44 +115,52 @@ class HarmonizedLoss(nn.Module):
             for region in regions:
                 counts += count_unit_regions(region, self.bins)
             scale *= self._pool(counts)
-            weights = self.region_weights(counts)
+            state = self._updated(counts)
+            weights = self._region_weights(counts, state)
             terms += [
                 harmonized_sum(loss, region, weights)
                 for (loss, _, _), region in zip(examples, regions, strict=True)
             ]
         loss = sum(terms, start=self.acc_sum.new_zeros(())) * scale
-        self._value_checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
-        return self._value_checks.poison(loss)
+        checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
+        holds = checks.all_hold(loss)
+        checks.defer_to(self._failures)
+        if state is not None and self.training:
+            self._write(state, holds)
+        return torch.where(holds, loss, torch.full_like(loss, torch.nan))
 
     not_finite_message = "the loss is not finite"
 
     @torch.no_grad()
-    def region_weights(self, counts: Tensor) -> Tensor:
-        """``w_j = 1 / (S_j * D)`` of each region; updates the running counts in training mode.
-
-        Args:
-            counts: int64 (bins,), R_j of this call.
-
-        Returns:
-            float32 (bins,), 0 where no example fell.
-        """
+    def _updated(self, counts: Tensor) -> dict[str, Tensor]:
+        """The buffers after averaging in ``counts``, int64 (bins,), R_j of this call."""
         filled = counts > 0
         # Authors' code leaves an empty region as it was; the paper's formula lets it decay. A call
         # without any example saw nothing and changes nothing either way.
         updated = filled.any().expand_as(filled) if self.decay_empty_bins else filled
         # Rounded as the published code rounds: alpha * S in float32, (1 - alpha) * R in float64.
         mean = self.acc_sum * self.momentum + (counts.double() * (1 - self.momentum)).float()
-        mean = torch.where(updated, mean, self.acc_sum)
-        corrected = mean
+        state = {"acc_sum": torch.where(updated, mean, self.acc_sum)}
         if self.bias_correction:
-            num_updates = self.num_updates + updated
-            corrected = (mean.double() / (1 - self.momentum ** num_updates.double())).float()
-            if self.training:
-                self.num_updates.copy_(num_updates)
-        if self.training:
-            self.acc_sum.copy_(mean)
+            state["num_updates"] = self.num_updates + updated
+        return state
+
+    @torch.no_grad()
+    def _region_weights(self, counts: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """``w_j = 1 / (S_j * D)``, float32 (bins,); 0 where no example of this call fell."""
+        filled = counts > 0
+        mean = state["acc_sum"]
+        if self.bias_correction:
+            mean = (mean.double() / (1 - self.momentum ** state["num_updates"].double())).float()
         divisor = filled.sum() if self.normalize_by == "valid_bins" else self.bins
-        return torch.where(filled, 1 / (corrected * divisor), torch.zeros_like(mean))
+        return torch.where(filled, 1 / (mean * divisor), torch.zeros_like(mean))
+
+    @torch.no_grad()
+    def _write(self, state: dict[str, Tensor], holds: Tensor) -> None:
+        """Keeps ``state``, unless a bad value was met: a refused call leaves nothing behind."""
+        for name, value in state.items():
+            buffer = getattr(self, name)
+            buffer.copy_(torch.where(holds, value, buffer))
 
     def _pool(self, counts: Tensor) -> int:
         """Adds up ``counts`` over all processes in place; returns how many there are."""
@@ -165,6 +181,13 @@ class HarmonizedLoss(nn.Module):
         weights = torch.where(kept, 1 / exact_gradient_density(norms, 1 / self.bins, kept), 0.0)
         parts = weights.split([g.numel() for _, g, _ in examples])
         return [(loss.flatten() * w).sum() for (loss, _, _), w in zip(examples, parts, strict=True)]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes averages that were kept without bias correction as they stand."""
+        acc_sum = state_dict.get(f"{prefix}acc_sum")
+        if self.bias_correction and acc_sum is not None:
+            state_dict.setdefault(f"{prefix}num_updates", (acc_sum > 0).long() * _STEADY)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HarmonizedLoss":
         """Follows ``model.half()`` with everything but the counts, which pass 65504."""

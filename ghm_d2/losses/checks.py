@@ -2,8 +2,8 @@
 
 Types and shapes are checked when the loss is called. Checks that need *values* (a label out of
 range, a NaN) would make a CUDA device wait for the host, so there they become flags on the
-device: the loss turns NaN and :meth:`ValueChecks.raise_if_any` says why at a point where the
-training step synchronises anyway.
+device: the loss turns NaN and :func:`raise_first` says why at a point where the training step
+synchronises anyway.
 """
 
 import math
@@ -12,7 +12,17 @@ import numbers
 import torch
 from torch import Tensor
 
-__all__ = ["ValueChecks", "check_choice", "check_fraction", "check_non_negative", "check_positive"]
+__all__ = [
+    "ValueChecks",
+    "check_bins",
+    "check_choice",
+    "check_flag",
+    "check_floating",
+    "check_fraction",
+    "check_non_negative",
+    "check_positive",
+    "raise_first",
+]
 
 
 def check_bins(bins: int) -> int:
@@ -69,10 +79,10 @@ def check_floating(name: str, value: Tensor) -> None:
 
 
 class ValueChecks:
-    """Collects conditions on tensor values; raises at once on the CPU, later elsewhere."""
+    """The conditions on tensor values of one call; raises at once on the CPU, later elsewhere."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Tensor, str]] = []
+        self._kept: list[tuple[Tensor, str]] = []
 
     def require(self, condition: Tensor, message: str) -> None:
         """Raises ValueError(``message``) where the scalar bool tensor ``condition`` is False.
@@ -83,16 +93,27 @@ class ValueChecks:
             if not condition:
                 raise ValueError(message)
         else:
-            self._pending.append((condition, message))
+            self._kept.append((condition, message))
 
-    def poison(self, loss: Tensor) -> Tensor:
-        """Returns ``loss``, turned NaN on the device where a kept condition does not hold."""
-        for condition, _ in self._pending:
-            loss = torch.where(condition, loss, torch.full_like(loss, math.nan))
-        return loss
+    def all_hold(self, like: Tensor) -> Tensor:
+        """Whether every kept condition holds, a scalar bool tensor on ``like``'s device."""
+        holds = torch.ones((), dtype=torch.bool, device=like.device)
+        for condition, _ in self._kept:
+            holds = holds & condition
+        return holds
 
-    def raise_if_any(self) -> None:
-        """Waits for the device, raises the first kept message that applies, forgets the rest."""
-        pending, self._pending = self._pending, []
-        if pending and not all(holds := torch.stack([c for c, _ in pending]).tolist()):
-            raise ValueError(pending[holds.index(False)][1])
+    def defer_to(self, failures: dict[str, Tensor]) -> None:
+        """Notes in ``failures``, for each message, whether it applies; see :func:`raise_first`."""
+        if torch.compiler.is_compiling():
+            return  # a traced function keeps no tensors; its NaN loss must do
+        for condition, message in self._kept:
+            failed = failures.get(message)
+            failures[message] = ~condition if failed is None else failed | ~condition
+
+
+def raise_first(failures: dict[str, Tensor]) -> None:
+    """Waits for the device, forgets ``failures``, raises the first message that applies."""
+    kept = list(failures.items())
+    failures.clear()
+    if kept and any(failed := torch.stack([flag for _, flag in kept]).tolist()):
+        raise ValueError(kept[failed.index(True)][0])

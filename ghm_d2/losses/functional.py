@@ -147,8 +147,9 @@ def unit_region_index(gradient_norm: Tensor, valid: Tensor | None, bins: int) ->
         int64 of ``gradient_norm``'s shape, in [0, M); M for examples that do not count.
     """
     # The edges are float32 quotients, as in the published code: floor(g * M) puts a g that is one
-    # rounding step below an edge into the next region.
-    edges = torch.arange(1, bins, device=gradient_norm.device).to(torch.float32) / bins
+    # rounding step below an edge into the next region. A CUDA device multiplies float32 by the
+    # rounded reciprocal instead of dividing; from float64 the quotient is right everywhere.
+    edges = (torch.arange(1, bins, device=gradient_norm.device).double() / bins).float()
     region = torch.bucketize(gradient_norm, edges.to(gradient_norm.dtype), right=True)
     return region if valid is None else torch.where(valid, region, bins)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Examples, HarmonizedLoss, example_mask
-from .checks import check_choice, check_floating
+from .checks import ValueChecks, check_choice, check_floating
 from .functional import sigmoid_examples, softmax_examples
 
 __all__ = ["GHMCLoss"]
@@ -114,28 +114,32 @@ class GHMCLoss(HarmonizedLoss):
             )
         device = logits[0].device.type if logits and isinstance(logits[0], Tensor) else "cpu"
         with torch.autocast(device, enabled=False):
-            examples = [self._examples(*each) for each in zip(logits, labels, weights, strict=True)]
-            return self.forward_examples(logits, examples)
+            checks = ValueChecks()
+            examples = [
+                self._examples(*each, checks) for each in zip(logits, labels, weights, strict=True)
+            ]
+            return self.forward_examples(logits, examples, checks)
 
-    def _examples(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Examples:
+    def _examples(
+        self, logits: Tensor, labels: Tensor, weight: Tensor | None, checks: ValueChecks
+    ) -> Examples:
         check_floating("logits", logits)
         if logits.dim() != 2:
             raise ValueError(f"logits must be 2-dimensional, got shape {tuple(logits.shape)}")
         if not isinstance(labels, Tensor):
             raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
         if labels.dim() == 2 and self.activation == "sigmoid":
-            return self._dense_examples(logits, labels, weight)
+            return self._dense_examples(logits, labels, weight, checks)
         if labels.shape != logits.shape[:1]:
             dense = f" or {tuple(logits.shape)}" if self.activation == "sigmoid" else ""
             raise ValueError(
-                f"labels must have shape {tuple(logits.shape[:1])}{dense}, got {tuple(labels.shape)}"
+                f"labels must have shape ({logits.shape[0]},){dense}, got {tuple(labels.shape)}"
             )
         if labels.dtype not in _INTEGERS:
             raise ValueError(f"labels of shape (R,) must be integers, got {labels.dtype}")
         sigmoid = self.activation == "sigmoid"
         background = logits.shape[1] if sigmoid else logits.shape[1] - 1
         labels = labels.long()
-        checks = self._value_checks
         checks.require(
             ((labels >= -1) & (labels <= background)).all(),
             f"labels must lie in [-1, {background}] "
@@ -154,13 +158,14 @@ class GHMCLoss(HarmonizedLoss):
         loss, norm = sigmoid_examples(_without(logits, valid), labels)
         return loss, norm, valid
 
-    def _dense_examples(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Examples:
+    def _dense_examples(
+        self, logits: Tensor, labels: Tensor, weight: Tensor | None, checks: ValueChecks
+    ) -> Examples:
         if labels.shape != logits.shape:
             raise ValueError(
                 f"labels must have shape ({logits.shape[0]},) or {tuple(logits.shape)}, "
                 f"got {tuple(labels.shape)}"
             )
-        checks = self._value_checks
         checks.require(
             ((labels == 0) | (labels == 1)).all(), "labels of shape (R, K) must be 0 or 1"
         )

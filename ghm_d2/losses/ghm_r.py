@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Examples, HarmonizedLoss, example_mask
-from .checks import check_floating, check_positive
+from .checks import ValueChecks, check_floating, check_positive
 from .functional import regression_examples
 
 __all__ = ["GHMRLoss"]
@@ -103,17 +103,22 @@ class GHMRLoss(HarmonizedLoss):
             )
         device = preds[0].device.type if preds and isinstance(preds[0], Tensor) else "cpu"
         with torch.autocast(device, enabled=False):
-            examples = [self._examples(*each) for each in zip(preds, targets, weights, strict=True)]
-            return self.forward_examples(preds, examples)
+            checks = ValueChecks()
+            examples = [
+                self._examples(*each, checks) for each in zip(preds, targets, weights, strict=True)
+            ]
+            return self.forward_examples(preds, examples, checks)
 
-    def _examples(self, pred: Tensor, target: Tensor, weight: Tensor | None) -> Examples:
+    def _examples(
+        self, pred: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
+    ) -> Examples:
         check_floating("pred", pred)
         check_floating("target", target)
         if pred.shape != target.shape:
             raise ValueError(
                 f"target must have pred's shape {tuple(pred.shape)}, got {tuple(target.shape)}"
             )
-        mask = example_mask(weight, pred.shape, self._value_checks)
+        mask = example_mask(weight, pred.shape, checks)
         if mask is not None:
             pred, target = pred.masked_fill(~mask, 0), target.masked_fill(~mask, 0)
         loss, norm = regression_examples(pred, target, self.mu)

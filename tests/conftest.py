@@ -1,0 +1,48 @@
+"""What all tests share: few threads, fixed seeds, the optional material beside the project."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+# Derandomised: a suite that fails on one run in a hundred is read as noise.
+settings.register_profile("ghm", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("ghm")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The optional reference material; tests that need it skip where it is absent."""
+    beside = Path(__file__).resolve().parents[1].parent / "shared"
+    path = Path(os.environ.get("GHM_D2_SHARED") or beside)
+    if not path.is_dir():
+        pytest.skip(f"no reference material at {path}; set GHM_D2_SHARED to its folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def evaluate():
+    """Loss and gradient of a module's call, as the oracle returns them: (float, float64 array)."""
+
+    def run(module, predictions, *others, dtype=torch.float32):
+        x = torch.tensor(predictions, dtype=dtype).requires_grad_()
+        rest = [None if a is None else torch.as_tensor(a) for a in others]
+        loss = module(x, *rest)
+        assert loss.shape == () and loss.requires_grad
+        loss.backward()
+        return loss.item(), x.grad.double().numpy()
+
+    return run

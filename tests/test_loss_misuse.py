@@ -1,0 +1,282 @@
+"""Each misuse of the losses is a ValueError that names the argument."""
+
+import math
+
+import pytest
+import torch
+
+from ghm_d2.losses import GHMCLoss, GHMRLoss, authentic_smooth_l1_loss
+
+NAN, INF = math.nan, math.inf
+MODULES = pytest.mark.parametrize("make", [GHMCLoss, GHMRLoss])
+ACTIVATIONS = pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+
+
+def refuses(name):
+    return pytest.raises(ValueError, match=rf"\b{name}\b")
+
+
+@MODULES
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bins", 0),
+        ("bins", -3),
+        ("bins", 10.0),
+        ("bins", True),
+        ("bins", "10"),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("momentum", NAN),
+        ("loss_weight", -1.0),
+        ("loss_weight", NAN),
+        ("normalize_by", "bins"),
+        ("normalize_by", None),
+        ("density", "approximate"),
+    ],
+)
+def test_constructor(make, name, value):
+    with refuses(name):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("activation", ["tanh", "", None])
+def test_unknown_activation(activation):
+    with refuses("activation"):
+        GHMCLoss(activation=activation)
+
+
+@pytest.mark.parametrize("mu", [0.0, -0.02, NAN])
+def test_mu(mu):
+    with refuses("mu"):
+        GHMRLoss(mu=mu)
+    with refuses("mu"):
+        authentic_smooth_l1_loss(torch.zeros(2), torch.zeros(2), mu)
+
+
+def test_unknown_reduction():
+    with refuses("reduction"):
+        authentic_smooth_l1_loss(torch.zeros(2), torch.zeros(2), reduction="average")
+
+
+def classification(activation, **changes):
+    """Four rows of three columns; -1 ... K are all there."""
+    top = 2 if activation == "softmax" else 3
+    labels = torch.tensor([0, top, -1, 1])
+    call = {"logits": torch.randn(4, 3), "labels": labels, "weight": None, **changes}
+    loss_fn = GHMCLoss(activation=activation)
+    return loss_fn, lambda: loss_fn(call["logits"], call["labels"], call["weight"])
+
+
+def assert_refused(name, loss_fn, call):
+    with refuses(name):
+        call()
+    assert not loss_fn.acc_sum.any(), "a refused call must leave the running counts alone"
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.zeros(4, 3, dtype=torch.int64),
+        torch.zeros(4, 3, dtype=torch.bool),
+        torch.zeros(4, 3, dtype=torch.complex64),
+        torch.zeros(4),
+        torch.zeros(4, 3, 1),
+        torch.tensor(0.0),
+    ],
+    ids=lambda x: f"{x.dtype}{list(x.shape)}",
+)
+def test_logits_type_and_dimensions(activation, logits):
+    assert_refused("logits", *classification(activation, logits=logits))
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.zeros(5, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(4, 2, dtype=torch.int64),
+        torch.zeros(3, 4, dtype=torch.int64),
+        torch.zeros(4, 3, 1, dtype=torch.int64),
+        torch.tensor(0),
+        torch.zeros(4),
+        torch.tensor([0, 4, 1, 1]),
+        torch.tensor([0, -2, 1, 1]),
+    ],
+    ids=lambda t: f"{t.dtype}{list(t.shape)}{t.flatten()[:4].tolist()}",
+)
+def test_integer_labels(activation, labels):
+    assert_refused("labels", *classification(activation, labels=labels))
+
+
+def test_the_largest_label_is_k():
+    for activation, beyond in (("sigmoid", 4), ("softmax", 3)):
+        labels = torch.tensor([0, beyond, 1, 1])
+        assert_refused("labels", *classification(activation, labels=labels))
+        labels[1] -= 1
+        _, call = classification(activation, labels=labels)
+        assert torch.isfinite(call())
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.5, 2.0, NAN])
+def test_dense_labels_are_zero_or_one(value):
+    labels = torch.zeros(4, 3)
+    labels[1, 2] = value
+    assert_refused("labels", *classification("sigmoid", labels=labels))
+
+
+def test_dense_labels_do_not_suit_softmax():
+    assert_refused("labels", *classification("softmax", labels=torch.zeros(4, 3)))
+    labels = torch.zeros(4, 3, dtype=torch.int64)
+    assert_refused("labels", *classification("softmax", labels=labels))
+
+
+BAD_WEIGHTS = [
+    torch.ones(5),
+    torch.ones(1),
+    torch.ones(4, 1),
+    torch.ones(3, 4),
+    torch.tensor(1.0),
+    torch.tensor([1.0, -1.0, 1.0, 1.0]),
+    torch.tensor([1.0, NAN, 1.0, 1.0]),
+]
+WEIGHTS = pytest.mark.parametrize(
+    "weight", BAD_WEIGHTS, ids=lambda w: f"{list(w.shape)}{w.flatten()[:4].tolist()}"
+)
+
+
+@ACTIVATIONS
+@WEIGHTS
+def test_weight_of_ghm_c(activation, weight):
+    assert_refused("weight", *classification(activation, weight=weight))
+
+
+@WEIGHTS
+def test_weight_of_ghm_r(weight):
+    loss_fn = GHMRLoss()
+    pred, target = torch.randn(4, 3), torch.zeros(4, 3)
+    assert_refused("weight", loss_fn, lambda: loss_fn(pred, target, weight))
+
+
+def refused_or_finite(name, loss_fn, call, predictions):
+    """Either a ValueError naming the argument, or a finite loss with finite gradients."""
+    try:
+        loss = call()
+    except ValueError as error:
+        assert name in str(error)
+    else:
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(predictions.grad).all()
+    assert torch.isfinite(loss_fn.acc_sum).all()
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logits_that_are_not_finite(activation, value, dtype):
+    logits = torch.randn(4, 3)
+    logits[0, 1] = value
+    logits = logits.to(dtype).requires_grad_()
+    loss_fn, call = classification(activation, logits=logits)
+    refused_or_finite("logits", loss_fn, call, logits)
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("by", ["label", "weight"])
+def test_ignored_logits_need_not_be_finite(activation, value, by):
+    # an ignored row is a removed row, whatever it holds
+    clean = torch.randn(4, 3)
+    logits, kept = clean.clone(), torch.tensor([True, True, False, True])
+    logits[2] = value
+    logits.requires_grad_()
+    labels, weight = torch.tensor([0, 1, 1, 2]), kept.float()
+    if by == "label":
+        labels[2], weight = -1, None
+    loss_fn = GHMCLoss(activation=activation)
+    loss = loss_fn(logits, labels, weight)
+    loss.backward()
+    expected = GHMCLoss(activation=activation)(clean[kept], labels[kept])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.isfinite(logits.grad).all() and not logits.grad[2].any()
+
+
+@ACTIVATIONS
+def test_nan_logits_are_refused_where_they_count(activation):
+    # a NaN has no region: no finite loss could be right
+    logits = torch.randn(4, 3)
+    logits[0, 1] = NAN
+    assert_refused("logits", *classification(activation, logits=logits))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["pred", "target"])
+def test_boxes_that_are_not_finite(name, value):
+    tensors = {"pred": torch.randn(2, 4), "target": torch.randn(2, 4)}
+    tensors[name][0, 1] = value
+    pred = tensors["pred"].requires_grad_()
+    loss_fn = GHMRLoss()
+    refused_or_finite(name, loss_fn, lambda: loss_fn(pred, tensors["target"]), pred)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["pred", "target"])
+def test_dropped_boxes_need_not_be_finite(name, value):
+    # such as the infinite target of a zero-size box
+    clean = {"pred": torch.randn(2, 4), "target": torch.randn(2, 4)}
+    tensors = {key: tensor.clone() for key, tensor in clean.items()}
+    tensors[name][0, 1] = value
+    pred = tensors["pred"].requires_grad_()
+    loss = GHMRLoss()(pred, tensors["target"], torch.tensor([0.0, 1.0]))
+    loss.backward()
+    expected = GHMRLoss()(clean["pred"][1:], clean["target"][1:])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.isfinite(pred.grad).all() and not pred.grad[0].any()
+
+
+@pytest.mark.parametrize("name", ["pred", "target"])
+def test_nan_boxes_are_refused_where_they_count(name):
+    tensors = {"pred": torch.randn(2, 4), "target": torch.randn(2, 4)}
+    tensors[name][0, 1] = NAN
+    loss_fn = GHMRLoss()
+    assert_refused(name, loss_fn, lambda: loss_fn(tensors["pred"], tensors["target"]))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (5, 4), (4, 1), (4,), (16,)])
+def test_target_of_another_shape(shape):
+    loss_fn = GHMRLoss()
+    assert_refused("target", loss_fn, lambda: loss_fn(torch.zeros(4, 4), torch.zeros(shape)))
+    with refuses("target"):
+        authentic_smooth_l1_loss(torch.zeros(4, 4), torch.zeros(shape))
+
+
+def test_boxes_must_be_floating():
+    loss_fn = GHMRLoss()
+    whole = torch.zeros(4, 4, dtype=torch.int64)
+    assert_refused("pred", loss_fn, lambda: loss_fn(whole, torch.zeros(4, 4)))
+    assert_refused("target", loss_fn, lambda: loss_fn(torch.zeros(4, 4), whole))
+
+
+@pytest.mark.parametrize("name", ["labels", "weights"])
+def test_pooled_lists_of_different_length(name):
+    lists = {
+        "logits": [torch.zeros(2, 3)] * 2,
+        "labels": [torch.zeros(2, dtype=torch.int64)] * 2,
+        "weights": [torch.ones(2)] * 2,
+    }
+    lists[name] = lists[name][:1]
+    loss_fn = GHMCLoss()
+    # the argument may be named with or without its plural ending
+    with pytest.raises(ValueError, match=name.removesuffix("s")):
+        loss_fn.forward_pooled(*lists.values())
+    assert not loss_fn.acc_sum.any()
+
+
+def test_one_bad_tensor_refuses_the_whole_pool():
+    loss_fn = GHMCLoss()
+    good, bad = torch.tensor([0, 1]), torch.tensor([0, 9])
+    with refuses("labels"):
+        loss_fn.forward_pooled([torch.zeros(2, 3)] * 2, [good, bad])
+    assert not loss_fn.acc_sum.any()

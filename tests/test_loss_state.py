@@ -1,0 +1,285 @@
+"""The running counts: when they are written, how they are saved, what they count."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+
+from ghm_d2.losses import GHMCLoss, GHMRLoss
+
+
+def cls_call(rng, rows=30, bins=30, activation="sigmoid"):
+    x, labels = ref.draw_logits(rng, rows, 3, bins, activation=activation)
+    return torch.tensor(x).requires_grad_(), torch.tensor(labels)
+
+
+def softmax_call(rng, rows=30, bins=30):
+    return cls_call(rng, rows, bins, "softmax")
+
+
+def box_call(rng, rows=30, bins=10):
+    pred, target = ref.draw_boxes(rng, rows, bins)
+    return torch.tensor(pred).requires_grad_(), torch.tensor(target)
+
+
+def softmax_loss(*args, **kwargs):
+    return GHMCLoss(*args, activation="softmax", **kwargs)
+
+
+KINDS = pytest.mark.parametrize(
+    ("make", "call"),
+    [(GHMCLoss, cls_call), (softmax_loss, softmax_call), (GHMRLoss, box_call)],
+    ids=["ghm_c", "ghm_c_softmax", "ghm_r"],
+)
+SWITCHES = pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"momentum": 0.0},
+        {"bias_correction": True},
+        {"decay_empty_bins": True},
+        {"decay_empty_bins": True, "bias_correction": True, "normalize_by": "all_bins"},
+    ],
+    ids=lambda s: "-".join(s) or "default",
+)
+
+
+@KINDS
+def test_the_buffer_is_float32_and_saved(make, call):
+    loss_fn = make(bins=7)
+    assert loss_fn.acc_sum.dtype == torch.float32 and loss_fn.acc_sum.shape == (7,)
+    assert not loss_fn.acc_sum.any()
+    loss_fn(*call(np.random.default_rng(0), bins=7))
+    assert torch.equal(loss_fn.state_dict()["acc_sum"], loss_fn.acc_sum)
+    assert loss_fn.acc_sum.any()
+    assert not list(loss_fn.parameters())
+
+
+@KINDS
+@pytest.mark.parametrize("move", ["half", "bfloat16", "double"])
+def test_casting_the_model_leaves_the_buffer_in_float32(make, call, move):
+    plain, cast = make(), getattr(torch.nn.ModuleDict({"loss": make()}), move)()["loss"]
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        inputs = call(rng)
+        assert torch.equal(plain(*inputs), cast(*inputs))
+    assert cast.acc_sum.dtype == torch.float32
+    assert torch.equal(plain.acc_sum, cast.acc_sum)
+    # and once more when the counts are there already
+    getattr(cast, move)()
+    assert torch.equal(plain.acc_sum, cast.acc_sum)
+
+
+@KINDS
+@SWITCHES
+def test_eval_writes_nothing_and_equals_the_training_call(make, call, switches):
+    rng = np.random.default_rng(2)
+    loss_fn = make(**switches)
+    for rows in (30, 2, 30):
+        inputs = call(rng, rows)
+        before = copy.deepcopy(loss_fn.state_dict())
+        loss_fn.eval()
+        losses = [loss_fn(*inputs), loss_fn(*inputs)]
+        grads = [torch.autograd.grad(loss, inputs[0])[0] for loss in losses]
+        after = loss_fn.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        trained = loss_fn.train()(*inputs)
+        (grad,) = torch.autograd.grad(trained, inputs[0])
+        assert torch.equal(losses[0], trained) and torch.equal(losses[1], trained)
+        assert torch.equal(grads[0], grad) and torch.equal(grads[1], grad)
+
+
+@KINDS
+@SWITCHES
+def test_a_saved_state_continues_exactly(make, call, switches):
+    rng = np.random.default_rng(3)
+    whole = make(**switches)
+    for rows in (30, 3):
+        whole(*call(rng, rows))
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    resumed = make(**switches)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for rows in (3, 30):
+        inputs = call(rng, rows)
+        assert torch.equal(resumed(*inputs), whole(*inputs))
+    assert torch.equal(resumed.acc_sum, whole.acc_sum)
+
+
+@KINDS
+@SWITCHES
+def test_a_call_without_examples_is_zero_and_changes_nothing(make, call, switches):
+    rng = np.random.default_rng(5)
+    loss_fn, other = make(**switches), make(**switches)
+    inputs = call(rng)
+    loss_fn(*inputs), other(*inputs)
+    before = copy.deepcopy(loss_fn.state_dict())
+    for rows, weight in ((0, None), (0, torch.zeros(0)), (4, torch.zeros(4))):
+        predictions, targets = call(rng, rows)
+        loss = loss_fn(predictions, targets, weight)
+        loss.backward()
+        assert loss.shape == () and loss.item() == 0
+        assert predictions.grad.shape == predictions.shape and not predictions.grad.any()
+        assert all(torch.equal(before[k], v) for k, v in loss_fn.state_dict().items())
+    following = call(rng)
+    assert torch.equal(loss_fn(*following), other(*following))
+
+
+@pytest.mark.parametrize("make", [GHMCLoss, softmax_loss])
+def test_all_labels_ignored_is_a_call_without_examples(make):
+    logits = torch.randn(5, 4, requires_grad=True)
+    loss_fn = make()
+    loss = loss_fn(logits, torch.full((5,), -1))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any() and not loss_fn.acc_sum.any()
+
+
+@KINDS
+def test_pooling_one_tensor_is_the_plain_call_and_pooling_none_is_zero(make, call):
+    pooled, plain = make(), make()
+    rng = np.random.default_rng(6)
+    predictions, targets = call(rng)
+    loss = plain(predictions, targets)
+    assert torch.equal(pooled.forward_pooled([predictions], [targets]), loss)
+    assert torch.equal(pooled.acc_sum, plain.acc_sum)
+    empty = [call(rng, 0) for _ in range(2)]
+    loss = pooled.forward_pooled([p for p, _ in empty], [t for _, t in empty])
+    loss.backward()
+    assert loss.shape == () and loss.item() == 0 and torch.equal(pooled.acc_sum, plain.acc_sum)
+
+
+@KINDS
+def test_pooling_in_eval_mode_writes_nothing(make, call):
+    rng = np.random.default_rng(7)
+    loss_fn = make()
+    loss_fn(*call(rng))
+    before = loss_fn.acc_sum.clone()
+    parts = [call(rng, rows) for rows in (9, 2)]
+    pooled = [list(column) for column in zip(*parts, strict=True)]
+    loss = loss_fn.eval().forward_pooled(*pooled)
+    assert torch.equal(loss_fn.acc_sum, before)
+    assert torch.equal(loss_fn.train().forward_pooled(*pooled), loss)
+
+
+# One call of `n` examples in region 0 (g = 0), of `n` in the last one (g = 1): exact counts.
+def ends(low, high):
+    pred = torch.tensor([0.0] * low + [1e6] * high, requires_grad=True)
+    return pred, torch.zeros(low + high)
+
+
+@pytest.mark.parametrize(("decay", "kept"), [(False, 4.0), (True, 1.0)])
+def test_only_decay_lowers_the_count_of_an_empty_region(decay, kept):
+    loss_fn = GHMRLoss(momentum=0.5, decay_empty_bins=decay)
+    for call in (ends(8, 2), ends(0, 2), ends(0, 2)):
+        loss_fn(*call)
+    expected = torch.zeros(10)
+    expected[0], expected[-1] = kept, 1.75
+    assert torch.equal(loss_fn.acc_sum, expected)
+
+
+def test_first_loss_is_too_large_without_bias_correction():
+    # DESIGN: the average starts at zero, so the first weight is 1 / (1 - alpha) too large
+    inputs = ends(6, 4)
+    plain = GHMRLoss(momentum=0.0)(*inputs).item()
+    assert GHMRLoss(momentum=0.75)(*inputs).item() == pytest.approx(plain / 0.25, rel=1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("decay", [False, True])
+def test_bias_correction_starts_a_constant_stream_at_its_steady_value(make, call, decay):
+    inputs = call(np.random.default_rng(8))
+    steady = make(momentum=0.0)(*inputs).item()
+    loss_fn = make(momentum=0.9, bias_correction=True, decay_empty_bins=decay)
+    for _ in range(5):
+        assert loss_fn(*inputs).item() == pytest.approx(steady, rel=1e-5)
+
+
+def test_bias_correction_counts_the_updates_of_each_region():
+    # region 0 is seen in the first call alone, the last region in all three
+    def run(decay):
+        loss_fn = GHMRLoss(momentum=0.5, bias_correction=True, decay_empty_bins=decay)
+        for call in (ends(8, 2), ends(0, 2), ends(0, 2)):
+            loss_fn(*call)
+        pred, target = ends(4, 2)
+        with torch.no_grad():
+            pred[:4] = 0.002  # g = 0.0995: still region 0, but with a gradient
+        loss_fn.eval()(pred, target).backward()
+        slope = ref.asl1_examples(pred.detach(), target, mu=0.02).gradient
+        return pred.grad[0].item() / slope[0]
+
+    # without decay: S = (4 + 4) / 2 = 4, two updates; with it: S = (1 + 4) / 2 = 2.5, four
+    assert run(False) == pytest.approx(0.75 / (4 * 2), rel=1e-5)
+    assert run(True) == pytest.approx((15 / 16) / (2.5 * 2), rel=1e-5)
+
+
+@KINDS
+def test_sync_in_a_single_process_changes_nothing(make, call):
+    rng = np.random.default_rng(9)
+    alone, synced = make(), make(sync=True)
+    for _ in range(2):
+        inputs = call(rng)
+        assert torch.equal(synced(*inputs), alone(*inputs))
+    assert torch.equal(synced.acc_sum, alone.acc_sum)
+
+
+SHARES = (20, 0), (3, 17), (0, 0)  # rows of each of two processes, for each call
+
+
+def share_of_process(rank, folder):
+    """What one of two processes computes: (losses, gradients, running counts)."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    rng, loss_fn, losses, grads = np.random.default_rng(10), GHMCLoss(sync=True), [], []
+    for rows in SHARES:
+        logits, labels = [cls_call(rng, n) for n in rows][rank]
+        loss = loss_fn(logits, labels)
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(logits.grad)
+    torch.save((losses, grads, loss_fn.acc_sum), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_the_mean_of_two_synced_processes_is_one_process_with_all_examples(tmp_path):
+    torch.multiprocessing.spawn(share_of_process, (tmp_path,), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    rng, oracle = np.random.default_rng(10), ref.ghm_c()
+    for i, rows in enumerate(SHARES):
+        parts = [[a.detach().numpy() for a in cls_call(rng, n)] for n in rows]
+        loss, grads = oracle.pooled(parts)
+        assert (one[0][i] + two[0][i]).item() / 2 == pytest.approx(loss, rel=1e-5)
+        np.testing.assert_allclose(one[1][i] / 2, grads[0], rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(two[1][i] / 2, grads[1], rtol=1e-5, atol=1e-8)
+    assert torch.equal(one[2], two[2])
+    np.testing.assert_allclose(one[2], oracle.counts.sums, rtol=1e-5)
+
+
+def test_a_copy_has_its_own_counts():
+    loss_fn = GHMRLoss()
+    twin = copy.deepcopy(loss_fn)
+    loss_fn(*ends(3, 3))
+    assert not twin.acc_sum.any()
+
+
+def test_counts_are_exact_above_two_to_the_24():
+    n = 2**24 + 6  # a float32 sum of ones stops at 2^24
+    loss_fn = GHMRLoss(bins=1, momentum=0.75)
+    with torch.no_grad():
+        loss = loss_fn(torch.zeros(1).expand(n), torch.zeros(1).expand(n))
+    assert loss_fn.acc_sum.item() == n / 4  # exact in float32
+    assert loss.item() == 0
+
+
+def test_counts_of_logits_are_exact_above_two_to_the_24():
+    n = 2**24 + 6
+    loss_fn = GHMCLoss(bins=2, momentum=0.75)
+    with torch.no_grad():
+        logits = torch.full((n, 1), -5.0)
+        loss_fn(logits, torch.ones(1, dtype=torch.int64).expand(n))
+    assert loss_fn.acc_sum.tolist() == [n / 4, 0.0]

@@ -1,0 +1,107 @@
+"""The README's commands run as they stand, but for fewer and smaller steps."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ROOT, coco_content, tiny_pairs, write_coco
+
+TEXT = (ROOT / "README.md").read_text()
+SHELL = [block.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)]
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+MAKE = [c for c in SHELL if c.startswith("make ")]
+TRAIN = [c for c in SHELL if c.startswith("python train_net.py ")]
+COCO_CLASSES = tuple(f"class {k}" for k in range(80))
+
+
+def run(words, folder, **environment):
+    """Runs a command in ``folder`` with this interpreter; returns its output, or fails with it."""
+    done = subprocess.run(
+        [sys.executable if word == "python" else word for word in words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder that looks like the checkout, beside COCO-format data as the README names it."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("train_net.py", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in ("train", "val"):
+        write_coco(folder / "data", name)
+    coco = folder / "datasets" / "coco"
+    for name in ("train2017", "val2017"):
+        write_coco(coco, f"instances_{name}", coco_content(6, COCO_CLASSES))
+        shutil.copytree(coco / "images", coco / name)
+        (coco / "annotations").mkdir(exist_ok=True)
+        (coco / f"instances_{name}.json").rename(coco / "annotations" / f"instances_{name}.json")
+    return folder
+
+
+def test_every_shell_command_is_tested():
+    assert TRAIN and MAKE and set(SHELL) == set(TRAIN) | set(MAKE)
+
+
+def test_train_net_commands_run(checkout):
+    """In the README's order: the evaluation needs what the training before it wrote."""
+    pairs = {key: value for key, value in zip(*[iter(tiny_pairs())] * 2, strict=True)}
+    for command in TRAIN:
+        words = shlex.split(command.replace("--num-gpus 8", "--num-gpus 1"))
+        kept = {k: v for k, v in pairs.items() if not (k == "MODEL.WEIGHTS" and k in words)}
+        output = run([*words, *(word for pair in kept.items() for word in pair)], checkout)
+        # Two steps on noise find nothing, which Detectron2 reports in a sentence of its own.
+        assert "Evaluation results for bbox" in output or "No predictions" in output, output[-2000:]
+    assert (checkout / "output" / "model_final.pth").exists()
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_python_examples_run(block, tmp_path):
+    assert PYTHON
+    run(["python", "-c", block], tmp_path, PYTHONPATH=str(ROOT))
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_make_targets_exist(command):
+    assert shutil.which("make")
+    run([*shlex.split(command), "--dry-run"], ROOT)
+
+
+def test_links_lead_somewhere():
+    anchors = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).strip().replace(" ", "-")
+        for line in TEXT.splitlines()
+        if line.startswith("#")
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", re.findall(r"`(configs/[\w/.]+\.yaml)`", TEXT))
+def test_named_configs_exist(path):
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.slow
+def test_quick_start_whole(tmp_path):
+    """The command of the quick start, from a fresh clone to its summary, with the promised AP."""
+    run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone")], tmp_path)
+    output = run(["make", "quickstart"], tmp_path / "clone")
+    ap50 = float(re.findall(r"AP50[^\d]*([\d.]+)", output)[-1])
+    assert ap50 >= 50
+    assert Path(tmp_path / "clone" / "output").is_dir()
