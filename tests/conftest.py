@@ -9,6 +9,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Without a GPU, Triton's interpreter runs the CUDA kernels; it must be asked before Triton is
+# imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 # Derandomised: a suite that fails on one run in a hundred is read as noise.

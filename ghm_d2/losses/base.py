@@ -17,15 +17,12 @@ from .checks import (
     raise_first,
 )
 from .density import exact_gradient_density
-from .functional import count_unit_regions, harmonized_sum, unit_region_index
+from .examples import EagerExamples, Examples
 
 __all__ = ["HarmonizedLoss", "raise_deferred_errors"]
 
 # So many updates that 1 - alpha^n is 1.
 _STEADY = 1 << 40
-
-# Loss, gradient norm (both of the examples' shape) and mask (broadcastable, or None) of one tensor.
-Examples = tuple[Tensor, Tensor, Tensor | None]
 
 
 class HarmonizedLoss(nn.Module):
@@ -90,13 +87,13 @@ class HarmonizedLoss(nn.Module):
         raise_first(self._failures)
 
     def forward_examples(
-        self, inputs: Sequence[Tensor], examples: Sequence[Examples], checks: ValueChecks
+        self, inputs: Sequence[Tensor], examples: Sequence[Examples | None], checks: ValueChecks
     ) -> Tensor:
         """One histogram, one update and one loss over the examples of all tensors.
 
         Args:
             inputs: the predictions, named only to keep an empty loss on their graph.
-            examples: ``(loss, gradient_norm, valid)`` of each tensor.
+            examples: those of each input, None for one without any.
             checks: what has been required of the arguments so far.
 
         Returns:
@@ -104,23 +101,19 @@ class HarmonizedLoss(nn.Module):
         """
         # Sums over nothing are 0, and keep the prediction on the graph: DDP waits for all of them.
         terms = [x.sum(dtype=torch.float32) for x in inputs if not x.numel()]
-        examples = [each for each in examples if each[0].numel()]
+        examples = [each for each in examples if each is not None]
         scale = self.loss_weight
         state = None
         if self.density == "exact":
             terms += self._exact_terms(examples)
         else:
-            regions = [unit_region_index(g, valid, self.bins) for _, g, valid in examples]
             counts = torch.zeros_like(self.acc_sum, dtype=torch.int64)
-            for region in regions:
-                counts += count_unit_regions(region, self.bins)
+            for each in examples:
+                counts += each.counts(self.bins)
             scale *= self._pool(counts)
             state = self._updated(counts)
             weights = self._region_weights(counts, state)
-            terms += [
-                harmonized_sum(loss, region, weights)
-                for (loss, _, _), region in zip(examples, regions, strict=True)
-            ]
+            terms += [each.weighted_sum(weights) for each in examples]
         loss = sum(terms, start=self.acc_sum.new_zeros(())) * scale
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
         holds = checks.all_hold(loss)
@@ -169,18 +162,20 @@ class HarmonizedLoss(nn.Module):
         dist.all_reduce(counts)
         return dist.get_world_size()
 
-    def _exact_terms(self, examples: Sequence[Examples]) -> list[Tensor]:
+    def _exact_terms(self, examples: Sequence[EagerExamples]) -> list[Tensor]:
         if not examples:
             return []
-        norms = torch.cat([g.flatten() for _, g, _ in examples])
+        norms = torch.cat([each.gradient_norm.flatten() for each in examples])
         masks = [
-            torch.ones_like(g, dtype=torch.bool) if valid is None else valid.expand_as(g)
-            for _, g, valid in examples
+            torch.ones_like(each.gradient_norm, dtype=torch.bool)
+            if each.valid is None
+            else each.valid.expand_as(each.gradient_norm)
+            for each in examples
         ]
-        kept = torch.cat([m.flatten() for m in masks])
+        kept = torch.cat([mask.flatten() for mask in masks])
         weights = torch.where(kept, 1 / exact_gradient_density(norms, 1 / self.bins, kept), 0.0)
-        parts = weights.split([g.numel() for _, g, _ in examples])
-        return [(loss.flatten() * w).sum() for (loss, _, _), w in zip(examples, parts, strict=True)]
+        parts = weights.split([each.loss.numel() for each in examples])
+        return [(each.loss.flatten() * w).sum() for each, w in zip(examples, parts, strict=True)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes averages that were kept without bias correction as they stand."""

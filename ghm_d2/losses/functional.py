@@ -135,6 +135,16 @@ def softmax_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, -torch.expm1(-loss.detach())
 
 
+def unit_region_edges(bins: int, device: torch.device | str = "cpu") -> Tensor:
+    """The edges j / M, float32 (M + 1,).
+
+    The published code compares with float32 quotients; floor(g * M) puts a g that is one rounding
+    step off an edge into the wrong region for most M. A CUDA device multiplies float32 by the
+    rounded reciprocal instead of dividing; from float64 the quotient is right everywhere.
+    """
+    return (torch.arange(bins + 1, device=device).double() / bins).float()
+
+
 def unit_region_index(gradient_norm: Tensor, valid: Tensor | None, bins: int) -> Tensor:
     """The unit region of each example: j where ``j/M <= g < (j+1)/M``, the last region closed.
 
@@ -146,10 +156,7 @@ def unit_region_index(gradient_norm: Tensor, valid: Tensor | None, bins: int) ->
     Returns:
         int64 of ``gradient_norm``'s shape, in [0, M); M for examples that do not count.
     """
-    # The edges are float32 quotients, as in the published code: floor(g * M) puts a g that is one
-    # rounding step below an edge into the next region. A CUDA device multiplies float32 by the
-    # rounded reciprocal instead of dividing; from float64 the quotient is right everywhere.
-    edges = (torch.arange(1, bins, device=gradient_norm.device).double() / bins).float()
+    edges = unit_region_edges(bins, gradient_norm.device)[1:-1]
     region = torch.bucketize(gradient_norm, edges.to(gradient_norm.dtype), right=True)
     return region if valid is None else torch.where(valid, region, bins)
 

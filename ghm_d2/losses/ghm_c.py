@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Examples, HarmonizedLoss, example_mask
+from .base import HarmonizedLoss, example_mask
 from .checks import ValueChecks, check_choice, check_floating
+from .examples import EagerExamples, Examples, FusedExamples
 from .functional import sigmoid_examples, softmax_examples
+from .fused import sigmoid_kernel
 
 __all__ = ["GHMCLoss"]
 
@@ -122,7 +124,7 @@ class GHMCLoss(HarmonizedLoss):
 
     def _examples(
         self, logits: Tensor, labels: Tensor, weight: Tensor | None, checks: ValueChecks
-    ) -> Examples:
+    ) -> Examples | None:
         check_floating("logits", logits)
         if logits.dim() != 2:
             raise ValueError(f"logits must be 2-dimensional, got shape {tuple(logits.shape)}")
@@ -145,22 +147,18 @@ class GHMCLoss(HarmonizedLoss):
             f"labels must lie in [-1, {background}] "
             f"(-1 = ignored, {background} = background); they hold a value outside",
         )
-        valid = labels >= 0
+        shape = logits.shape if sigmoid else labels.shape
+        keep = example_mask(weight, shape, checks)
         if logits.numel() == 0:
-            return logits.float(), logits.float(), None
-        if not sigmoid:
-            mask = example_mask(weight, labels.shape, checks)
-            valid = valid if mask is None else valid & mask
-            loss, norm = softmax_examples(_without(logits, valid.unsqueeze(1)), labels)
-            return loss, norm, valid
-        mask = example_mask(weight, logits.shape, checks)
-        valid = valid.unsqueeze(1) if mask is None else valid.unsqueeze(1) & mask
-        loss, norm = sigmoid_examples(_without(logits, valid), labels)
-        return loss, norm, valid
+            return None
+        if sigmoid:
+            return self._sigmoid_examples(logits, labels, keep)
+        valid = labels >= 0 if keep is None else (labels >= 0) & keep
+        return EagerExamples(*softmax_examples(_without(logits, valid.unsqueeze(1)), labels), valid)
 
     def _dense_examples(
         self, logits: Tensor, labels: Tensor, weight: Tensor | None, checks: ValueChecks
-    ) -> Examples:
+    ) -> Examples | None:
         if labels.shape != logits.shape:
             raise ValueError(
                 f"labels must have shape ({logits.shape[0]},) or {tuple(logits.shape)}, "
@@ -169,9 +167,23 @@ class GHMCLoss(HarmonizedLoss):
         checks.require(
             ((labels == 0) | (labels == 1)).all(), "labels of shape (R, K) must be 0 or 1"
         )
-        mask = example_mask(weight, logits.shape, checks)
-        loss, norm = sigmoid_examples(logits if mask is None else _without(logits, mask), labels)
-        return loss, norm, mask
+        keep = example_mask(weight, logits.shape, checks)
+        return self._sigmoid_examples(logits, labels, keep) if logits.numel() else None
+
+    def _sigmoid_examples(self, logits: Tensor, labels: Tensor, keep: Tensor | None) -> Examples:
+        if self.density == "unit_region":
+            flat = logits.contiguous().view(-1)
+            kernel = sigmoid_kernel(flat.detach(), labels, keep, self.bins)
+            if kernel is not None:
+                return FusedExamples(flat, kernel)
+        valid = keep
+        if labels.dim() == 1:
+            valid = (
+                (labels >= 0).unsqueeze(1) if keep is None else (labels >= 0).unsqueeze(1) & keep
+            )
+        if valid is not None:
+            logits = _without(logits, valid)
+        return EagerExamples(*sigmoid_examples(logits, labels), valid)
 
 
 def _without(logits: Tensor, valid: Tensor) -> Tensor:

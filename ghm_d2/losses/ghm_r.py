@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Examples, HarmonizedLoss, example_mask
+from .base import HarmonizedLoss, example_mask
 from .checks import ValueChecks, check_floating, check_positive
+from .examples import EagerExamples, Examples, FusedExamples
 from .functional import regression_examples
+from .fused import regression_kernel
 
 __all__ = ["GHMRLoss"]
 
@@ -111,15 +113,23 @@ class GHMRLoss(HarmonizedLoss):
 
     def _examples(
         self, pred: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
-    ) -> Examples:
+    ) -> Examples | None:
         check_floating("pred", pred)
         check_floating("target", target)
         if pred.shape != target.shape:
             raise ValueError(
                 f"target must have pred's shape {tuple(pred.shape)}, got {tuple(target.shape)}"
             )
-        mask = example_mask(weight, pred.shape, checks)
-        if mask is not None:
-            pred, target = pred.masked_fill(~mask, 0), target.masked_fill(~mask, 0)
-        loss, norm = regression_examples(pred, target, self.mu)
-        return loss, norm, mask
+        keep = example_mask(weight, pred.shape, checks)
+        if pred.numel() == 0:
+            return None
+        if self.density == "unit_region":
+            flat = pred.contiguous().view(-1)
+            mask = None if keep is None else keep.expand_as(pred).flatten()
+            other = target.detach().contiguous().view(-1)
+            kernel = regression_kernel(flat.detach(), other, mask, self.mu, self.bins)
+            if kernel is not None:
+                return FusedExamples(flat, kernel)
+        if keep is not None:
+            pred, target = pred.masked_fill(~keep, 0), target.masked_fill(~keep, 0)
+        return EagerExamples(*regression_examples(pred, target, self.mu), keep)

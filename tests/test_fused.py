@@ -1,0 +1,240 @@
+"""The fused kernels against the eager path, which the oracle's tests hold to the formulas."""
+
+import pytest
+import torch
+
+from ghm_d2.losses import GHMCLoss, GHMRLoss, fused
+from ghm_d2.losses.blocked import BLOCK, map_spans
+from ghm_d2.losses.functional import (
+    count_unit_regions,
+    harmonized_sum,
+    regression_examples,
+    sigmoid_examples,
+    unit_region_index,
+)
+
+MU = 0.02
+HALVES = [torch.float32, torch.float16, torch.bfloat16]
+# One example, part of a block, and several blocks with a part at the end.
+SHAPES = [(1, 1), (37, 3), (BLOCK // 20 + 1, 20), (3 * BLOCK // 8 + 5, 8)]
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def classification(shape, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=g) * 4).to(dtype)
+    labels = torch.randint(-1, shape[1] + 1, shape[:1], generator=g)
+    return logits, labels
+
+
+def eager_sigmoid(logits, labels, valid, bins, weights):
+    """Counts, weighted loss and its gradient, in float64 from the rounded inputs."""
+    x = logits.double().requires_grad_()
+    loss, norm = sigmoid_examples(x, labels)
+    region = unit_region_index(norm.float(), valid, bins)
+    total = harmonized_sum(loss, region, weights)
+    total.backward()
+    return count_unit_regions(region, bins), total.detach(), x.grad
+
+
+def check(kernel, expected, weights, dtype, off_by=0):
+    """``off_by``: examples that may lie in a neighbour region, beside its edge."""
+    counts, total, grad = expected
+    bins, device = weights.numel(), kernel.prediction.device
+    assert kernel.counts(bins).dtype == torch.int64
+    assert (kernel.counts(bins).cpu() - counts).abs().sum() <= 2 * off_by
+    gradient = torch.full((grad.numel(),), torch.nan, dtype=dtype, device=device)
+    weights = weights.to(device)
+    got = kernel.loss_and_gradient(weights, gradient).cpu()
+    gradient = gradient.cpu()
+    torch.testing.assert_close(got.double(), total, rtol=1e-5, atol=1e-6)
+    if not off_by:
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(gradient.double().view_as(grad), grad, rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(
+        kernel.loss_and_gradient(weights, None).cpu(), got, rtol=1e-6, atol=0
+    )
+
+
+def smooth_weights(bins):
+    """Close for neighbours, so that an example on the wrong side of an edge changes little."""
+    return 1 + torch.linspace(0, 1, bins)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sigmoid_equals_eager(shape, dtype, threads):
+    logits, labels = classification(shape, dtype)
+    weights = torch.rand(30, generator=torch.Generator().manual_seed(1))
+    valid = (labels >= 0).unsqueeze(1)
+    expected = eager_sigmoid(logits, labels, valid, 30, weights)
+    kernel = fused.sigmoid_kernel(logits.view(-1), labels, None, 30)
+    check(kernel, expected, weights, dtype)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 7, 22, 97, 1000])
+def test_any_number_of_regions(bins):
+    logits, labels = classification((4000, 20))
+    weights = smooth_weights(bins)
+    expected = eager_sigmoid(logits, labels, (labels >= 0).unsqueeze(1), bins, weights)
+    kernel = fused.sigmoid_kernel(logits.view(-1), labels, None, bins)
+    # float64 and float32 may disagree beside an edge; of many regions, some norm is beside one.
+    check(kernel, expected, weights, logits.dtype, off_by=0 if bins < 50 else 5)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_dropped_examples_even_with_nan(rows):
+    logits, labels = classification((5000, 8))
+    g = torch.Generator().manual_seed(2)
+    keep = torch.rand((5000, 1) if rows else (5000, 8), generator=g) > 0.3
+    valid = (labels >= 0).unsqueeze(1) & keep
+    weights = torch.rand(30, generator=g)
+    expected = eager_sigmoid(logits, labels, valid, 30, weights)
+    spoiled = torch.where(valid, logits, torch.nan)
+    check(fused.sigmoid_kernel(spoiled.view(-1), labels, keep, 30), expected, weights, logits.dtype)
+
+
+def test_dense_labels():
+    logits, labels = classification((5000, 8))
+    dense = (torch.rand(5000, 8, generator=torch.Generator().manual_seed(3)) > 0.9).float()
+    weights = torch.rand(30)
+    expected = eager_sigmoid(logits, dense, None, 30, weights)
+    check(fused.sigmoid_kernel(logits.view(-1), dense, None, 30), expected, weights, logits.dtype)
+
+
+def test_large_logits():
+    logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [30.0, -30.0]])
+    labels = torch.tensor([0, 0, 2])
+    weights = torch.rand(30)
+    expected = eager_sigmoid(logits, labels, None, 30, weights)
+    check(fused.sigmoid_kernel(logits.view(-1), labels, None, 30), expected, weights, logits.dtype)
+
+
+def test_losses_of_tiny_gradients_keep_their_digits():
+    logits = torch.full((1000, 4), -18.0)
+    labels = torch.full((1000,), 4)
+    weights = torch.ones(30)
+    expected = eager_sigmoid(logits, labels, None, 30, weights)
+    kernel = fused.sigmoid_kernel(logits.view(-1), labels, None, 30)
+    got = kernel.loss_and_gradient(weights, None)
+    torch.testing.assert_close(got.double(), expected[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("size", [1, 1000, 2 * BLOCK + 77])
+@pytest.mark.parametrize("masked", [False, True])
+def test_regression_equals_eager(size, dtype, masked, threads):
+    g = torch.Generator().manual_seed(0)
+    pred = (torch.randn(size, generator=g) * 0.1).to(dtype)
+    target = torch.randn(size, generator=g) * 0.1
+    keep = torch.rand(size, generator=g) > 0.3 if masked else None
+    weights = torch.rand(10, generator=g)
+    x = pred.double().requires_grad_()
+    loss, norm = regression_examples(x, target.double(), MU)
+    region = unit_region_index(norm.float(), keep, 10)
+    total = harmonized_sum(loss, region, weights)
+    total.backward()
+    expected = count_unit_regions(region, 10), total.detach(), x.grad
+    spoiled = pred if keep is None else torch.where(keep, pred, torch.nan)
+    check(fused.regression_kernel(spoiled, target, keep, MU, 10), expected, weights, dtype)
+
+
+def test_modules_use_the_kernels(monkeypatch):
+    used = []
+    original = fused._FusedSum.apply
+    monkeypatch.setattr(fused._FusedSum, "apply", lambda *a: used.append(1) or original(*a))
+    GHMCLoss()(*classification((10, 3)))
+    GHMRLoss()(torch.randn(5, 4), torch.randn(5, 4))
+    assert len(used) == 2
+    GHMCLoss()(classification((10, 3))[0].double(), classification((10, 3))[1])
+    assert len(used) == 2  # float64 takes the eager path
+
+
+def test_backward_scales_and_a_retained_graph_can_be_walked_again():
+    logits, labels = classification((300, 5))
+    logits.requires_grad_()
+    loss = GHMCLoss()(logits, labels)
+    (first,) = torch.autograd.grad(3 * loss, logits, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(first, kept)  # the second pass does not write into what the first gave away
+    torch.testing.assert_close(first, 3 * second)
+
+
+def test_logits_that_are_not_contiguous():
+    logits, labels = classification((300, 6))
+    a = logits[:, :5].clone().requires_grad_()
+    b = logits.clone().requires_grad_()
+    labels = labels.clamp(max=5)
+    GHMCLoss()(a, labels).backward()
+    GHMCLoss()(b[:, :5], labels).backward()
+    assert torch.equal(a.grad, b.grad[:, :5])
+
+
+def test_without_grad_no_gradient_is_kept():
+    logits, labels = classification((300, 5))
+    with torch.no_grad():
+        assert not GHMCLoss()(logits.requires_grad_(), labels).requires_grad
+
+
+def test_spans_cover_everything_once(threads):
+    for size in (1, BLOCK, BLOCK + 1, 5 * BLOCK - 3):
+        spans = map_spans(lambda start, stop: (start, stop), size)
+        assert spans[0][0] == 0 and spans[-1][1] == size and len(spans) <= threads
+        assert all(
+            a[1] == b[0] and b[0] % BLOCK == 0 for a, b in zip(spans, spans[1:], strict=False)
+        )
+
+
+@pytest.fixture(scope="module")
+def triton_kernels():
+    """The CUDA kernels; on the CPU, Triton's interpreter runs them (see conftest.py)."""
+    pytest.importorskip("triton")
+    from ghm_d2.losses import triton_kernels
+
+    return triton_kernels
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_device(*tensors):
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("keep_shape", [None, (1500, 1), (1500, 7)], ids=str)
+def test_triton_sigmoid_equals_eager(triton_kernels, dtype, keep_shape):
+    logits, labels = classification((1500, 7), dtype)
+    keep = None
+    valid = (labels >= 0).unsqueeze(1)
+    if keep_shape:
+        keep = torch.rand(keep_shape, generator=torch.Generator().manual_seed(4)) > 0.3
+        valid = valid & keep
+    weights = smooth_weights(30)
+    expected = eager_sigmoid(logits, labels, valid, 30, weights)
+    kernel = triton_kernels.TritonSigmoid(*on_device(logits.view(-1), labels, keep), 7)
+    check(kernel, expected, weights, dtype)
+
+
+@pytest.mark.parametrize("bins", [1, 10, 1000])
+def test_triton_regression_equals_eager(triton_kernels, bins):
+    g = torch.Generator().manual_seed(0)
+    pred, target = torch.randn(2, 9000, generator=g) * 0.1
+    keep = torch.rand(9000, generator=g) > 0.3
+    weights = smooth_weights(bins)
+    x = pred.double().requires_grad_()
+    loss, norm = regression_examples(x, target.double(), MU)
+    region = unit_region_index(norm.float(), keep, bins)
+    total = harmonized_sum(loss, region, weights)
+    total.backward()
+    expected = count_unit_regions(region, bins), total.detach(), x.grad
+    kernel = triton_kernels.TritonRegression(*on_device(pred, target, keep), MU)
+    check(kernel, expected, weights, pred.dtype, off_by=9 if bins == 1000 else 0)
