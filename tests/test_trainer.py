@@ -248,3 +248,11 @@ def test_summary_survives_what_it_cannot_draw(cfg, caplog, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "in 1 min 01 s" in text and "give a second --dataset" in text
     assert "model_final.pth" not in text
+
+
+def test_ap_table_shows_every_figure_that_is_one():
+    results = {"bbox": {"AP": 12.345, "APl": float("nan"), "AP-disc": 3.0}}
+    rows = [line.split() for line in summary.ap_table(results).splitlines()]
+    assert rows == [["AP", "12.3"], ["AP-disc", "3.0"]]
+    both = summary.ap_table({"a_val": results, "b_val": {"bbox": {"AP": 50.0}}}).split()
+    assert both == ["a_val", "AP", "12.3", "AP-disc", "3.0", "b_val", "AP", "50.0"]

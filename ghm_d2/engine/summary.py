@@ -2,17 +2,19 @@
 
 import argparse
 import logging
+import math
 import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from ghm_d2.engine.pictures import draw_predictions, plot_training
 
-__all__ = ["next_command", "summarize_training"]
+__all__ = ["ap_table", "next_command", "summarize_training"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ def summarize_training(trainer: DefaultTrainer, args: argparse.Namespace, second
     ]
     done = f"Trained to iteration {trainer.max_iter} in {_duration(seconds)}"
     print(f"\n{done}, evaluation and pictures included.")
+    results = getattr(trainer, "_last_eval_results", None)
+    if results:
+        print(ap_table(results))
     for name, path in lines:
         if path.exists():
             print(f"  {name:<12} {path}")
@@ -50,6 +55,25 @@ def summarize_training(trainer: DefaultTrainer, args: argparse.Namespace, second
         print(f"Evaluate it again:\n  {next_command(cfg, args)}", flush=True)
     else:
         print("Nothing was evaluated: give a second --dataset to test on.", flush=True)
+
+
+def ap_table(results: dict[str, Any]) -> str:
+    """The box AP of an evaluation, one row a figure: all classes first, then each class.
+
+    Args:
+        results: what ``trainer.test`` returns: ``{"bbox": {name: percent}}``, or that for each
+            data set.
+    """
+    sets = {"": results} if "bbox" in results else results
+    lines = []
+    for name, result in sets.items():
+        lines += [f"  {name}"] if name else []
+        lines += [
+            f"  {metric:<14}{value:6.1f}"
+            for metric, value in result.get("bbox", {}).items()
+            if not math.isnan(value)  # COCO's area classes may hold no object
+        ]
+    return "\n".join(lines)
 
 
 def next_command(cfg: CfgNode, args: argparse.Namespace) -> str:
