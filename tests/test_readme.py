@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from detectron2.data.datasets import builtin_meta
 
 from tests.tiny import ROOT, coco_content, tiny_pairs, write_coco
 
@@ -17,7 +18,9 @@ SHELL = [block.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 MAKE = [c for c in SHELL if c.startswith("make ")]
 TRAIN = [c for c in SHELL if c.startswith("python train_net.py ")]
-COCO_CLASSES = tuple(f"class {k}" for k in range(80))
+COCO_THINGS = [
+    {"id": c["id"], "name": c["name"]} for c in builtin_meta.COCO_CATEGORIES if c["isthing"]
+]
 
 
 def run(words, folder, **environment):
@@ -44,7 +47,7 @@ def checkout(tmp_path_factory):
         write_coco(folder / "data", name)
     coco = folder / "datasets" / "coco"
     for name in ("train2017", "val2017"):
-        write_coco(coco, f"instances_{name}", coco_content(6, COCO_CLASSES))
+        write_coco(coco, f"instances_{name}", coco_content() | {"categories": COCO_THINGS})
         shutil.copytree(coco / "images", coco / name)
         (coco / "annotations").mkdir(exist_ok=True)
         (coco / f"instances_{name}.json").rename(coco / "annotations" / f"instances_{name}.json")
