@@ -1,0 +1,42 @@
+# `make` lists the targets. PYTHON is only what .venv is made with; everything runs in .venv.
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+CONFIG ?= configs/quickstart/ghm_retinanet_quickstart.yaml
+ARGS ?=
+
+# A Python named by the user must not be replaced silently by the one of an older .venv.
+BOOTSTRAP = $(PYTHON) tools/bootstrap.py --detectron2 "$(DETECTRON2)" \
+	$(if $(filter file,$(origin PYTHON)),,--python-was-chosen)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@echo "Options: PYTHON=python3.12 (to make .venv with), ARGS='...' (for the command that runs),"
+	@echo "DETECTRON2=git+https://github.com/facebookresearch/detectron2.git (another Detectron2)"
+
+setup: ## create .venv and install everything, unless that is done
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here: name a Python >= 3.10, for example PYTHON=python3.11." >&2; exit 1; }
+	@$(BOOTSTRAP)
+
+quickstart: setup ## set up, generate the default data, train a small GHM RetinaNet, evaluate
+	@$(VENV_PYTHON) train_net.py --config-file $(CONFIG) $(ARGS)
+
+test: setup ## run the tests, without the slow ones
+	@$(VENV_PYTHON) -m pytest $(ARGS)
+
+test-slow: setup ## run the slow tests only
+	@$(VENV_PYTHON) -m pytest -m slow $(ARGS)
+
+lint: setup ## check style and formatting
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+
+bench: setup ## measure speed and memory of the losses
+	@test -f benchmarks/bench_losses.py || { echo "There is no benchmarks/bench_losses.py in this version." >&2; exit 1; }
+	@$(VENV_PYTHON) benchmarks/bench_losses.py $(ARGS)
+
+clean: ## delete .venv and caches; data sets and trained models stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './datasets/*' -not -path './output/*' -prune -exec rm -rf {} +
