@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss, fused
-from ghm_d2.losses.blocked import BLOCK, map_spans
+from ghm_d2.losses.blocked import BLOCK, _Blocks
 from ghm_d2.losses.functional import (
     count_unit_regions,
     harmonized_sum,
@@ -47,20 +47,19 @@ def eager_sigmoid(logits, labels, valid, bins, weights):
 def check(kernel, expected, weights, dtype, off_by=0):
     """``off_by``: examples that may lie in a neighbour region, beside its edge."""
     counts, total, grad = expected
-    bins, device = weights.numel(), kernel.prediction.device
-    assert kernel.counts(bins).dtype == torch.int64
-    assert (kernel.counts(bins).cpu() - counts).abs().sum() <= 2 * off_by
-    gradient = torch.full((grad.numel(),), torch.nan, dtype=dtype, device=device)
-    weights = weights.to(device)
-    got = kernel.loss_and_gradient(weights, gradient).cpu()
-    gradient = gradient.cpu()
+    found = kernel.counts(weights.numel())
+    assert found.dtype == torch.int64
+    assert (found.cpu() - counts).abs().sum() <= 2 * off_by
+    got, gradient = (t.cpu() for t in kernel.loss_and_gradient(weights.to(found.device)))
+    assert gradient.dtype == dtype
     torch.testing.assert_close(got.double(), total, rtol=1e-5, atol=1e-6)
     if not off_by:
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
         torch.testing.assert_close(gradient.double().view_as(grad), grad, rtol=tolerance, atol=1e-6)
-    torch.testing.assert_close(
-        kernel.loss_and_gradient(weights, None).cpu(), got, rtol=1e-6, atol=0
-    )
+    # Once more without what counting kept, as a second backward pass does.
+    again, second = kernel.loss_and_gradient(weights.to(found.device))
+    torch.testing.assert_close(again.cpu(), got, rtol=1e-6, atol=0)
+    torch.testing.assert_close(second.cpu(), gradient, rtol=1e-6, atol=0)
 
 
 def smooth_weights(bins):
@@ -75,7 +74,7 @@ def test_sigmoid_equals_eager(shape, dtype, threads):
     weights = torch.rand(30, generator=torch.Generator().manual_seed(1))
     valid = (labels >= 0).unsqueeze(1)
     expected = eager_sigmoid(logits, labels, valid, 30, weights)
-    kernel = fused.sigmoid_kernel(logits.view(-1), labels, None, 30)
+    kernel = fused.sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, 30)
     check(kernel, expected, weights, dtype)
 
 
@@ -84,7 +83,7 @@ def test_any_number_of_regions(bins):
     logits, labels = classification((4000, 20))
     weights = smooth_weights(bins)
     expected = eager_sigmoid(logits, labels, (labels >= 0).unsqueeze(1), bins, weights)
-    kernel = fused.sigmoid_kernel(logits.view(-1), labels, None, bins)
+    kernel = fused.sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, bins)
     # float64 and float32 may disagree beside an edge; of many regions, some norm is beside one.
     check(kernel, expected, weights, logits.dtype, off_by=0 if bins < 50 else 5)
 
@@ -98,7 +97,12 @@ def test_dropped_examples_even_with_nan(rows):
     weights = torch.rand(30, generator=g)
     expected = eager_sigmoid(logits, labels, valid, 30, weights)
     spoiled = torch.where(valid, logits, torch.nan)
-    check(fused.sigmoid_kernel(spoiled.view(-1), labels, keep, 30), expected, weights, logits.dtype)
+    check(
+        fused.sigmoid_kernel(spoiled.view(-1).requires_grad_(), labels, keep, 30),
+        expected,
+        weights,
+        logits.dtype,
+    )
 
 
 def test_dense_labels():
@@ -106,7 +110,12 @@ def test_dense_labels():
     dense = (torch.rand(5000, 8, generator=torch.Generator().manual_seed(3)) > 0.9).float()
     weights = torch.rand(30)
     expected = eager_sigmoid(logits, dense, None, 30, weights)
-    check(fused.sigmoid_kernel(logits.view(-1), dense, None, 30), expected, weights, logits.dtype)
+    check(
+        fused.sigmoid_kernel(logits.view(-1).requires_grad_(), dense, None, 30),
+        expected,
+        weights,
+        logits.dtype,
+    )
 
 
 def test_large_logits():
@@ -114,7 +123,12 @@ def test_large_logits():
     labels = torch.tensor([0, 0, 2])
     weights = torch.rand(30)
     expected = eager_sigmoid(logits, labels, None, 30, weights)
-    check(fused.sigmoid_kernel(logits.view(-1), labels, None, 30), expected, weights, logits.dtype)
+    check(
+        fused.sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, 30),
+        expected,
+        weights,
+        logits.dtype,
+    )
 
 
 def test_losses_of_tiny_gradients_keep_their_digits():
@@ -122,8 +136,7 @@ def test_losses_of_tiny_gradients_keep_their_digits():
     labels = torch.full((1000,), 4)
     weights = torch.ones(30)
     expected = eager_sigmoid(logits, labels, None, 30, weights)
-    kernel = fused.sigmoid_kernel(logits.view(-1), labels, None, 30)
-    got = kernel.loss_and_gradient(weights, None)
+    got, _ = fused.sigmoid_kernel(logits.view(-1), labels, None, 30).loss_and_gradient(weights)
     torch.testing.assert_close(got.double(), expected[1], rtol=1e-5, atol=0)
 
 
@@ -143,7 +156,12 @@ def test_regression_equals_eager(size, dtype, masked, threads):
     total.backward()
     expected = count_unit_regions(region, 10), total.detach(), x.grad
     spoiled = pred if keep is None else torch.where(keep, pred, torch.nan)
-    check(fused.regression_kernel(spoiled, target, keep, MU, 10), expected, weights, dtype)
+    check(
+        fused.regression_kernel(spoiled.clone().requires_grad_(), target, keep, MU, 10),
+        expected,
+        weights,
+        dtype,
+    )
 
 
 def test_modules_use_the_kernels(monkeypatch):
@@ -184,13 +202,29 @@ def test_without_grad_no_gradient_is_kept():
         assert not GHMCLoss()(logits.requires_grad_(), labels).requires_grad
 
 
-def test_spans_cover_everything_once(threads):
-    for size in (1, BLOCK, BLOCK + 1, 5 * BLOCK - 3):
-        spans = map_spans(lambda start, stop: (start, stop), size)
-        assert spans[0][0] == 0 and spans[-1][1] == size and len(spans) <= threads
-        assert all(
-            a[1] == b[0] and b[0] % BLOCK == 0 for a, b in zip(spans, spans[1:], strict=False)
-        )
+def test_blocks_cover_everything_once(threads):
+    for size in (1, BLOCK, BLOCK + 1, 100_000, 5 * BLOCK - 3):
+        blocks = _Blocks(size)
+        shares = blocks.map(list)
+        assert len(shares) <= threads
+        spans = [span for share in shares for _, span in share]
+        assert [n for share in shares for n, _ in share] == list(range(len(spans)))
+        assert spans[0].start == 0 and spans[-1].stop == size
+        assert all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False))
+        lengths = [span.stop - span.start for span in spans]
+        assert max(lengths) <= BLOCK and sum(lengths) == size
+
+
+def test_without_gradient_the_loss_is_the_same():
+    logits, labels = classification((3000, 8))
+    weights = torch.rand(30)
+    kernels = [
+        fused.sigmoid_kernel(logits.view(-1).requires_grad_(wanted), labels, None, 30)
+        for wanted in (True, False)
+    ]
+    assert torch.equal(kernels[0].counts(30), kernels[1].counts(30))
+    (a, gradient), (b, none) = (kernel.loss_and_gradient(weights) for kernel in kernels)
+    assert a == b and gradient is not None and none is None
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +254,7 @@ def test_triton_sigmoid_equals_eager(triton_kernels, dtype, keep_shape):
         valid = valid & keep
     weights = smooth_weights(30)
     expected = eager_sigmoid(logits, labels, valid, 30, weights)
-    kernel = triton_kernels.TritonSigmoid(*on_device(logits.view(-1), labels, keep), 7)
+    kernel = triton_kernels.TritonSigmoid(*on_device(logits.view(-1), labels, keep), 7, True)
     check(kernel, expected, weights, dtype)
 
 
@@ -236,5 +270,5 @@ def test_triton_regression_equals_eager(triton_kernels, bins):
     total = harmonized_sum(loss, region, weights)
     total.backward()
     expected = count_unit_regions(region, bins), total.detach(), x.grad
-    kernel = triton_kernels.TritonRegression(*on_device(pred, target, keep), MU)
+    kernel = triton_kernels.TritonRegression(*on_device(pred, target, keep), MU, True)
     check(kernel, expected, weights, pred.dtype, off_by=9 if bins == 1000 else 0)

@@ -102,25 +102,24 @@ class HarmonizedLoss(nn.Module):
         # Sums over nothing are 0, and keep the prediction on the graph: DDP waits for all of them.
         terms = [x.sum(dtype=torch.float32) for x in inputs if not x.numel()]
         examples = [each for each in examples if each is not None]
-        scale = self.loss_weight
         state = None
         if self.density == "exact":
-            terms += self._exact_terms(examples)
+            terms += [self.loss_weight * term for term in self._exact_terms(examples)]
         else:
             counts = torch.zeros_like(self.acc_sum, dtype=torch.int64)
             for each in examples:
                 counts += each.counts(self.bins)
-            scale *= self._pool(counts)
+            scale = self.loss_weight * self._pool(counts)
             state = self._updated(counts)
-            weights = self._region_weights(counts, state)
+            weights = self._region_weights(counts, state) * scale
             terms += [each.weighted_sum(weights) for each in examples]
-        loss = sum(terms, start=self.acc_sum.new_zeros(())) * scale
+        loss = sum(terms) if terms else self.acc_sum.new_zeros(())
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
-        holds = checks.all_hold(loss)
+        holds = checks.all_hold()
         checks.defer_to(self._failures)
         if state is not None and self.training:
             self._write(state, holds)
-        return torch.where(holds, loss, torch.full_like(loss, torch.nan))
+        return loss if holds is None else torch.where(holds, loss, torch.nan)
 
     not_finite_message = "the loss is not finite"
 
@@ -149,11 +148,11 @@ class HarmonizedLoss(nn.Module):
         return torch.where(filled, 1 / (mean * divisor), torch.zeros_like(mean))
 
     @torch.no_grad()
-    def _write(self, state: dict[str, Tensor], holds: Tensor) -> None:
+    def _write(self, state: dict[str, Tensor], holds: Tensor | None) -> None:
         """Keeps ``state``, unless a bad value was met: a refused call leaves nothing behind."""
         for name, value in state.items():
             buffer = getattr(self, name)
-            buffer.copy_(torch.where(holds, value, buffer))
+            buffer.copy_(value if holds is None else torch.where(holds, value, buffer))
 
     def _pool(self, counts: Tensor) -> int:
         """Adds up ``counts`` over all processes in place; returns how many there are."""

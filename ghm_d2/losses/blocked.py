@@ -1,14 +1,13 @@
 """CPU kernels: harmonised losses in blocks that stay in the cache, on all cores.
 
 A loss written with whole-tensor operations reads and writes memory the size of the logits a dozen
-times. Here a block of :data:`BLOCK` examples goes through all operations while it is in the cache,
-so memory sees what the mathematics needs: the predictions read twice (to count, to weight) and the
-gradient written once. PyTorch runs operations on so few elements on the calling thread, so the
-blocks are dealt to one Python thread a core; PyTorch releases the interpreter lock meanwhile.
+times. Here a block of at most :data:`BLOCK` examples goes through all operations while it is in the
+cache. PyTorch runs operations on so few elements on the calling thread, so the blocks are dealt to
+one Python thread a core; PyTorch releases the interpreter lock meanwhile.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -20,43 +19,63 @@ from .functional import unit_region_edges
 
 __all__ = ["BLOCK", "RegressionKernel", "SigmoidKernel"]
 
-# The largest size that PyTorch does not split over threads itself; four float32 buffers of it
-# (512 KiB) fit the second-level cache.
+# The largest size that PyTorch does not split over threads itself; the float32 buffers of a block
+# (128 KiB each) share the second-level cache.
 BLOCK = 1 << 15
 
 T = TypeVar("T")
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
-def map_spans(work: Callable[[int, int], T], size: int) -> list[T]:
-    """Calls ``work(start, stop)`` on spans of whole blocks that cover ``size``, one a thread."""
-    threads = torch.get_num_threads()
-    blocks = -(-size // BLOCK)
-    step = -(-blocks // threads) * BLOCK or 1
-    spans = [(start, min(start + step, size)) for start in range(0, size, step)]
-    if len(spans) <= 1:
-        return [work(*span) for span in spans]
-    # A forked process (a data loader's worker) has the parent's pool but not its threads.
-    key = (os.getpid(), threads)
-    if key not in _pools:
-        _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="ghm_d2")
-    return list(_pools[key].map(lambda span: work(*span), spans))
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """The threads of this process: a forked one has its parent's memory but not its threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="ghm_d2")
 
 
-class _Buffers:
-    """Scratch memory of one thread."""
+class _Blocks:
+    """``size`` examples cut into blocks of nearly equal length, dealt to the threads."""
 
     def __init__(self, size: int) -> None:
-        size = min(size, BLOCK)
-        self.floats = [torch.empty(size) for _ in range(4)]
-        self.region = torch.empty(size, dtype=torch.int32)
+        self.size = size
+        self.threads = torch.get_num_threads()
+        share = -(-size // self.threads)
+        blocks = -(-share // BLOCK)  # of each thread
+        self.length = -(-share // max(blocks, 1)) or 1
 
-    def views(self, size: int) -> list[Tensor]:
-        return [x[:size] for x in self.floats] + [self.region[:size]]
+    def cut(self, positions: Tensor) -> list[Tensor]:
+        """Ascending ``positions``, for each block those inside it, counted from its start."""
+        if not positions.numel():
+            return [positions] * -(-self.size // self.length)
+        starts = torch.arange(0, self.size + self.length, self.length)
+        cuts = torch.searchsorted(positions, starts).tolist()
+        pairs = zip(cuts, cuts[1:], strict=False)
+        return [positions[a:b] - i * self.length for i, (a, b) in enumerate(pairs)]
+
+    def map(self, work: Callable[[Iterator[tuple[int, slice]]], T]) -> list[T]:
+        """Calls ``work`` once a thread, with the (number, span) of that thread's blocks."""
+        number = -(-self.size // self.length)
+        share = -(-number // self.threads)
+        shares = [range(i, min(i + share, number)) for i in range(0, number, share)]
+
+        def call(numbers: range) -> T:
+            with torch.no_grad():  # a setting of each thread
+                return work((i, self._span(i)) for i in numbers)
+
+        if len(shares) <= 1:
+            return [call(numbers) for numbers in shares]
+        return list(_pool(os.getpid(), self.threads).map(call, shares))
+
+    def _span(self, number: int) -> slice:
+        return slice(number * self.length, min((number + 1) * self.length, self.size))
+
+    def buffers(self, number: int) -> Callable[[int], list[Tensor]]:
+        """Scratch memory of one thread: a function from a block's size to ``number`` tensors."""
+        whole = torch.empty(number, min(self.length, self.size))
+        return lambda size: [row[:size] for row in whole]
 
 
 class _Regions:
-    """The unit region of each gradient norm, exactly as :func:`unit_region_index` finds it."""
+    """The unit region of each gradient norm, exactly as ``unit_region_index`` finds it."""
 
     def __init__(self, bins: int) -> None:
         self.bins = bins
@@ -68,18 +87,25 @@ class _Regions:
     def _search(self, norm: Tensor) -> Tensor:
         return torch.bucketize(norm, self.edges[1:], right=True)
 
-    def write(self, norm: Tensor, scratch: Tensor, spare: Tensor, region: Tensor) -> None:
-        """Writes int32 in [0, bins] to ``region``: ``bins`` for a norm of 1, anything for NaN."""
+    def write(self, norm: Tensor, scratch: Tensor, spare: Tensor, region: Tensor) -> Tensor:
+        """Fills int32 ``region`` with [0, bins]: ``bins`` for a norm of 1, anything for NaN."""
         torch.mul(norm, self.bins, out=scratch)
         region.copy_(scratch).clamp_(0, self.bins)
-        if self.floor_is_exact:
-            return
-        # Only a product beside a whole number can be rounded across an edge.
-        torch.round(scratch, out=spare).sub_(scratch).abs_()
-        close = 2e-7 * self.bins
-        if spare.min() < close:
-            doubtful = (spare < close).nonzero().flatten()
-            region[doubtful] = self._search(norm[doubtful]).int()
+        if not self.floor_is_exact:
+            # Only a product beside a whole number can be rounded across an edge.
+            torch.round(scratch, out=spare).sub_(scratch).abs_()
+            close = 2e-7 * self.bins
+            if spare.min() < close:
+                doubtful = (spare < close).nonzero().flatten()
+                region[doubtful] = self._search(norm[doubtful]).int()
+        return region
+
+    def total(self, counts: list[Tensor], dropped: Tensor) -> Tensor:
+        """Adds up counts of [0, bins]; what was dropped has been counted with a norm of 0."""
+        total = torch.stack(counts).sum(0)
+        total[self.bins - 1] += total[self.bins]  # the last region is closed
+        total[0] -= dropped.numel()
+        return total[: self.bins]
 
 
 @cache
@@ -87,173 +113,174 @@ def _regions(bins: int) -> _Regions:
     return _Regions(bins)
 
 
-def _closed(counts: Tensor, bins: int) -> Tensor:
-    """Moves what has a gradient norm of 1 to the last region, which is closed."""
-    counts[bins - 1] += counts[bins]
-    return counts[:bins]
-
-
-def _padded(weights: Tensor) -> Tensor:
+def _table(weights: Tensor) -> Tensor:
+    """The weight of each of [0, bins]."""
     return torch.cat([weights, weights[-1:]]).float()
 
 
-class _Kernel:
-    """One histogram pass and one loss-and-gradient pass over a flat tensor of predictions.
+class SigmoidKernel:
+    """Binary cross entropy of logits.
 
-    Subclasses say what a prediction's gradient norm, loss and slope are.
+    With z = x for a negative and -x for a positive, all examples are alike: the norm is
+    sigmoid(z), the loss softplus(z), and the slope by z is the norm again. So the gradient's
+    memory holds the norms between counting and weighting.
     """
 
-    def __init__(self, prediction: Tensor, dropped: Tensor) -> None:
+    def __init__(
+        self, logits: Tensor, positive: Tensor, dropped: Tensor, differentiate: bool
+    ) -> None:
         """
         Args:
-            prediction: (n,) contiguous, float32, float16 or bfloat16.
-            dropped: ascending int64 positions of examples that do not count.
+            logits: (n,) contiguous; float32, float16 or bfloat16.
+            positive: ascending int64 positions of the logits whose target is 1.
+            dropped: ascending int64 positions that do not count.
+            differentiate: whether the gradient will be wanted.
         """
-        self.prediction = prediction
-        self.size = prediction.numel()
-        self.dropped = dropped
-        self._dropped = self._in_blocks(dropped)
+        self.logits = logits
+        self.differentiate = differentiate
+        self._blocks = _Blocks(logits.numel())
+        self._positive = self._blocks.cut(positive)
+        self._dropped = self._blocks.cut(dropped)
+        self._all_dropped = dropped
+        self._norms: Tensor | None = None
 
-    def _in_blocks(self, positions: Tensor) -> list[Tensor]:
-        """Ascending ``positions`` cut at the blocks, relative to each block's start."""
-        starts = torch.arange(0, self.size + BLOCK, BLOCK)
-        cuts = torch.searchsorted(positions, starts).tolist()
-        return [
-            positions[a:b] - i * BLOCK for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
-        ]
+    def _write_norm(self, number: int, span: slice, norm: Tensor) -> Tensor:
+        x, positive, dropped = self.logits[span], self._positive[number], self._dropped[number]
+        if x.dtype == torch.float32:
+            torch.sigmoid(x, out=norm)
+        else:
+            norm.copy_(x).sigmoid_()
+        if positive.numel():
+            norm[positive] = 1 - norm[positive]
+        if dropped.numel():
+            norm[dropped] = 0
+        return norm
 
     def counts(self, bins: int) -> Tensor:
         """int64 (bins,): the number of examples in each unit region."""
         regions = _regions(bins)
+        keep = self.differentiate and self.logits.dtype == torch.float32
+        norms = torch.empty_like(self.logits) if keep else None
 
-        def work(start: int, stop: int) -> Tensor:
-            buffers = _Buffers(stop - start)
+        def work(blocks: Iterator[tuple[int, slice]]) -> Tensor:
+            buffers = self._blocks.buffers(4)
             total = torch.zeros(bins + 1, dtype=torch.int64)
-            for begin in range(start, stop, BLOCK):
-                x, norm, scratch, spare, region = buffers.views(min(BLOCK, stop - begin))
-                self._norm(begin, x, norm)
-                regions.write(norm, scratch, spare, region)
+            for number, span in blocks:
+                norm, scratch, spare, region = buffers(span.stop - span.start)
+                norm = self._write_norm(number, span, norm if norms is None else norms[span])
+                region = regions.write(norm, scratch, spare, region.view(torch.int32))
                 total += torch.bincount(region, minlength=bins + 1)
             return total
 
-        counts = _closed(torch.stack(map_spans(work, self.size)).sum(0), bins)
-        counts[0] -= self.dropped.numel()  # they were counted with a gradient norm of 0
-        return counts
+        counts = self._blocks.map(work)
+        self._norms = norms
+        return regions.total(counts, self._all_dropped)
 
-    def loss_and_gradient(self, weights: Tensor, gradient: Tensor | None) -> Tensor:
-        """The weighted sum of losses; writes its gradient to ``gradient`` unless that is None.
+    def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The float32 weighted sum of losses, and its gradient (n,) if it was wanted."""
+        regions, table = _regions(weights.numel()), _table(weights)
+        norms, self._norms = self._norms, None
+        gradient = norms
+        if gradient is None and self.differentiate:
+            gradient = torch.empty_like(self.logits)
 
-        Args:
-            weights: float32 (bins,) of the unit regions.
-            gradient: (n,) of the prediction's dtype.
-        """
-        regions, table = _regions(weights.numel()), _padded(weights)
-
-        def work(start: int, stop: int) -> float:
-            buffers = _Buffers(stop - start)
+        def work(blocks: Iterator[tuple[int, slice]]) -> float:
+            buffers = self._blocks.buffers(4)
             total = 0.0
-            for begin in range(start, stop, BLOCK):
-                size = min(BLOCK, stop - begin)
-                x, norm, weight, loss, region = buffers.views(size)
-                self._norm(begin, x, norm)
-                regions.write(norm, weight, loss, region)
+            for number, span in blocks:
+                norm, weight, loss, region = buffers(span.stop - span.start)
+                norm = self._write_norm(number, span, norm) if norms is None else norms[span]
+                region = regions.write(norm, weight, loss, region.view(torch.int32))
                 torch.index_select(table, 0, region, out=weight)
+                spare = region.view(torch.float32)
+                total += torch.dot(self._loss(number, span, norm, loss, spare), weight).item()
                 if gradient is not None:
-                    self._write_slope(begin, x, norm, weight, gradient[begin : begin + size])
-                self._loss(x, norm, out=loss)
-                total += torch.dot(loss, weight).item()
+                    self._write_gradient(number, norm, weight, gradient[span])
             return total
 
-        return torch.tensor(sum(map_spans(work, self.size)), dtype=torch.float32)
+        return torch.tensor(sum(self._blocks.map(work)), dtype=torch.float32), gradient
 
-    def _norm(self, start: int, x: Tensor, norm: Tensor) -> None:
-        raise NotImplementedError
+    def _loss(self, number: int, span: slice, norm: Tensor, loss: Tensor, spare: Tensor) -> Tensor:
+        # softplus(z) = max(z, 0) - log(1 - min(p, 1 - p)), p = sigmoid(z): exact at both ends.
+        x, positive, dropped = self.logits[span], self._positive[number], self._dropped[number]
+        if x.dtype == torch.float32:
+            torch.clamp_min(x, 0, out=loss)
+        else:
+            loss.copy_(x).relu_()
+        if positive.numel():
+            loss[positive] = (-x[positive]).float().relu_()
+        if dropped.numel():
+            loss[dropped] = 0
+        torch.sub(1, norm, out=spare)
+        return loss.sub_(torch.minimum(spare, norm, out=spare).neg_().log1p_())
 
-    def _write_slope(
-        self, start: int, x: Tensor, norm: Tensor, weight: Tensor, out: Tensor
-    ) -> None:
-        raise NotImplementedError
-
-    def _loss(self, x: Tensor, norm: Tensor, out: Tensor) -> None:
-        raise NotImplementedError
-
-
-class SigmoidKernel(_Kernel):
-    """Binary cross entropy of logits.
-
-    With z = x for a negative and -x for a positive, all examples are alike: the norm is
-    sigmoid(z), the loss softplus(z), and the slope by z is the norm again.
-    """
-
-    def __init__(self, logits: Tensor, positive: Tensor, dropped: Tensor) -> None:
-        """
-        Args:
-            logits: (n,).
-            positive: ascending int64 positions of the logits whose target is 1.
-            dropped: ascending int64 positions that do not count.
-        """
-        super().__init__(logits, dropped)
-        self._positive = self._in_blocks(positive)
-
-    def _norm(self, start: int, x: Tensor, norm: Tensor) -> None:
-        block = start // BLOCK
-        x.copy_(self.prediction[start : start + x.numel()])
-        if (positive := self._positive[block]).numel():
-            x[positive] = -x[positive]
-        if (dropped := self._dropped[block]).numel():
-            x[dropped] = -torch.inf  # norm, loss and slope are then exactly 0
-        torch.sigmoid(x, out=norm)
-
-    def _write_slope(
-        self, start: int, x: Tensor, norm: Tensor, weight: Tensor, out: Tensor
-    ) -> None:
+    def _write_gradient(self, number: int, norm: Tensor, weight: Tensor, out: Tensor) -> None:
         if out.dtype == torch.float32:
             torch.mul(norm, weight, out=out)
         else:
             out.copy_(norm * weight)
-        if (positive := self._positive[start // BLOCK]).numel():
+        if (positive := self._positive[number]).numel():
             out[positive] = -out[positive]
 
-    def _loss(self, x: Tensor, norm: Tensor, out: Tensor) -> None:
-        # softplus(z) = max(z, 0) - log(1 - min(p, 1 - p)), p = sigmoid(z): exact at both ends, and
-        # the exponential is not computed twice.
-        torch.sub(1, norm, out=out)
-        torch.minimum(out, norm, out=out).neg_().log1p_()
-        torch.sub(x.relu_(), out, out=out)
 
+class RegressionKernel:
+    """Authentic smooth L1 of the differences between predictions and targets.
 
-class RegressionKernel(_Kernel):
-    """Authentic smooth L1 of the differences between predictions and targets."""
+    There are few of them, so loss, slope and region of each are kept from counting to weighting.
+    """
 
-    def __init__(self, pred: Tensor, target: Tensor, dropped: Tensor, mu: float) -> None:
+    def __init__(
+        self, pred: Tensor, target: Tensor, dropped: Tensor, mu: float, differentiate: bool
+    ) -> None:
         """
         Args:
-            pred: (n,) deltas.
-            target: (n,) deltas.
-            dropped: ascending int64 positions that do not count.
+            pred: (n,) contiguous deltas; float32, float16 or bfloat16.
+            target: (n,) contiguous deltas.
+            dropped: int64 positions that do not count.
             mu: width of the quadratic part.
+            differentiate: whether the gradient will be wanted.
         """
-        super().__init__(pred, dropped)
-        self.target = target
-        self.mu = mu
+        self.pred, self.target, self.mu = pred, target, mu
+        self.differentiate = differentiate
+        self.dropped = dropped
+        self._blocks = _Blocks(pred.numel())
+        self._dropped = self._blocks.cut(dropped)
 
-    def _norm(self, start: int, x: Tensor, norm: Tensor) -> None:
-        span = slice(start, start + x.numel())
-        x.copy_(self.prediction[span])
-        x.sub_(self.target[span])
-        if (dropped := self._dropped[start // BLOCK]).numel():
-            x[dropped] = 0
-        torch.mul(x, x, out=norm).add_(self.mu * self.mu).sqrt_()
-        torch.div(x, norm, out=norm).abs_()
+    def counts(self, bins: int) -> Tensor:
+        """int64 (bins,): the number of examples in each unit region."""
+        regions = _regions(bins)
+        self._slope, self._loss = torch.empty(2, self.pred.numel())
+        self._region = torch.empty(self.pred.numel(), dtype=torch.int32)
 
-    def _write_slope(
-        self, start: int, x: Tensor, norm: Tensor, weight: Tensor, out: Tensor
-    ) -> None:
-        # The slope d / sqrt(d^2 + mu^2) is the norm with the sign of d.
-        out.copy_(torch.copysign(norm, x).mul_(weight))
+        def work(blocks: Iterator[tuple[int, slice]]) -> Tensor:
+            buffers = self._blocks.buffers(3)
+            total = torch.zeros(bins + 1, dtype=torch.int64)
+            for number, span in blocks:
+                norm, scratch, spare = buffers(span.stop - span.start)
+                self._write(number, span, norm, scratch)
+                torch.abs(self._slope[span], out=norm)
+                region = regions.write(norm, scratch, spare, self._region[span])
+                total += torch.bincount(region, minlength=bins + 1)
+            return total
 
-    def _loss(self, x: Tensor, norm: Tensor, out: Tensor) -> None:
+        return regions.total(self._blocks.map(work), self.dropped)
+
+    def _write(self, number: int, span: slice, root: Tensor, square: Tensor) -> None:
+        slope, loss = self._slope[span], self._loss[span]
+        slope.copy_(self.pred[span]).sub_(self.target[span])
+        if (dropped := self._dropped[number]).numel():
+            slope[dropped] = 0
+        torch.mul(slope, slope, out=square)
+        torch.add(square, self.mu * self.mu, out=root).sqrt_()
+        slope.div_(root)
         # d^2 / (root + mu), as in functional.regression_examples.
-        torch.mul(x, x, out=x)
-        torch.add(x, self.mu * self.mu, out=out).sqrt_().add_(self.mu)
-        torch.div(x, out, out=out)
+        torch.div(square, root.add_(self.mu), out=loss)
+
+    def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The float32 weighted sum of losses, and its gradient (n,) if it was wanted.
+
+        :meth:`counts` comes first.
+        """
+        weight = torch.index_select(_table(weights), 0, self._region)
+        loss = torch.dot(self._loss, weight)
+        return loss, weight.mul_(self._slope).to(self.pred.dtype) if self.differentiate else None

@@ -95,11 +95,11 @@ class ValueChecks:
         else:
             self._kept.append((condition, message))
 
-    def all_hold(self, like: Tensor) -> Tensor:
-        """Whether every kept condition holds, a scalar bool tensor on ``like``'s device."""
-        holds = torch.ones((), dtype=torch.bool, device=like.device)
+    def all_hold(self) -> Tensor | None:
+        """Whether every kept condition holds, a scalar bool tensor; None where none was kept."""
+        holds = None
         for condition, _ in self._kept:
-            holds = holds & condition
+            holds = condition if holds is None else holds & condition
         return holds
 
     def defer_to(self, failures: dict[str, Tensor]) -> None:

@@ -27,28 +27,31 @@ class Kernel(Protocol):
     def counts(self, bins: int) -> Tensor:
         """int64 (bins,): the number of examples in each unit region."""
 
-    def loss_and_gradient(self, weights: Tensor, gradient: Tensor | None) -> Tensor:
-        """The float32 scalar ``sum_i w_i loss_i``; its gradient goes to ``gradient``, if given."""
+    def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The float32 scalar ``sum_i w_i loss_i``, and its gradient if one was wanted.
+
+        :meth:`counts` comes first.
+        """
 
 
 class _FusedSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, prediction: Tensor, kernel: Kernel, weights: Tensor, differentiate: bool
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, prediction: Tensor, kernel: Kernel, weights: Tensor) -> Tensor:
         ctx.kernel, ctx.weights = kernel, weights
-        ctx.gradient = torch.empty_like(prediction) if differentiate else None
-        return kernel.loss_and_gradient(weights, ctx.gradient)
+        loss, ctx.gradient = kernel.loss_and_gradient(weights)
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             # A second pass over a retained graph: the first one gave its memory away.
-            gradient = torch.empty_like(ctx.kernel.prediction)
-            ctx.kernel.loss_and_gradient(ctx.weights, gradient)
-        return gradient.mul_(grad_output), None, None, None
+            gradient = ctx.kernel.loss_and_gradient(ctx.weights)[1]
+        # The usual factor of 1 is not worth a pass over memory; a CUDA device cannot be asked.
+        if grad_output.device.type != "cpu" or grad_output != 1:
+            gradient.mul_(grad_output)
+        return gradient, None, None
 
 
 def fused_sum(prediction: Tensor, kernel: Kernel, weights: Tensor) -> Tensor:
@@ -62,8 +65,11 @@ def fused_sum(prediction: Tensor, kernel: Kernel, weights: Tensor) -> Tensor:
     Returns:
         A float32 scalar. It can be differentiated once.
     """
-    differentiate = torch.is_grad_enabled() and prediction.requires_grad
-    return _FusedSum.apply(prediction, kernel, weights, differentiate)
+    return _FusedSum.apply(prediction, kernel, weights)
+
+
+def _wants_gradient(prediction: Tensor) -> bool:
+    return prediction.requires_grad and torch.is_grad_enabled()
 
 
 @cache
@@ -97,7 +103,7 @@ def sigmoid_kernel(logits: Tensor, labels: Tensor, keep: Tensor | None, bins: in
     """The kernel for sigmoid GHM-C, or None where the eager path is the only one.
 
     Args:
-        logits: (R * K,) contiguous.
+        logits: (R * K,) contiguous, on the graph.
         labels: int64 (R,), in [-1, K], or dense (R, K) of 0 and 1.
         keep: bool (R, K) or (R, 1), False drops an example; None keeps all.
         bins: number of unit regions.
@@ -105,15 +111,16 @@ def sigmoid_kernel(logits: Tensor, labels: Tensor, keep: Tensor | None, bins: in
     columns = logits.numel() // labels.shape[0]
     if not _has_kernel(logits, bins):
         return None
+    data, differentiate = logits.detach(), _wants_gradient(logits)
     if logits.device.type == "cpu":
         positive, ignored = _positions(labels, columns)
         if keep is not None:
             dropped = (~keep).expand(-1, columns).flatten().nonzero().flatten()
             ignored = torch.cat([ignored, dropped]).unique()  # ascending
-        return blocked.SigmoidKernel(logits, positive, ignored)
+        return blocked.SigmoidKernel(data, positive, ignored, differentiate)
     if labels.dim() == 2:
         return None
-    return _triton().TritonSigmoid(logits, labels, keep, columns)
+    return _triton().TritonSigmoid(data, labels, keep, columns, differentiate)
 
 
 def regression_kernel(
@@ -122,7 +129,7 @@ def regression_kernel(
     """The kernel for GHM-R, or None where the eager path is the only one.
 
     Args:
-        pred: (n,) contiguous.
+        pred: (n,) contiguous, on the graph.
         target: (n,) contiguous, floating point.
         keep: bool of n elements, False drops an example; None keeps all.
         mu: width of the quadratic part.
@@ -130,7 +137,8 @@ def regression_kernel(
     """
     if not _has_kernel(pred, bins) or target.dtype == torch.float64:
         return None
+    data, differentiate = pred.detach(), _wants_gradient(pred)
     if pred.device.type == "cpu":
         dropped = pred.new_empty(0).long() if keep is None else (~keep).nonzero().flatten()
-        return blocked.RegressionKernel(pred, target, dropped, mu)
-    return _triton().TritonRegression(pred, target, keep, mu)
+        return blocked.RegressionKernel(data, target, dropped, mu, differentiate)
+    return _triton().TritonRegression(data, target, keep, mu, differentiate)

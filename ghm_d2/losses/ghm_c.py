@@ -173,7 +173,7 @@ class GHMCLoss(HarmonizedLoss):
     def _sigmoid_examples(self, logits: Tensor, labels: Tensor, keep: Tensor | None) -> Examples:
         if self.density == "unit_region":
             flat = logits.contiguous().view(-1)
-            kernel = sigmoid_kernel(flat.detach(), labels, keep, self.bins)
+            kernel = sigmoid_kernel(flat, labels, keep, self.bins)
             if kernel is not None:
                 return FusedExamples(flat, kernel)
         valid = keep

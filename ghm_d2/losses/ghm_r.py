@@ -127,7 +127,7 @@ class GHMRLoss(HarmonizedLoss):
             flat = pred.contiguous().view(-1)
             mask = None if keep is None else keep.expand_as(pred).flatten()
             other = target.detach().contiguous().view(-1)
-            kernel = regression_kernel(flat.detach(), other, mask, self.mu, self.bins)
+            kernel = regression_kernel(flat, other, mask, self.mu, self.bins)
             if kernel is not None:
                 return FusedExamples(flat, kernel)
         if keep is not None:

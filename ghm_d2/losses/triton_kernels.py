@@ -110,9 +110,16 @@ class _TritonKernel:
     sigmoid = False
 
     def __init__(
-        self, prediction: Tensor, other: Tensor, keep: Tensor | None, columns: int, mu: float
+        self,
+        prediction: Tensor,
+        other: Tensor,
+        keep: Tensor | None,
+        columns: int,
+        mu: float,
+        differentiate: bool,
     ) -> None:
         self.prediction, self.other, self.mu = prediction, other, mu
+        self.differentiate = differentiate
         self.size, self.columns = prediction.numel(), columns
         # A bool mask of the examples, or of their rows.
         self.keep = None if keep is None else keep.contiguous().view(torch.uint8).flatten()
@@ -138,8 +145,9 @@ class _TritonKernel:
         )  # fmt: skip
         return counts
 
-    def loss_and_gradient(self, weights: Tensor, gradient: Tensor | None) -> Tensor:
-        """The float32 weighted sum of losses; writes its gradient unless that is None."""
+    def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The float32 weighted sum of losses, and its gradient if it was wanted."""
+        gradient = torch.empty_like(self.prediction) if self.differentiate else None
         partial = torch.empty(self._grid(), device=self.prediction.device)
         _loss_kernel[self._grid()](
             *self._arguments(), weights.float(),
@@ -148,7 +156,7 @@ class _TritonKernel:
             SIGMOID=self.sigmoid, HAS_KEEP=self.keep is not None,
             HAS_GRADIENT=gradient is not None, TILE=_TILE,
         )  # fmt: skip
-        return partial.sum()
+        return partial.sum(), gradient
 
 
 class TritonSigmoid(_TritonKernel):
@@ -156,26 +164,37 @@ class TritonSigmoid(_TritonKernel):
 
     sigmoid = True
 
-    def __init__(self, logits: Tensor, labels: Tensor, keep: Tensor | None, columns: int) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        keep: Tensor | None,
+        columns: int,
+        differentiate: bool,
+    ) -> None:
         """
         Args:
             logits: (R * K,) contiguous; float32, float16 or bfloat16.
             labels: int64 (R,): class in [0, K), K = background, -1 = ignored.
             keep: bool (R * K,) or (R,), False drops an example; None keeps all.
             columns: K.
+            differentiate: whether the gradient will be wanted.
         """
-        super().__init__(logits, labels, keep, columns, 0.0)
+        super().__init__(logits, labels, keep, columns, 0.0, differentiate)
 
 
 class TritonRegression(_TritonKernel):
     """Authentic smooth L1; see functional.regression_examples."""
 
-    def __init__(self, pred: Tensor, target: Tensor, keep: Tensor | None, mu: float) -> None:
+    def __init__(
+        self, pred: Tensor, target: Tensor, keep: Tensor | None, mu: float, differentiate: bool
+    ) -> None:
         """
         Args:
             pred: (n,) contiguous; float32, float16 or bfloat16.
             target: (n,) contiguous.
             keep: bool, of n or a divisor of n elements; None keeps all.
             mu: width of the quadratic part.
+            differentiate: whether the gradient will be wanted.
         """
-        super().__init__(pred, target, keep, 1, mu)
+        super().__init__(pred, target, keep, 1, mu, differentiate)
