@@ -8,6 +8,7 @@ change one thing each, except ``authors``, which is the published setting of bot
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -49,8 +50,10 @@ def run(variant: str, seed: int) -> dict[str, object]:
         with open(Path(folder) / "log", "w") as log:
             subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT)
         seconds = time.perf_counter() - start
-        rows = [json.loads(line) for line in open(Path(folder) / "metrics.json")]
-    boxes = [{k: v for k, v in row.items() if k.startswith("bbox/")} for row in rows]
+        rows = map(json.loads, (Path(folder) / "metrics.json").read_text().splitlines())
+        boxes = [{k: v for k, v in row.items() if k.startswith("bbox/")} for row in rows]
+    # Detectron2 reports NaN where nothing was found, which JSON does not know.
+    boxes = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in boxes]
     return {
         "variant": variant,
         "seed": seed,

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: the kernels' tests, a comparison with the float64 oracle
+# on fresh random inputs, and both benchmarks. Results go to the folder given; a short table last.
+#
+#   benchmarks/run_gpu.sh FOLDER [options of bench_losses.py]     (PYTHON=... chooses the Python)
+set -u
+if [ $# -lt 1 ]; then
+    echo "usage: benchmarks/run_gpu.sh FOLDER [options of bench_losses.py]" >&2
+    exit 2
+fi
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+shift
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export GHM_DEVICE=${GHM_DEVICE:-cuda}
+
+failed=0
+step() { # NAME LIMIT_S COMMAND...: runs it, keeps its output, goes on after a failure
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    if timeout "$limit" "$@" >"$out/$name.txt" 2>"$out/$name.log"; then
+        echo "$name: done in $((SECONDS - start)) s" >>"$out/summary.txt"
+    else
+        echo "$name: FAILED (exit $?) after $((SECONDS - start)) s, see $name.txt and $name.log" >>"$out/summary.txt"
+        failed=1
+    fi
+    tail -n 1 "$out/summary.txt"
+}
+
+: >"$out/summary.txt"
+step tests 150 "$python" -m pytest -q tests/test_fused.py
+step oracle 60 "$python" benchmarks/check_oracle.py --device "$GHM_DEVICE" --output "$out/oracle.json"
+step bench_losses 180 "$python" benchmarks/bench_losses.py --device "$GHM_DEVICE" --budget-s 0.5 \
+    --output "$out/bench_losses.json" "$@"
+step bench_train_step 180 "$python" benchmarks/bench_train_step.py --device "$GHM_DEVICE" \
+    ${GHM_TRAIN_OPTIONS:-} --output "$out/bench_train_step.json"
+
+echo
+tail -n 3 "$out/tests.txt"
+cat "$out/oracle.txt" "$out/bench_losses.txt" "$out/bench_train_step.txt" "$out/summary.txt"
+exit $failed
