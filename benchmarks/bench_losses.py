@@ -207,8 +207,8 @@ def measure_bandwidth(size: int, device: torch.device, args: argparse.Namespace)
             kernel.counts(BINS_C)
             kernel.loss_and_gradient(weights)
 
-        def copy(x=x.detach(), target=target) -> None:
-            target.copy_(x)
+        def copy(source=x.detach(), target=target) -> None:  # noqa: B008
+            target.copy_(source)
 
         calls = {"pair": pair, "copy": copy}
         taken = measure.time_interleaved(

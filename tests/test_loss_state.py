@@ -243,6 +243,7 @@ def share_of_process(rank, folder):
         losses.append(loss.detach())
         grads.append(logits.grad)
     torch.save((losses, grads, loss_fn.acc_sum), folder / f"{rank}.pt")
+    torch.distributed.barrier()  # nobody leaves while another still talks to it
     torch.distributed.destroy_process_group()
 
 

@@ -84,7 +84,7 @@ def test_train_resume_evaluate(tmp_path, base, data, capsys):
 
     # The command that the summary gives, evaluating the same weights: the same boxes.
     predictions.unlink()
-    words = text.split("Evaluate it again:\n  python train_net.py ")[1].split("\n")[0].split()
+    words = text.split("Evaluate it again:\n")[1].split(" train_net.py ")[1].split("\n")[0].split()
     assert "--dataset" in words and data["second"] in words and data["first"] not in words
     main(words)
     assert json.loads(predictions.read_text()) == trained

@@ -3,6 +3,8 @@
 import argparse
 import json
 import logging
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -212,7 +214,8 @@ def finished(cfg, data):
     return argparse.Namespace(cfg=cfg, model=Detector(), max_iter=12)
 
 
-def test_summary_names_files_and_the_next_command(cfg, data, tmp_path, capsys):
+def test_summary_names_files_and_the_next_command(cfg, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(summary.shutil, "which", lambda name: sys.executable)
     out = tmp_path / "out"
     out.mkdir()
     write_metrics(out / "metrics.json", [{"iteration": 1, "total_loss": 1.0}])
@@ -254,5 +257,12 @@ def test_ap_table_shows_every_figure_that_is_one():
     results = {"bbox": {"AP": 12.345, "APl": float("nan"), "AP-disc": 3.0}}
     rows = [line.split() for line in summary.ap_table(results).splitlines()]
     assert rows == [["AP", "12.3"], ["AP-disc", "3.0"]]
+    assert "nothing was detected" in summary.ap_table({"bbox": {"AP": float("nan")}})
     both = summary.ap_table({"a_val": results, "b_val": {"bbox": {"AP": 50.0}}}).split()
     assert both == ["a_val", "AP", "12.3", "AP-disc", "3.0", "b_val", "AP", "50.0"]
+
+
+def test_the_next_command_names_an_interpreter_that_is_not_on_the_path(monkeypatch):
+    monkeypatch.setattr(summary.shutil, "which", lambda name: "/usr/bin/python")
+    monkeypatch.setattr(summary.sys, "executable", os.path.abspath(".venv/bin/python"))
+    assert summary._python() == ".venv/bin/python"

@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,23 +70,35 @@ def ap_table(results: dict[str, Any]) -> str:
     lines = []
     for name, result in sets.items():
         lines += [f"  {name}"] if name else []
-        lines += [
+        rows = [
             f"  {metric:<14}{value:6.1f}"
             for metric, value in result.get("bbox", {}).items()
             if not math.isnan(value)  # COCO's area classes may hold no object
         ]
+        lines += rows or ["  AP: nothing was detected"]
     return "\n".join(lines)
 
 
 def next_command(cfg: CfgNode, args: argparse.Namespace) -> str:
     """The command that evaluates the final checkpoint: its config.yaml holds every KEY VALUE."""
-    words = ["python", "train_net.py", "--config-file", os.path.join(cfg.OUTPUT_DIR, "config.yaml")]
+    words = [
+        _python(),
+        "train_net.py",
+        "--config-file",
+        os.path.join(cfg.OUTPUT_DIR, "config.yaml"),
+    ]
     words.append("--eval-only")
     for text in args.dataset:
         if text.partition("=")[0] in cfg.DATASETS.TEST:
             words += ["--dataset", text]
     words += ["MODEL.WEIGHTS", os.path.join(cfg.OUTPUT_DIR, "model_final.pth")]
     return shlex.join(words)
+
+
+def _python() -> str:
+    """What to type for this interpreter: make does not activate the environment that it uses."""
+    found = shutil.which("python")
+    return "python" if found == sys.executable else os.path.relpath(sys.executable)
 
 
 def _try(draw: Callable[[], None], what: str) -> None:
