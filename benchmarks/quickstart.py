@@ -3,7 +3,7 @@
     python benchmarks/quickstart.py --variants ghm focal --seeds 1 2 3 --output benchmarks/results
 
 Each run writes ``quickstart_<variant>_<seed>.json`` and is skipped where that exists. The variants
-change one thing each, except ``authors``, which is the published setting of both losses.
+change one thing each, except ``authors``: the published setting of both losses, and clipping.
 """
 
 import argparse
@@ -23,14 +23,17 @@ from tqdm import tqdm
 GHM = "configs/quickstart/ghm_retinanet_quickstart.yaml"
 FOCAL = "configs/quickstart/focal_retinanet_quickstart.yaml"
 CLS, REG = "MODEL.GHM.RETINANET.CLS", "MODEL.GHM.RETINANET.REG"
+CLIP = "SOLVER.CLIP_GRADIENTS.CLIP_VALUE"
 NO_CORRECTION = {f"{CLS}.BIAS_CORRECTION": False, f"{REG}.BIAS_CORRECTION": False}
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "ghm": (GHM, {}),
     "focal": (FOCAL, {}),
     "authors": (
         GHM,
-        {f"{CLS}.LOSS_WEIGHT": 1.0, f"{REG}.LOSS_WEIGHT": 10.0, f"{REG}.MU": 0.02} | NO_CORRECTION,
+        {f"{CLS}.LOSS_WEIGHT": 1.0, f"{REG}.LOSS_WEIGHT": 10.0, f"{REG}.MU": 0.02, CLIP: 35.0}
+        | NO_CORRECTION,
     ),
+    "ghm_clip_35": (GHM, {CLIP: 35.0}),
     "ghm_mu_0.02": (GHM, {f"{REG}.MU": 0.02}),
     "ghm_no_bias_correction": (GHM, NO_CORRECTION),
     "ghm_batch": (GHM, {"MODEL.GHM.RETINANET.SCOPE": "batch"}),
