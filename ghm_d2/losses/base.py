@@ -36,6 +36,9 @@ class HarmonizedLoss(nn.Module):
     """
 
     acc_sum: Tensor
+    # What messages call the two arguments of a subclass, and what they say of a NaN in them.
+    argument_names: tuple[str, str]
+    not_finite_message: str
 
     def __init__(
         self,
@@ -86,7 +89,48 @@ class HarmonizedLoss(nn.Module):
         """
         raise_first(self._failures)
 
-    def forward_examples(
+    def forward_pooled(
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """:meth:`forward` of several tensors (such as FPN levels) that share one histogram.
+
+        Args:
+            predictions: tensors as the first argument of :meth:`forward`.
+            targets: as many, as its second.
+            weights: as many, or None.
+
+        Returns:
+            One scalar; the running counts are updated once.
+
+        Raises:
+            ValueError: as :meth:`forward`, or the sequences differ in length.
+        """
+        weights = [None] * len(predictions) if weights is None else weights
+        if not len(predictions) == len(targets) == len(weights):
+            prediction, target = self.argument_names
+            raise ValueError(
+                f"{target} and weights must be as many as {prediction} ({len(predictions)}), "
+                f"got {len(targets)} and {len(weights)}"
+            )
+        first = predictions[0] if predictions else None
+        device = first.device.type if isinstance(first, Tensor) else "cpu"
+        # Region weights are ratios of counts, which half precision cannot hold.
+        with torch.autocast(device, enabled=False):
+            checks = ValueChecks()
+            zipped = zip(predictions, targets, weights, strict=True)
+            examples = [self._examples(*each, checks) for each in zipped]
+            return self._loss(predictions, examples, checks)
+
+    def _examples(
+        self, prediction: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
+    ) -> Examples | None:
+        """The checked examples of one tensor; None without any."""
+        raise NotImplementedError
+
+    def _loss(
         self, inputs: Sequence[Tensor], examples: Sequence[Examples | None], checks: ValueChecks
     ) -> Tensor:
         """One histogram, one update and one loss over the examples of all tensors.
@@ -120,8 +164,6 @@ class HarmonizedLoss(nn.Module):
         if state is not None and self.training:
             self._write(state, holds)
         return loss if holds is None else torch.where(holds, loss, torch.nan)
-
-    not_finite_message = "the loss is not finite"
 
     @torch.no_grad()
     def _updated(self, counts: Tensor) -> dict[str, Tensor]:

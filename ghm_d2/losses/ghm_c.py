@@ -1,7 +1,5 @@
 """GHM-C: gradient-harmonised classification."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ class GHMCLoss(HarmonizedLoss):
     depends on the region alone. Watch the plain cross entropy to see progress.
     """
 
+    argument_names = ("logits", "labels")
     not_finite_message = "logits must be finite; they hold NaN or infinite values"
 
     def __init__(
@@ -91,36 +90,6 @@ class GHMCLoss(HarmonizedLoss):
                 when values are checked on CUDA.
         """
         return self.forward_pooled([logits], [labels], [weight])
-
-    def forward_pooled(
-        self,
-        logits: Sequence[Tensor],
-        labels: Sequence[Tensor],
-        weights: Sequence[Tensor | None] | None = None,
-    ) -> Tensor:
-        """:meth:`forward` of several tensors (such as FPN levels) that share one histogram.
-
-        Args:
-            logits: tensors as in :meth:`forward`.
-            labels: as many.
-            weights: as many, or None.
-
-        Returns:
-            One scalar; the running counts are updated once.
-        """
-        weights = [None] * len(logits) if weights is None else weights
-        if not len(logits) == len(labels) == len(weights):
-            raise ValueError(
-                f"labels and weights must be as many as logits ({len(logits)}), "
-                f"got {len(labels)} and {len(weights)}"
-            )
-        device = logits[0].device.type if logits and isinstance(logits[0], Tensor) else "cpu"
-        with torch.autocast(device, enabled=False):
-            checks = ValueChecks()
-            examples = [
-                self._examples(*each, checks) for each in zip(logits, labels, weights, strict=True)
-            ]
-            return self.forward_examples(logits, examples, checks)
 
     def _examples(
         self, logits: Tensor, labels: Tensor, weight: Tensor | None, checks: ValueChecks

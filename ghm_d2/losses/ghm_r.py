@@ -1,8 +1,5 @@
 """GHM-R: gradient-harmonised box regression."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from .base import HarmonizedLoss, example_mask
@@ -20,6 +17,7 @@ class GHMRLoss(HarmonizedLoss):
     One example is one coordinate of one positive.
     """
 
+    argument_names = ("preds", "targets")
     not_finite_message = (
         "pred and target must be finite; they hold NaN or infinite values "
         "(a zero-size ground-truth box gives an infinite target)"
@@ -80,36 +78,6 @@ class GHMRLoss(HarmonizedLoss):
                 when values are checked on CUDA.
         """
         return self.forward_pooled([pred], [target], [weight])
-
-    def forward_pooled(
-        self,
-        preds: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        weights: Sequence[Tensor | None] | None = None,
-    ) -> Tensor:
-        """:meth:`forward` of several tensors (such as FPN levels) that share one histogram.
-
-        Args:
-            preds: tensors as in :meth:`forward`.
-            targets: as many.
-            weights: as many, or None.
-
-        Returns:
-            One scalar; the running counts are updated once.
-        """
-        weights = [None] * len(preds) if weights is None else weights
-        if not len(preds) == len(targets) == len(weights):
-            raise ValueError(
-                f"targets and weights must be as many as preds ({len(preds)}), "
-                f"got {len(targets)} and {len(weights)}"
-            )
-        device = preds[0].device.type if preds and isinstance(preds[0], Tensor) else "cpu"
-        with torch.autocast(device, enabled=False):
-            checks = ValueChecks()
-            examples = [
-                self._examples(*each, checks) for each in zip(preds, targets, weights, strict=True)
-            ]
-            return self.forward_examples(preds, examples, checks)
 
     def _examples(
         self, pred: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
