@@ -2,26 +2,30 @@
 
 A loss written with whole-tensor operations reads and writes memory the size of the logits a dozen
 times. Here a block of at most :data:`BLOCK` examples goes through all operations while it is in the
-cache. PyTorch runs operations on so few elements on the calling thread, so the blocks are dealt to
-one Python thread a core; PyTorch releases the interpreter lock meanwhile.
+cache. The blocks are dealt to one Python thread a core, each of which PyTorch runs on that core
+alone; it releases the interpreter lock meanwhile.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import unit_region_edges
 
 __all__ = ["BLOCK", "RegressionKernel", "SigmoidKernel"]
 
-# The largest size that PyTorch does not split over threads itself; the float32 buffers of a block
-# (128 KiB each) share the second-level cache.
-BLOCK = 1 << 15
+# Of 2^13 to 2^21, measured on two cores: smaller blocks spend their time in Python (8 us an
+# operation), larger ones leave the cache and need more scratch memory (0.75 MiB a buffer here).
+BLOCK = 3 << 16
+# Above this logit, 1 - sigmoid has lost the digits that the loss needs.
+_LARGE = 4.0
 
 T = TypeVar("T")
 
@@ -29,7 +33,18 @@ T = TypeVar("T")
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """The threads of this process: a forked one has its parent's memory but not its threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="ghm_d2")
+    started = Barrier(threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)  # for this thread, and for all that start after it ...
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ghm_d2", initializer=start)
+    for _ in range(threads):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(threads)  # ... until here
+    return pool
 
 
 class _Blocks:
@@ -88,9 +103,9 @@ class _Regions:
         return torch.bucketize(norm, self.edges[1:], right=True)
 
     def write(self, norm: Tensor, scratch: Tensor, spare: Tensor, region: Tensor) -> Tensor:
-        """Fills int32 ``region`` with [0, bins]: ``bins`` for a norm of 1, anything for NaN."""
+        """Fills int32 ``region`` with [0, bins]: ``bins`` for a norm of 1, any number for NaN."""
         torch.mul(norm, self.bins, out=scratch)
-        region.copy_(scratch).clamp_(0, self.bins)
+        region.copy_(scratch)
         if not self.floor_is_exact:
             # Only a product beside a whole number can be rounded across an edge.
             torch.round(scratch, out=spare).sub_(scratch).abs_()
@@ -99,6 +114,13 @@ class _Regions:
                 doubtful = (spare < close).nonzero().flatten()
                 region[doubtful] = self._search(norm[doubtful]).int()
         return region
+
+    def count(self, region: Tensor) -> Tensor:
+        """int64 (bins + 1,). A NaN is refused later, by the loss; here it must only not crash."""
+        try:
+            return torch.bincount(region, minlength=self.bins + 1)
+        except RuntimeError:  # a negative number
+            return torch.bincount(region.clamp_(0, self.bins), minlength=self.bins + 1)
 
     def total(self, counts: list[Tensor], dropped: Tensor) -> Tensor:
         """Adds up counts of [0, bins]; what was dropped has been counted with a norm of 0."""
@@ -163,13 +185,13 @@ class SigmoidKernel:
         norms = torch.empty_like(self.logits) if keep else None
 
         def work(blocks: Iterator[tuple[int, slice]]) -> Tensor:
-            buffers = self._blocks.buffers(4)
+            buffers = self._blocks.buffers(3 if keep else 4)
             total = torch.zeros(bins + 1, dtype=torch.int64)
             for number, span in blocks:
-                norm, scratch, spare, region = buffers(span.stop - span.start)
-                norm = self._write_norm(number, span, norm if norms is None else norms[span])
+                scratch, spare, region, *rest = buffers(span.stop - span.start)
+                norm = self._write_norm(number, span, norms[span] if keep else rest[0])
                 region = regions.write(norm, scratch, spare, region.view(torch.int32))
-                total += torch.bincount(region, minlength=bins + 1)
+                total += regions.count(region)
             return total
 
         counts = self._blocks.map(work)
@@ -185,34 +207,37 @@ class SigmoidKernel:
             gradient = torch.empty_like(self.logits)
 
         def work(blocks: Iterator[tuple[int, slice]]) -> float:
-            buffers = self._blocks.buffers(4)
+            buffers = self._blocks.buffers(4 if norms is None else 3)
             total = 0.0
             for number, span in blocks:
-                norm, weight, loss, region = buffers(span.stop - span.start)
-                norm = self._write_norm(number, span, norm) if norms is None else norms[span]
+                weight, loss, region, *rest = buffers(span.stop - span.start)
+                keep = norms is not None
+                norm = norms[span] if keep else self._write_norm(number, span, rest[0])
                 region = regions.write(norm, weight, loss, region.view(torch.int32))
-                torch.index_select(table, 0, region, out=weight)
-                spare = region.view(torch.float32)
-                total += torch.dot(self._loss(number, span, norm, loss, spare), weight).item()
+                try:
+                    torch.index_select(table, 0, region, out=weight)
+                except IndexError:  # of a NaN
+                    return torch.nan
+                # Not torch.dot, which adds up one by one and loses a digit on blocks of this size.
+                total -= self._negative_loss(number, span, norm, loss).mul_(weight).sum().item()
                 if gradient is not None:
                     self._write_gradient(number, norm, weight, gradient[span])
             return total
 
         return torch.tensor(sum(self._blocks.map(work)), dtype=torch.float32), gradient
 
-    def _loss(self, number: int, span: slice, norm: Tensor, loss: Tensor, spare: Tensor) -> Tensor:
-        # softplus(z) = max(z, 0) - log(1 - min(p, 1 - p)), p = sigmoid(z): exact at both ends.
+    def _negative_loss(self, number: int, span: slice, norm: Tensor, loss: Tensor) -> Tensor:
+        # -softplus(z) = log(1 - sigmoid(z)), but for a large z.
         x, positive, dropped = self.logits[span], self._positive[number], self._dropped[number]
-        if x.dtype == torch.float32:
-            torch.clamp_min(x, 0, out=loss)
-        else:
-            loss.copy_(x).relu_()
+        torch.neg(norm, out=loss).log1p_()
+        large = x > _LARGE
+        if large.any():
+            loss[large] = -F.softplus(x[large].float())
         if positive.numel():
-            loss[positive] = (-x[positive]).float().relu_()
+            loss[positive] = -F.softplus(-x[positive].float())
         if dropped.numel():
             loss[dropped] = 0
-        torch.sub(1, norm, out=spare)
-        return loss.sub_(torch.minimum(spare, norm, out=spare).neg_().log1p_())
+        return loss
 
     def _write_gradient(self, number: int, norm: Tensor, weight: Tensor, out: Tensor) -> None:
         if out.dtype == torch.float32:
@@ -260,7 +285,7 @@ class RegressionKernel:
                 self._write(number, span, norm, scratch)
                 torch.abs(self._slope[span], out=norm)
                 region = regions.write(norm, scratch, spare, self._region[span])
-                total += torch.bincount(region, minlength=bins + 1)
+                total += regions.count(region)
             return total
 
         return regions.total(self._blocks.map(work), self.dropped)
@@ -281,6 +306,6 @@ class RegressionKernel:
 
         :meth:`counts` comes first.
         """
-        weight = torch.index_select(_table(weights), 0, self._region)
-        loss = torch.dot(self._loss, weight)
+        weight = torch.index_select(_table(weights), 0, self._region.clamp_(min=0))  # of a NaN
+        loss = (self._loss * weight).sum()
         return loss, weight.mul_(self._slope).to(self.pred.dtype) if self.differentiate else None
