@@ -24,6 +24,8 @@ __all__ = ["BLOCK", "RegressionKernel", "SigmoidKernel"]
 # Of 2^13 to 2^21, measured on two cores: smaller blocks spend their time in Python (8 us an
 # operation), larger ones leave the cache and need more scratch memory (0.75 MiB a buffer here).
 BLOCK = 3 << 16
+# Fewer examples than this for each thread are not worth the hand-over to it.
+_WORTHWHILE = 1 << 14
 # Above this logit, 1 - sigmoid has lost the digits that the loss needs.
 _LARGE = 4.0
 
@@ -52,7 +54,7 @@ class _Blocks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.threads = torch.get_num_threads()
+        self.threads = min(torch.get_num_threads(), max(size // _WORTHWHILE, 1))
         share = -(-size // self.threads)
         blocks = -(-share // BLOCK)  # of each thread
         self.length = -(-share // max(blocks, 1)) or 1
@@ -78,7 +80,7 @@ class _Blocks:
 
         if len(shares) <= 1:
             return [call(numbers) for numbers in shares]
-        return list(_pool(os.getpid(), self.threads).map(call, shares))
+        return list(_pool(os.getpid(), torch.get_num_threads()).map(call, shares))
 
     def _span(self, number: int) -> slice:
         return slice(number * self.length, min((number + 1) * self.length, self.size))
@@ -207,11 +209,11 @@ class SigmoidKernel:
             gradient = torch.empty_like(self.logits)
 
         def work(blocks: Iterator[tuple[int, slice]]) -> float:
-            buffers = self._blocks.buffers(4 if norms is None else 3)
+            keep = norms is not None
+            buffers = self._blocks.buffers(3 if keep else 4)
             total = 0.0
             for number, span in blocks:
                 weight, loss, region, *rest = buffers(span.stop - span.start)
-                keep = norms is not None
                 norm = norms[span] if keep else self._write_norm(number, span, rest[0])
                 region = regions.write(norm, weight, loss, region.view(torch.int32))
                 try:

@@ -147,9 +147,8 @@ class GHMCLoss(HarmonizedLoss):
                 return FusedExamples(flat, kernel)
         valid = keep
         if labels.dim() == 1:
-            valid = (
-                (labels >= 0).unsqueeze(1) if keep is None else (labels >= 0).unsqueeze(1) & keep
-            )
+            counted = (labels >= 0).unsqueeze(1)
+            valid = counted if keep is None else counted & keep
         if valid is not None:
             logits = _without(logits, valid)
         return EagerExamples(*sigmoid_examples(logits, labels), valid)
