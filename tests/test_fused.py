@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss, fused
-from ghm_d2.losses.blocked import BLOCK, _Blocks
+from ghm_d2.losses.blocks import BLOCK, Blocks
 from ghm_d2.losses.functional import (
     count_unit_regions,
     harmonized_sum,
@@ -16,7 +16,8 @@ from ghm_d2.losses.functional import (
 MU = 0.02
 HALVES = [torch.float32, torch.float16, torch.bfloat16]
 # One example, part of a block, and several blocks with a part at the end.
-SHAPES = [(1, 1), (37, 3), (BLOCK // 20 + 1, 20), (3 * BLOCK // 8 + 5, 8)]
+# The third has blocks of an odd length, the last one work for two threads.
+SHAPES = [(1, 1), (37, 3), (65_537, 3), (2 * BLOCK // 8 + 5, 8)]
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
@@ -203,16 +204,22 @@ def test_without_grad_no_gradient_is_kept():
 
 
 def test_blocks_cover_everything_once(threads):
-    for size in (1, BLOCK, BLOCK + 1, 100_000, 5 * BLOCK - 3):
-        blocks = _Blocks(size)
+    for size in (1, BLOCK, BLOCK + 1, 100_000, 2_000_001, 5 * BLOCK - 3):
+        blocks = Blocks(size)
         shares = blocks.map(list)
         assert len(shares) <= threads
-        spans = [span for share in shares for _, span in share]
-        assert [n for share in shares for n, _ in share] == list(range(len(spans)))
-        assert spans[0].start == 0 and spans[-1].stop == size
-        assert all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False))
-        lengths = [span.stop - span.start for span in spans]
-        assert max(lengths) <= BLOCK and sum(lengths) == size
+        assert [n for share in shares for n in share] == list(range(blocks.number))
+        positions = torch.arange(size)
+        assert torch.equal(torch.cat(blocks.split(positions)), positions)
+        lengths = [len(block) for block in blocks.split(positions)]
+        assert max(lengths) <= BLOCK
+        for number, length in enumerate(lengths):
+            scratch = blocks.scratch(2)(number)
+            assert [len(buffer) for buffer in scratch.buffers] == [length] * 2
+            assert [len(half) for half in (*scratch.halves, scratch.pairs)] == [length // 2] * 3
+        cut = blocks.cut(positions[:: max(size // 1000, 1)])
+        found = [part + number * blocks.length for number, part in enumerate(cut)]
+        assert torch.equal(torch.cat(found), positions[:: max(size // 1000, 1)])
 
 
 def test_without_gradient_the_loss_is_the_same():

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup, launch
@@ -81,6 +82,18 @@ def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -
             # this lets the main one report it alone.
             time.sleep(10)
         _fail(error)
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Ends the communication threads while the interpreter still runs.
+
+    Detectron2 leaves them to the exit of the process, where gloo's were seen to abort it once in a
+    while. Nobody leaves before all have arrived: process 0 holds the store that the others use.
+    """
+    if comm.get_world_size() > 1:
+        comm.synchronize()
+        dist.destroy_process_group()
 
 
 def _train(args: argparse.Namespace, cfg: CfgNode) -> None:

@@ -1,140 +1,21 @@
-"""CPU kernels: harmonised losses in blocks that stay in the cache, on all cores.
+"""CPU kernels: loss and gradient of harmonised losses, block by block.
 
 A loss written with whole-tensor operations reads and writes memory the size of the logits a dozen
-times. Here a block of at most :data:`BLOCK` examples goes through all operations while it is in the
-cache. The blocks are dealt to one Python thread a core, each of which PyTorch runs on that core
-alone; it releases the interpreter lock meanwhile.
+times. Here a block goes through all operations while it is in the cache.
 """
-
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from threading import Barrier
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import unit_region_edges
+from .block_regions import Corrections, region_finder
+from .blocks import Blocks, Scratch
 
-__all__ = ["BLOCK", "RegressionKernel", "SigmoidKernel"]
+__all__ = ["RegressionKernel", "SigmoidKernel"]
 
-# Of 2^13 to 2^21, measured on two cores: smaller blocks spend their time in Python (8 us an
-# operation), larger ones leave the cache and need more scratch memory (0.75 MiB a buffer here).
-BLOCK = 3 << 16
-# Fewer examples than this for each thread are not worth the hand-over to it.
-_WORTHWHILE = 1 << 14
 # Above this logit, 1 - sigmoid has lost the digits that the loss needs.
 _LARGE = 4.0
-
-T = TypeVar("T")
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """The threads of this process: a forked one has its parent's memory but not its threads."""
-    started = Barrier(threads + 1)
-
-    def start() -> None:
-        torch.set_num_threads(1)  # for this thread, and for all that start after it ...
-        started.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="ghm_d2", initializer=start)
-    for _ in range(threads):
-        pool.submit(int)
-    started.wait()
-    torch.set_num_threads(threads)  # ... until here
-    return pool
-
-
-class _Blocks:
-    """``size`` examples cut into blocks of nearly equal length, dealt to the threads."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.threads = min(torch.get_num_threads(), max(size // _WORTHWHILE, 1))
-        share = -(-size // self.threads)
-        blocks = -(-share // BLOCK)  # of each thread
-        self.length = -(-share // max(blocks, 1)) or 1
-
-    def cut(self, positions: Tensor) -> list[Tensor]:
-        """Ascending ``positions``, for each block those inside it, counted from its start."""
-        if not positions.numel():
-            return [positions] * -(-self.size // self.length)
-        starts = torch.arange(0, self.size + self.length, self.length)
-        cuts = torch.searchsorted(positions, starts).tolist()
-        pairs = zip(cuts, cuts[1:], strict=False)
-        return [positions[a:b] - i * self.length for i, (a, b) in enumerate(pairs)]
-
-    def map(self, work: Callable[[Iterator[tuple[int, slice]]], T]) -> list[T]:
-        """Calls ``work`` once a thread, with the (number, span) of that thread's blocks."""
-        number = -(-self.size // self.length)
-        share = -(-number // self.threads)
-        shares = [range(i, min(i + share, number)) for i in range(0, number, share)]
-
-        def call(numbers: range) -> T:
-            with torch.no_grad():  # a setting of each thread
-                return work((i, self._span(i)) for i in numbers)
-
-        if len(shares) <= 1:
-            return [call(numbers) for numbers in shares]
-        return list(_pool(os.getpid(), torch.get_num_threads()).map(call, shares))
-
-    def _span(self, number: int) -> slice:
-        return slice(number * self.length, min((number + 1) * self.length, self.size))
-
-    def buffers(self, number: int) -> Callable[[int], list[Tensor]]:
-        """Scratch memory of one thread: a function from a block's size to ``number`` tensors."""
-        whole = torch.empty(number, min(self.length, self.size))
-        return lambda size: [row[:size] for row in whole]
-
-
-class _Regions:
-    """The unit region of each gradient norm, exactly as ``unit_region_index`` finds it."""
-
-    def __init__(self, bins: int) -> None:
-        self.bins = bins
-        self.edges = unit_region_edges(bins)
-        below = torch.nextafter(self.edges[1:], torch.tensor(0.0))
-        ends = torch.cat([self.edges, below])
-        self.floor_is_exact = torch.equal((ends * bins).int(), self._search(ends).int())
-
-    def _search(self, norm: Tensor) -> Tensor:
-        return torch.bucketize(norm, self.edges[1:], right=True)
-
-    def write(self, norm: Tensor, scratch: Tensor, spare: Tensor, region: Tensor) -> Tensor:
-        """Fills int32 ``region`` with [0, bins]: ``bins`` for a norm of 1, any number for NaN."""
-        torch.mul(norm, self.bins, out=scratch)
-        region.copy_(scratch)
-        if not self.floor_is_exact:
-            # Only a product beside a whole number can be rounded across an edge.
-            torch.round(scratch, out=spare).sub_(scratch).abs_()
-            close = 2e-7 * self.bins
-            if spare.min() < close:
-                doubtful = (spare < close).nonzero().flatten()
-                region[doubtful] = self._search(norm[doubtful]).int()
-        return region
-
-    def count(self, region: Tensor) -> Tensor:
-        """int64 (bins + 1,). A NaN is refused later, by the loss; here it must only not crash."""
-        try:
-            return torch.bincount(region, minlength=self.bins + 1)
-        except RuntimeError:  # a negative number
-            return torch.bincount(region.clamp_(0, self.bins), minlength=self.bins + 1)
-
-    def total(self, counts: list[Tensor], dropped: Tensor) -> Tensor:
-        """Adds up counts of [0, bins]; what was dropped has been counted with a norm of 0."""
-        total = torch.stack(counts).sum(0)
-        total[self.bins - 1] += total[self.bins]  # the last region is closed
-        total[0] -= dropped.numel()
-        return total[: self.bins]
-
-
-@cache
-def _regions(bins: int) -> _Regions:
-    return _Regions(bins)
+_ROW = 512  # logits that are looked at together for a large one
 
 
 def _table(weights: Tensor) -> Tensor:
@@ -162,14 +43,16 @@ class SigmoidKernel:
         """
         self.logits = logits
         self.differentiate = differentiate
-        self._blocks = _Blocks(logits.numel())
-        self._positive = self._blocks.cut(positive)
-        self._dropped = self._blocks.cut(dropped)
-        self._all_dropped = dropped
+        self._blocks = blocks = Blocks(logits.numel())
+        self._x = blocks.split(logits)
+        self._positive = blocks.cut(positive)
+        self._dropped = blocks.cut(dropped)
+        self._number_dropped = dropped.numel()
         self._norms: Tensor | None = None
+        self._corrections: list[Corrections | None] = [None] * blocks.number
 
-    def _write_norm(self, number: int, span: slice, norm: Tensor) -> Tensor:
-        x, positive, dropped = self.logits[span], self._positive[number], self._dropped[number]
+    def _write_norm(self, number: int, norm: Tensor) -> Tensor:
+        x, positive, dropped = self._x[number], self._positive[number], self._dropped[number]
         if x.dtype == torch.float32:
             torch.sigmoid(x, out=norm)
         else:
@@ -182,61 +65,65 @@ class SigmoidKernel:
 
     def counts(self, bins: int) -> Tensor:
         """int64 (bins,): the number of examples in each unit region."""
-        regions = _regions(bins)
+        finder = region_finder(bins)
         keep = self.differentiate and self.logits.dtype == torch.float32
-        norms = torch.empty_like(self.logits) if keep else None
+        kept = torch.empty_like(self.logits) if keep else None
+        norms = self._blocks.split(kept) if keep else None
 
-        def work(blocks: Iterator[tuple[int, slice]]) -> Tensor:
-            buffers = self._blocks.buffers(3 if keep else 4)
+        def work(numbers: range) -> Tensor:
+            scratch_of = self._blocks.scratch(2 if keep else 3)
             total = torch.zeros(bins + 1, dtype=torch.int64)
-            for number, span in blocks:
-                scratch, spare, region, *rest = buffers(span.stop - span.start)
-                norm = self._write_norm(number, span, norms[span] if keep else rest[0])
-                region = regions.write(norm, scratch, spare, region.view(torch.int32))
-                total += regions.count(region)
+            for i in numbers:
+                scratch = scratch_of(i)
+                norm = self._write_norm(i, norms[i] if keep else scratch.buffers[2])
+                _, self._corrections[i] = finder.find(norm, scratch)
+                total += finder.count(scratch)
             return total
 
         counts = self._blocks.map(work)
-        self._norms = norms
-        return regions.total(counts, self._all_dropped)
+        self._norms = kept
+        return finder.total(counts, self._number_dropped)
 
     def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The float32 weighted sum of losses, and its gradient (n,) if it was wanted."""
-        regions, table = _regions(weights.numel()), _table(weights)
-        norms, self._norms = self._norms, None
-        gradient = norms
+        """The float32 weighted sum of losses, and its gradient (n,) if it was wanted.
+
+        :meth:`counts` comes first.
+        """
+        finder, table = region_finder(weights.numel()), _table(weights)
+        kept, self._norms = self._norms, None
+        gradient = kept
         if gradient is None and self.differentiate:
             gradient = torch.empty_like(self.logits)
+        norms = None if kept is None else self._blocks.split(kept)
+        gradients = None if gradient is None else self._blocks.split(gradient)
 
-        def work(blocks: Iterator[tuple[int, slice]]) -> float:
-            keep = norms is not None
-            buffers = self._blocks.buffers(3 if keep else 4)
+        def work(numbers: range) -> float:
+            scratch_of = self._blocks.scratch(3 if norms is None else 2)
             total = 0.0
-            for number, span in blocks:
-                weight, loss, region, *rest = buffers(span.stop - span.start)
-                norm = norms[span] if keep else self._write_norm(number, span, rest[0])
-                region = regions.write(norm, weight, loss, region.view(torch.int32))
+            for i in numbers:
+                scratch = scratch_of(i)
+                norm = self._write_norm(i, scratch.buffers[2]) if norms is None else norms[i]
+                region = finder.find_again(norm, scratch, self._corrections[i])
+                loss, weight = scratch.buffers[:2]
                 try:
                     torch.index_select(table, 0, region, out=weight)
                 except IndexError:  # of a NaN
                     return torch.nan
                 # Not torch.dot, which adds up one by one and loses a digit on blocks of this size.
-                total -= self._negative_loss(number, span, norm, loss).mul_(weight).sum().item()
-                if gradient is not None:
-                    self._write_gradient(number, norm, weight, gradient[span])
+                total -= self._negative_loss(i, norm, loss).mul_(weight).sum().item()
+                if gradients is not None:
+                    self._write_gradient(i, norm, weight, gradients[i])
             return total
 
         return torch.tensor(sum(self._blocks.map(work)), dtype=torch.float32), gradient
 
-    def _negative_loss(self, number: int, span: slice, norm: Tensor, loss: Tensor) -> Tensor:
+    def _negative_loss(self, number: int, norm: Tensor, loss: Tensor) -> Tensor:
         # -softplus(z) = log(1 - sigmoid(z)), but for a large z.
-        x, positive, dropped = self.logits[span], self._positive[number], self._dropped[number]
+        x, positive, dropped = self._x[number], self._positive[number], self._dropped[number]
         torch.neg(norm, out=loss).log1p_()
-        large = x > _LARGE
-        if large.any():
-            loss[large] = -F.softplus(x[large].float())
+        _replace_large(x, loss)
         if positive.numel():
-            loss[positive] = -F.softplus(-x[positive].float())
+            loss[positive] = F.softplus(-x[positive].float()).neg_()
         if dropped.numel():
             loss[dropped] = 0
         return loss
@@ -248,6 +135,21 @@ class SigmoidKernel:
             out.copy_(norm * weight)
         if (positive := self._positive[number]).numel():
             out[positive] = -out[positive]
+
+
+def _replace_large(x: Tensor, loss: Tensor) -> None:
+    """Writes -softplus(x) into (n,) ``loss`` wherever x is large, and beside it.
+
+    A mask of single elements would take longer than all the rest: whole rows are looked for.
+    """
+    n = x.numel() // _ROW * _ROW
+    if n:
+        rows = x[:n].view(-1, _ROW)
+        large = (~(rows.amax(1) <= _LARGE)).nonzero().flatten()  # a NaN may hide a large one
+        if large.numel():
+            loss[:n].view(-1, _ROW)[large] = F.softplus(rows[large].float()).neg_()
+    if n < x.numel():
+        loss[n:] = F.softplus(x[n:].float()).neg_()
 
 
 class RegressionKernel:
@@ -270,44 +172,48 @@ class RegressionKernel:
         self.pred, self.target, self.mu = pred, target, mu
         self.differentiate = differentiate
         self.dropped = dropped
-        self._blocks = _Blocks(pred.numel())
-        self._dropped = self._blocks.cut(dropped)
+        self._slope, self._loss = torch.empty(2, pred.numel()).unbind()
+        self._region = torch.empty(pred.numel(), dtype=torch.int32)
 
     def counts(self, bins: int) -> Tensor:
         """int64 (bins,): the number of examples in each unit region."""
-        regions = _regions(bins)
-        self._slope, self._loss = torch.empty(2, self.pred.numel())
-        self._region = torch.empty(self.pred.numel(), dtype=torch.int32)
+        finder, blocks = region_finder(bins), Blocks(self.pred.numel())
+        wholes = (self.pred, self.target, self._slope, self._loss, self._region)
+        parts = list(zip(*(blocks.split(whole) for whole in wholes), strict=True))
+        dropped = blocks.cut(self.dropped)
 
-        def work(blocks: Iterator[tuple[int, slice]]) -> Tensor:
-            buffers = self._blocks.buffers(3)
+        def work(numbers: range) -> Tensor:
+            scratch_of = blocks.scratch(3)
             total = torch.zeros(bins + 1, dtype=torch.int64)
-            for number, span in blocks:
-                norm, scratch, spare = buffers(span.stop - span.start)
-                self._write(number, span, norm, scratch)
-                torch.abs(self._slope[span], out=norm)
-                region = regions.write(norm, scratch, spare, self._region[span])
-                total += regions.count(region)
+            for i in numbers:
+                pred, target, slope, loss, region = parts[i]
+                scratch = scratch_of(i)
+                slope.copy_(pred).sub_(target)
+                if dropped[i].numel():
+                    slope[dropped[i]] = 0
+                norm = self._write_examples(slope, loss, scratch)
+                region.copy_(finder.find(norm, scratch)[0])
+                total += finder.count(scratch)
             return total
 
-        return regions.total(self._blocks.map(work), self.dropped)
+        return finder.total(blocks.map(work), self.dropped.numel())
 
-    def _write(self, number: int, span: slice, root: Tensor, square: Tensor) -> None:
-        slope, loss = self._slope[span], self._loss[span]
-        slope.copy_(self.pred[span]).sub_(self.target[span])
-        if (dropped := self._dropped[number]).numel():
-            slope[dropped] = 0
+    def _write_examples(self, slope: Tensor, loss: Tensor, scratch: Scratch) -> Tensor:
+        """Turns differences into slopes, writes the losses and returns the norms."""
+        square, root, norm = scratch.buffers
         torch.mul(slope, slope, out=square)
         torch.add(square, self.mu * self.mu, out=root).sqrt_()
         slope.div_(root)
         # d^2 / (root + mu), as in functional.regression_examples.
         torch.div(square, root.add_(self.mu), out=loss)
+        return torch.abs(slope, out=norm)
 
     def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """The float32 weighted sum of losses, and its gradient (n,) if it was wanted.
 
         :meth:`counts` comes first.
         """
-        weight = torch.index_select(_table(weights), 0, self._region.clamp_(min=0))  # of a NaN
+        region = self._region.clamp_(min=0)  # of a NaN
+        weight = torch.index_select(_table(weights), 0, region)
         loss = (self._loss * weight).sum()
         return loss, weight.mul_(self._slope).to(self.pred.dtype) if self.differentiate else None
