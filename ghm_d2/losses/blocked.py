@@ -155,7 +155,7 @@ def _replace_large(x: Tensor, loss: Tensor) -> None:
 class RegressionKernel:
     """Authentic smooth L1 of the differences between predictions and targets.
 
-    There are few of them, so loss, slope and region of each are kept from counting to weighting.
+    Everything is computed twice, to count and to weight: it is cheap, and memory is not.
     """
 
     def __init__(
@@ -165,55 +165,72 @@ class RegressionKernel:
         Args:
             pred: (n,) contiguous deltas; float32, float16 or bfloat16.
             target: (n,) contiguous deltas.
-            dropped: int64 positions that do not count.
+            dropped: ascending int64 positions that do not count.
             mu: width of the quadratic part.
             differentiate: whether the gradient will be wanted.
         """
-        self.pred, self.target, self.mu = pred, target, mu
+        self.pred, self.mu = pred, mu
         self.differentiate = differentiate
-        self.dropped = dropped
-        self._slope, self._loss = torch.empty(2, pred.numel()).unbind()
-        self._region = torch.empty(pred.numel(), dtype=torch.int32)
+        self._blocks = blocks = Blocks(pred.numel())
+        self._pairs = list(zip(blocks.split(pred), blocks.split(target), strict=True))
+        self._dropped = blocks.cut(dropped)
+        self._number_dropped = dropped.numel()
+        self._corrections: list[Corrections | None] = [None] * blocks.number
+
+    def _write(self, number: int, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+        """Square of the difference, root, and slope, into the buffers after the first two."""
+        (pred, target), dropped = self._pairs[number], self._dropped[number]
+        square, root, slope = scratch.buffers[2:]
+        slope.copy_(pred).sub_(target)
+        if dropped.numel():
+            slope[dropped] = 0
+        torch.mul(slope, slope, out=square)
+        torch.add(square, self.mu * self.mu, out=root).sqrt_()
+        return square, root, slope.div_(root)
 
     def counts(self, bins: int) -> Tensor:
         """int64 (bins,): the number of examples in each unit region."""
-        finder, blocks = region_finder(bins), Blocks(self.pred.numel())
-        wholes = (self.pred, self.target, self._slope, self._loss, self._region)
-        parts = list(zip(*(blocks.split(whole) for whole in wholes), strict=True))
-        dropped = blocks.cut(self.dropped)
+        finder = region_finder(bins)
 
         def work(numbers: range) -> Tensor:
-            scratch_of = blocks.scratch(3)
+            scratch_of = self._blocks.scratch(5)
             total = torch.zeros(bins + 1, dtype=torch.int64)
             for i in numbers:
-                pred, target, slope, loss, region = parts[i]
                 scratch = scratch_of(i)
-                slope.copy_(pred).sub_(target)
-                if dropped[i].numel():
-                    slope[dropped[i]] = 0
-                norm = self._write_examples(slope, loss, scratch)
-                region.copy_(finder.find(norm, scratch)[0])
+                norm = self._write(i, scratch)[2].abs_()
+                _, self._corrections[i] = finder.find(norm, scratch)
                 total += finder.count(scratch)
             return total
 
-        return finder.total(blocks.map(work), self.dropped.numel())
-
-    def _write_examples(self, slope: Tensor, loss: Tensor, scratch: Scratch) -> Tensor:
-        """Turns differences into slopes, writes the losses and returns the norms."""
-        square, root, norm = scratch.buffers
-        torch.mul(slope, slope, out=square)
-        torch.add(square, self.mu * self.mu, out=root).sqrt_()
-        slope.div_(root)
-        # d^2 / (root + mu), as in functional.regression_examples.
-        torch.div(square, root.add_(self.mu), out=loss)
-        return torch.abs(slope, out=norm)
+        return finder.total(self._blocks.map(work), self._number_dropped)
 
     def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """The float32 weighted sum of losses, and its gradient (n,) if it was wanted.
 
         :meth:`counts` comes first.
         """
-        region = self._region.clamp_(min=0)  # of a NaN
-        weight = torch.index_select(_table(weights), 0, region)
-        loss = (self._loss * weight).sum()
-        return loss, weight.mul_(self._slope).to(self.pred.dtype) if self.differentiate else None
+        finder, table = region_finder(weights.numel()), _table(weights)
+        gradient = torch.empty_like(self.pred) if self.differentiate else None
+        gradients = None if gradient is None else self._blocks.split(gradient)
+
+        def work(numbers: range) -> float:
+            scratch_of = self._blocks.scratch(5)
+            total = 0.0
+            for i in numbers:
+                scratch = scratch_of(i)
+                square, root, slope = self._write(i, scratch)
+                norm = weight = scratch.buffers[1]
+                region = finder.find_again(
+                    torch.abs(slope, out=norm), scratch, self._corrections[i]
+                )
+                try:
+                    torch.index_select(table, 0, region, out=weight)
+                except IndexError:  # of a NaN
+                    return torch.nan
+                # d^2 / (root + mu), as in functional.regression_examples.
+                total += square.div_(root.add_(self.mu)).mul_(weight).sum().item()
+                if gradients is not None:
+                    gradients[i].copy_(slope.mul_(weight))
+            return total
+
+        return torch.tensor(sum(self._blocks.map(work)), dtype=torch.float32), gradient

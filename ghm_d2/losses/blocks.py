@@ -25,8 +25,12 @@ BLOCK = 1 << 19
 _FEWEST = 8
 # ... but they are not shorter than this for it.
 _SHORTEST = 1 << 16
-# Fewer examples than this for each thread are not worth the hand-over to it.
+# Fewer examples than this for each thread are not worth the waiting for its lock.
 _WORTHWHILE = 1 << 19
+# So few stay on the calling thread, in blocks below the 2^15 elements from which PyTorch would
+# deal each single operation to all cores, and wake these every time.
+_FEW = 1 << 17
+_SERIAL = (1 << 15) - 512
 
 T = TypeVar("T")
 
@@ -36,9 +40,13 @@ class Blocks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.threads = min(torch.get_num_threads(), max(size // _WORTHWHILE, 1))
+        cores = torch.get_num_threads()
+        self._on_calling_thread = cores == 1 or size <= _FEW
+        self.threads = min(cores, max(size // _WORTHWHILE, 1))
         share = -(-size // self.threads)
         longest = min(BLOCK, max(_SHORTEST, share // _FEWEST))
+        if cores > 1 and size <= _FEW:
+            longest = _SERIAL
         self.length = -(-share // -(-share // longest)) if share else 1
         self.number = -(-size // self.length)
 
@@ -51,7 +59,7 @@ class Blocks:
         if not positions.numel() or self.number == 1:
             return [positions] * self.number
         starts = torch.arange(0, self.size + self.length, self.length)
-        cuts = torch.searchsorted(positions, starts).tolist()
+        cuts = torch.searchsorted(positions.contiguous(), starts).tolist()
         pairs = zip(cuts, cuts[1:], strict=False)
         return [positions[a:b] - i * self.length for i, (a, b) in enumerate(pairs)]
 
@@ -64,7 +72,7 @@ class Blocks:
             with torch.no_grad():  # a setting of each thread
                 return work(numbers)
 
-        if len(shares) <= 1:
+        if self._on_calling_thread:
             return [call(numbers) for numbers in shares]
         return list(_pool(os.getpid(), torch.get_num_threads()).map(call, shares))
 
