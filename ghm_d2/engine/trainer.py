@@ -1,8 +1,12 @@
 """The trainer: Detectron2's, with evaluators, global clipping and several processes on CPUs."""
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +18,8 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
 
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.errors import UserError
@@ -52,6 +58,27 @@ class GHMTrainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Detectron2's optimizer; see :func:`build_clipping_optimizer`."""
         return build_clipping_optimizer(cfg, model)
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: torch.nn.Module,
+        evaluators: list[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """Detectron2's evaluation; its figures also go to OUTPUT_DIR/inference/results.json.
+
+        The file maps "TASK/FIGURE", after "NAME/" where there are several data sets, to a number,
+        or to null where there is none.
+        """
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and results:
+            figures = flatten_results_dict(results).items()
+            plain = {k: v if math.isfinite(v) else None for k, v in figures}
+            file = Path(cfg.OUTPUT_DIR, "inference", "results.json")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(plain, indent=1) + "\n")
+        return results
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
