@@ -27,6 +27,7 @@ __all__ = ["Outcome", "execute", "free_cores"]
 logger = logging.getLogger(__name__)
 
 _POLL = 0.5  # seconds
+CHILD = (sys.executable, "-m", "ghm_d2.ablation.child")
 
 
 @dataclass
@@ -148,8 +149,8 @@ class _Process:
         options = ["--resume"] if pointer.exists() else []
         if options and pointer.read_text().strip() == "model_final.pth":
             options.append("--eval-only")  # it was cut off in its evaluation
-        words = [sys.executable, "-m", "ghm_d2.ablation.child", str(output / "usage.json")]
-        words += [*run.argv, "OUTPUT_DIR", str(output), *options]
+        words = [*CHILD, str(output / "usage.json"), *run.argv]
+        words += ["OUTPUT_DIR", str(output), *options]
         self._start = time.perf_counter()
         with open(self.log_file, "a") as log:
             self._popen = subprocess.Popen(

@@ -28,7 +28,7 @@ __all__ = ["Run", "plan_runs"]
 # Keys that decide where and how a run is kept, not what comes out of it. The device is among them:
 # seeds already stand for the last digits, and the figures of a GPU shall be found without one.
 _NO_INFLUENCE = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
-_SPLITS = ("DATASETS.TRAIN", "DATASETS.TEST")
+SPLITS = ("DATASETS.TRAIN", "DATASETS.TEST")
 _NUM_CLASSES = ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
 _OWN = {"SEED": "--seeds", "OUTPUT_DIR": "--output"}
 
@@ -71,7 +71,8 @@ def plan_runs(grid: Grid, args: argparse.Namespace, scratch: Path) -> list[Run]:
 
     Args:
         grid: the table.
-        args: with ``seeds``, ``dataset``, ``opts``, ``config_file`` and ``num_gpus``.
+        args: with ``seeds``, ``dataset``, ``opts``, ``config_file``, ``num_gpus`` and
+            ``report_only`` (weights may be missing).
         scratch: folder for the log of the checks.
 
     Returns:
@@ -88,7 +89,7 @@ def plan_runs(grid: Grid, args: argparse.Namespace, scratch: Path) -> list[Run]:
     first, datasets, _ = _build(base, pairs, args, scratch, args.dataset)
     shared = []
     if datasets:
-        shared = _words({key: _leaf(first, key) for key in (*_SPLITS, *_NUM_CLASSES)})
+        shared = _words({key: _leaf(first, key) for key in (*SPLITS, *_NUM_CLASSES)})
     device = ["MODEL.DEVICE", first.MODEL.DEVICE]  # chosen, and warned of, once
 
     fingerprints = _Fingerprints(datasets)
@@ -98,7 +99,8 @@ def plan_runs(grid: Grid, args: argparse.Namespace, scratch: Path) -> list[Run]:
         file = row.config_file or base
         with _named(f"row {row.name!r}"):
             cfg, _, parsed = _build(file, [*own, *shared, *device], args, scratch, [])
-            check_all(cfg, parsed)
+            if not args.report_only:
+                check_all(cfg, parsed)
             if not cfg.DATASETS.TEST:
                 raise UserError(
                     "DATASETS.TEST is empty, and an ablation compares evaluations: give a second "
@@ -138,7 +140,7 @@ def _run(
         for split in ("train", "test")
     }
     weights = _weights(config)
-    changed = {k: v for k, v in config.items() if k not in _SPLITS and v != _defaults().get(k)}
+    changed = {k: v for k, v in config.items() if k not in SPLITS and v != _defaults().get(k)}
     # By content, not by name: the same data under another name is the same run.
     content = [changed, [list(names.values()) for names in data.values()]]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -151,7 +153,7 @@ def _run(
     late = _words({"SEED": seed, "SOLVER.CHECKPOINT_PERIOD": period})
     pairs = dict(zip(own[::2], own[1::2], strict=True))
     splits = [word for pair in zip(shared[::2], shared[1::2], strict=True)
-              if pair[0] in _SPLITS for word in pair]  # fmt: skip
+              if pair[0] in SPLITS for word in pair]  # fmt: skip
     return Run(
         id=digest[:12],
         row=row.name,
@@ -184,7 +186,8 @@ def _weights(config: dict[str, Any]) -> dict[str, str]:
     if not path or "://" in path:
         return {}
     config["MODEL.WEIGHTS"] = os.path.basename(path) + mark + query
-    return {"name": os.path.basename(path), "sha256": _sha256(path)}
+    found = {"sha256": _sha256(path)} if os.path.isfile(path) else {}
+    return {"name": os.path.basename(path), **found}
 
 
 def _sha256(path: str | os.PathLike[str]) -> str:

@@ -33,7 +33,9 @@ def draw_summary(summary: Mapping[str, Any], stem: Path) -> list[Path]:
     names = {SPEED: "s/iteration"}
     for axis, column in zip(axes[2:], published, strict=True):
         values = [row["published"].get(column) for row in rows]
-        label = f"{names.get(column, column)}, published\n({summary['published_on']})"
+        label = f"{names.get(column, column)}, published"
+        if summary["published_on"]:
+            label += f"\n({summary['published_on']})"
         _points(axis, values, _PUBLISHED, "s", label)
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes[0].invert_yaxis()  # the first row on top

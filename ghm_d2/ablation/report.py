@@ -157,10 +157,7 @@ def _table(summary: Mapping[str, Any]) -> str:
         told = " or ".join(kinds[kind] for kind in sorted(of))
         text += f" Peak memory: {told}, evaluation included, the highest of the seeds."
     if published:
-        text += (
-            f" Published: the paper's own values (arXiv 1811.05181), {summary['published_on']}; "
-            "other data, schedules and machines than those measured here."
-        )
+        text += f" Published: {summary['published_on'] or 'by others'}; not measured here."
     return text
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ghm_d2 import __file__ as _package
 from ghm_d2.ablation.files import read_json, write_json
-from ghm_d2.ablation.plan import Run
+from ghm_d2.ablation.plan import SPLITS, Run
 
 __all__ = ["Store", "last_step"]
 
@@ -101,14 +101,12 @@ def _difference(run: Run, found: dict[str, Any]) -> str:
     """What makes a stored run of the same identity another one; "" where nothing does."""
     # Keys that are newer than the file are at their defaults, or the identity would differ.
     for key, value in found["config"].items():
-        if key not in _DATA_KEYS and run.config.get(key) != value:
+        if key not in SPLITS and run.config.get(key) != value:
             return f"{key} {value!r} instead of {run.config.get(key)!r}"
-    if (found["weights"] or {}).get("sha256") != run.weights.get("sha256"):
+    hashes = {found["weights"].get("sha256"), run.weights.get("sha256")} - {None}
+    if len(hashes) > 1:  # a file that is missing here, as after a clone, is no difference
         return f"other weights ({run.config['MODEL.WEIGHTS'] or 'none'})"
     return ""
-
-
-_DATA_KEYS = ("DATASETS.TRAIN", "DATASETS.TEST")
 
 
 def _figures(evaluated: dict[str, float | None], first: str) -> tuple[dict[str, Any], bool]:
