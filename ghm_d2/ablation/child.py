@@ -88,6 +88,7 @@ def run(argv: list[str]) -> None:
     """What the module's docstring says."""
     file = Path(argv[0])
     starts = (read_json(file) or {}).get("starts", 0) + 1
+    _record(file, starts)  # a start counts also where the first seconds are the last
     threading.Thread(target=_watch, args=(file, starts), daemon=True).start()
     main(argv[1:])
     _record(file, starts)

@@ -43,7 +43,8 @@ def draw_summary(summary: Mapping[str, Any], stem: Path) -> list[Path]:
         axis.grid(True, axis="x", alpha=0.3)
         axis.margins(x=0.15, y=0.15)
     figure.suptitle(summary["title"], fontsize="medium")
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    if axes[0].get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     for file in files:
         figure.savefig(file, dpi=150)
