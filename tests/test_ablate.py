@@ -123,14 +123,6 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
         str(r["seed"]): r["metrics"]["AP50"] for r in runs.values() if r["row"] == "M = 5"
     }
 
-    # Cut off in its evaluation: only that is done again, with the same result.
-    (out / "runs" / f"{one['id']}.json").unlink()
-    (out / "work" / one["id"] / "inference" / "results.json").unlink()
-    main(argv)
-    again = json.loads((out / "runs" / f"{one['id']}.json").read_text())
-    assert again["metrics"] == one["metrics"] and again["starts"] == 2
-    assert again["seconds_per_iteration"] == one["seconds_per_iteration"]
-
     # Everything is there: nothing is started, also without the trained models.
     monkeypatch.setattr(scheduler, "CHILD", ("false",))
     for folder in out.glob("work/*/"):
@@ -138,6 +130,23 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     main(argv)
     assert (out / "tiny.md").read_text().split("- iterations")[0].startswith("# Tiny table")
     assert "4 runs are done already" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_cut_off_in_its_evaluation(tmp_path, data):
+    """Only the evaluation is done again, with the same result."""
+    out = tmp_path / "out"
+    argv = ["--grid", str(write_grid(tmp_path, rows=ROWS[:1])), "--output", str(out), *data]
+    argv += ["--seeds", "1"]
+    main(argv)
+    (file,) = out.glob("runs/*.json")
+    one = json.loads(file.read_text())
+    file.unlink()
+    (out / "work" / one["id"] / "inference" / "results.json").unlink()
+    main(argv)
+    again = json.loads(file.read_text())
+    assert again["metrics"] == one["metrics"] and again["starts"] == 2
+    assert again["seconds_per_iteration"] == one["seconds_per_iteration"]
 
 
 @pytest.mark.slow
@@ -175,7 +184,7 @@ def fake_runs(count):
 CHILD = """
 import json, os, pathlib, sys, time
 usage, number, output = pathlib.Path(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[4])
-(output / "started").write_text(os.environ["OMP_NUM_THREADS"])
+(output / "started").write_text(" ".join([os.environ["OMP_NUM_THREADS"], *sys.argv[5:]]))
 if number == 1:
     print("Traceback ...")
     sys.exit("train_net.py: error: the lamp is off.")
@@ -220,6 +229,20 @@ def test_one_failure_stops_no_other_run(tmp_path, fake_child, caplog):
     again = execute(runs, store, jobs=1, threads=1)
     assert again.cached == outcome.finished and again.failed.keys() == outcome.failed.keys()
     assert (output / "started").read_text() == "3"  # not run a second time
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options"),
+    [(None, ""), ("model_0000004.pth", " --resume"), ("model_final.pth", " --resume --eval-only")],
+)
+def test_goes_on_from_the_last_checkpoint(tmp_path, fake_child, checkpoint, options):
+    store, runs = Store(tmp_path / "out"), fake_runs(1)
+    output = store.output(runs[0])
+    output.mkdir()
+    if checkpoint:
+        (output / "last_checkpoint").write_text(checkpoint)
+    assert execute(runs, store, 1, 1).finished == {"id0"}
+    assert (output / "started").read_text() == "1" + options
 
 
 def test_a_run_at_work_elsewhere_is_left_alone(tmp_path, fake_child):
