@@ -78,6 +78,18 @@ def add_ghm_config(cfg: CN) -> None:
     # Foreground probability at the start with USE_SIGMOID_CE and GHM-C (softmax needs none).
     cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB = 0.01
 
+    # BACKBONE.NAME "build_torchvision_fpn_backbone" (Faster R-CNN) or
+    # "build_retinanet_torchvision_fpn_backbone". MODEL.FPN.IN_FEATURES then names nodes of the
+    # network's graph, at strides that double; MODEL.BACKBONE.FREEZE_AT counts stages of a ResNet
+    # and has no effect.
+    cfg.MODEL.GHM.TORCHVISION = CN()
+    # A classification network of torchvision.models.
+    cfg.MODEL.GHM.TORCHVISION.NAME = "mobilenet_v2"
+    # Its batch norm: "FrozenBN", "BN" or "SyncBN".
+    cfg.MODEL.GHM.TORCHVISION.NORM = "FrozenBN"
+    # Graph node up to which nothing is trained; "": all is trained.
+    cfg.MODEL.GHM.TORCHVISION.FREEZE_AT = ""
+
 
 def _loss_arguments(node: CN, sync: bool) -> dict[str, Any]:
     return {
