@@ -12,16 +12,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from ghm_d2.engine.clipping import build_clipping_optimizer
+from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.errors import UserError
 
 __all__ = ["EVALUATOR_TYPES", "GHMTrainer"]
@@ -95,7 +91,9 @@ class GHMTrainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "coco":
             # A cached conversion would outlive a change of the data.
-            return COCOEvaluator(dataset_name, output_dir=folder, allow_cached_coco=False)
+            return AllThresholdsCOCOEvaluator(
+                dataset_name, output_dir=folder, allow_cached_coco=False
+            )
         if kind == "lvis":
             return LVISEvaluator(dataset_name, output_dir=folder)
         if kind == "pascal_voc":
