@@ -248,7 +248,7 @@ def test_goes_on_from_the_last_checkpoint(tmp_path, fake_child, checkpoint, opti
 def test_a_run_at_work_elsewhere_is_left_alone(tmp_path, fake_child):
     store, runs = Store(tmp_path / "out"), fake_runs(1)
     with open(store.work / "id0.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         assert execute(runs, store, 1, 1).elsewhere == {"id0"}
     assert not (store.output(runs[0]) / "started").exists()
     assert execute(runs, store, 1, 1).finished == {"id0"}

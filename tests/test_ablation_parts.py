@@ -193,6 +193,7 @@ def test_identity_is_what_decides_the_result(tmp_path):
     # Somewhere else, under other names, on another device: the same run.
     assert plan(tmp_path / "b", names=("x", "y"))[0].id == ident
     assert plan(tmp_path / "a", "MODEL.DEVICE", "cpu", "SOLVER.CHECKPOINT_PERIOD", 1)[0].id == ident
+    assert not {"MODEL.DEVICE", "OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD"} & one.config.keys()
     default = plan(tmp_path / "a", "MODEL.GHM.SYNC", "False")[0]
     assert default.id == ident
     other = [

@@ -98,8 +98,8 @@ def _ablate(args: argparse.Namespace) -> bool:
     _warn_of_equal_rows(runs)
     outcome = Outcome()
     if not args.report_only:
-        cores = int(os.environ.get("OMP_NUM_THREADS") or free_cores() // args.jobs)
-        outcome = execute(runs, store, args.jobs, args.threads or max(cores, 1), args.num_gpus)
+        threads = args.threads or max(free_cores() // args.jobs, 1)
+        outcome = execute(runs, store, args.jobs, threads, args.num_gpus)
     _report(grid, runs, store, outcome)
     if outcome.failed:
         logger.warning(

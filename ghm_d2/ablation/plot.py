@@ -1,5 +1,6 @@
 """The table as a picture: every seed, the means, and the published values beside them."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def draw_summary(summary: Mapping[str, Any], stem: Path) -> list[Path]:
         values = [row["published"].get(column) for row in rows]
         label = f"{names.get(column, column)}, published"
         if summary["published_on"]:
-            label += f"\n({summary['published_on']})"
+            label += "\n" + textwrap.fill(f"({summary['published_on']})", width=36)
         _points(axis, values, _PUBLISHED, "s", label)
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes[0].invert_yaxis()  # the first row on top

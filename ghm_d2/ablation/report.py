@@ -148,9 +148,7 @@ def _table(summary: Mapping[str, Any]) -> str:
         cells += [f"{row['published'][c]:g}" if c in row["published"] else "" for c in published]
         lines.append(cells)
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    text += (
-        f"\n\nMean ± standard deviation over the seeds ({_list(summary['seeds'])} were asked for)."
-    )
+    text += f"\n\nMean ± standard deviation over the seeds; planned: {_list(summary['seeds'])}."
     of = {row["peak_memory_of"] for row in rows if row["peak_memory_mb"] is not None}
     if of:
         kinds = {"GPU": "memory that PyTorch allocated on the GPU", "process": "resident memory"}
