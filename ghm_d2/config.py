@@ -5,11 +5,19 @@ from typing import Any
 from detectron2.config import CfgNode as CN
 
 from .errors import UserError
-from .losses import GHMCLoss, GHMRLoss
+from .losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
 
-__all__ = ["add_ghm_config", "build_ghm_c", "build_ghm_r", "validate_ghm_config"]
+__all__ = [
+    "add_ghm_config",
+    "build_asl1",
+    "build_cls_baseline",
+    "build_ghm_c",
+    "build_ghm_r",
+    "validate_ghm_config",
+]
 
 SCOPES = ("level", "batch")
+CLS_BASELINES = {"cross_entropy": CrossEntropyLoss, "ohem": OHEMLoss}
 
 
 def _loss_node(bins: int, momentum: float, loss_weight: float) -> CN:
@@ -40,6 +48,9 @@ def _pair_node(cls: CN, reg: CN) -> CN:
     node.CLS = cls
     # GHM-R on the box regression loss.
     node.REG = reg
+    # "ghm_r", or "asl1": authentic smooth L1, normalised as Detectron2's smooth L1; of the other
+    # keys it takes ENABLED, LOSS_WEIGHT (1 is as strong as smooth L1) and MU.
+    node.REG.LOSS_TYPE = "ghm_r"
     # mu of authentic smooth L1, in units of the deltas.
     node.REG.MU = 0.02
     return node
@@ -60,6 +71,10 @@ def add_ghm_config(cfg: CN) -> None:
 
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
     cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))
+    # "ghm_c", or a baseline of the paper, which takes of the other keys ENABLED and LOSS_WEIGHT:
+    # "cross_entropy" (mean over all anchors; the paper's weight is 20) or "ohem" (3 negatives for
+    # each positive). Focal loss is ENABLED False.
+    cfg.MODEL.GHM.RETINANET.CLS.LOSS_TYPE = "ghm_c"
     # One histogram for each FPN "level" (authors' code) or for the whole "batch".
     cfg.MODEL.GHM.RETINANET.SCOPE = "level"
     # Images that share a histogram; 0: all images of the process. 2 makes one GPU with 16 images
@@ -77,6 +92,18 @@ def add_ghm_config(cfg: CN) -> None:
     cfg.MODEL.GHM.ROI_BOX_HEAD = _pair_node(_loss_node(30, 0.75, 0.25), _loss_node(10, 0.7, 0.25))
     # Foreground probability at the start with USE_SIGMOID_CE and GHM-C (softmax needs none).
     cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB = 0.01
+
+    # BACKBONE.NAME "build_torchvision_fpn_backbone" (Faster R-CNN) or
+    # "build_retinanet_torchvision_fpn_backbone". MODEL.FPN.IN_FEATURES then names nodes of the
+    # network's graph, at strides that double; MODEL.BACKBONE.FREEZE_AT counts stages of a ResNet
+    # and has no effect.
+    cfg.MODEL.GHM.TORCHVISION = CN()
+    # A classification network of torchvision.models.
+    cfg.MODEL.GHM.TORCHVISION.NAME = "mobilenet_v2"
+    # Its batch norm: "FrozenBN", "BN" or "SyncBN".
+    cfg.MODEL.GHM.TORCHVISION.NORM = "FrozenBN"
+    # Graph node up to which nothing is trained; "": all is trained.
+    cfg.MODEL.GHM.TORCHVISION.FREEZE_AT = ""
 
 
 def _loss_arguments(node: CN, sync: bool) -> dict[str, Any]:
@@ -101,13 +128,13 @@ def build_ghm_c(cfg: CN, part: str, activation: str = "sigmoid") -> GHMCLoss | N
         activation: see :class:`~ghm_d2.losses.GHMCLoss`.
 
     Returns:
-        The loss, or None where it is not enabled.
+        The loss, or None where it is not enabled or LOSS_TYPE names another.
 
     Raises:
         UserError: a key holds a value out of range; the message names it.
     """
     node = cfg.MODEL.GHM[part].CLS
-    if not node.ENABLED:
+    if not node.ENABLED or _cls_loss_type(cfg, part) != "ghm_c":
         return None
     try:
         return GHMCLoss(activation=activation, **_loss_arguments(node, cfg.MODEL.GHM.SYNC))
@@ -115,21 +142,66 @@ def build_ghm_c(cfg: CN, part: str, activation: str = "sigmoid") -> GHMCLoss | N
         raise _name_key(f"MODEL.GHM.{part}.CLS", error) from None
 
 
+def build_cls_baseline(cfg: CN, part: str) -> CrossEntropyLoss | OHEMLoss | None:
+    """Builds the baseline that ``MODEL.GHM.<part>.CLS.LOSS_TYPE`` names, or None.
+
+    Raises:
+        UserError: see :func:`build_ghm_c`.
+    """
+    node = cfg.MODEL.GHM[part].CLS
+    if not node.ENABLED or (kind := _cls_loss_type(cfg, part)) not in CLS_BASELINES:
+        return None
+    try:
+        return CLS_BASELINES[kind](loss_weight=node.LOSS_WEIGHT)
+    except ValueError as error:
+        raise _name_key(f"MODEL.GHM.{part}.CLS", error) from None
+
+
+def _cls_loss_type(cfg: CN, part: str) -> str:
+    # The baselines are those of a dense detector: RPN and box head have no such key.
+    kind, allowed = cfg.MODEL.GHM[part].CLS.get("LOSS_TYPE", "ghm_c"), ("ghm_c", *CLS_BASELINES)
+    if kind not in allowed:
+        raise UserError(f"MODEL.GHM.{part}.CLS.LOSS_TYPE must be one of {allowed}, got {kind!r}")
+    return kind
+
+
 def build_ghm_r(cfg: CN, part: str) -> GHMRLoss | None:
     """Builds the GHM-R loss that ``MODEL.GHM.<part>.REG`` describes; see :func:`build_ghm_c`."""
     node = cfg.MODEL.GHM[part].REG
-    if not node.ENABLED:
+    if not node.ENABLED or _reg_loss_type(cfg, part) != "ghm_r":
         return None
-    kind = cfg.MODEL[part].BBOX_REG_LOSS_TYPE
-    if kind != "smooth_l1":
-        raise UserError(
-            f"MODEL.{part}.BBOX_REG_LOSS_TYPE {kind!r} and MODEL.GHM.{part}.REG.ENABLED True "
-            f"exclude each other: GHM-R replaces smooth_l1; set one of the two"
-        )
     try:
         return GHMRLoss(mu=node.MU, **_loss_arguments(node, cfg.MODEL.GHM.SYNC))
     except ValueError as error:
         raise _name_key(f"MODEL.GHM.{part}.REG", error) from None
+
+
+def build_asl1(cfg: CN, part: str) -> ASL1Loss | None:
+    """Builds authentic smooth L1 where ``MODEL.GHM.<part>.REG.LOSS_TYPE`` is "asl1", or None.
+
+    Raises:
+        UserError: see :func:`build_ghm_c`.
+    """
+    node = cfg.MODEL.GHM[part].REG
+    if not node.ENABLED or _reg_loss_type(cfg, part) != "asl1":
+        return None
+    try:
+        return ASL1Loss(mu=node.MU, loss_weight=node.LOSS_WEIGHT)
+    except ValueError as error:
+        raise _name_key(f"MODEL.GHM.{part}.REG", error) from None
+
+
+def _reg_loss_type(cfg: CN, part: str) -> str:
+    kind, allowed = cfg.MODEL.GHM[part].REG.LOSS_TYPE, ("ghm_r", "asl1")
+    if kind not in allowed:
+        raise UserError(f"MODEL.GHM.{part}.REG.LOSS_TYPE must be one of {allowed}, got {kind!r}")
+    replaced = cfg.MODEL[part].BBOX_REG_LOSS_TYPE
+    if replaced != "smooth_l1":
+        raise UserError(
+            f"MODEL.{part}.BBOX_REG_LOSS_TYPE {replaced!r} and MODEL.GHM.{part}.REG.ENABLED True "
+            f"exclude each other: what REG.LOSS_TYPE names replaces smooth_l1; set one of the two"
+        )
+    return kind
 
 
 def _name_key(prefix: str, error: ValueError) -> UserError:
@@ -178,8 +250,8 @@ def validate_ghm_config(cfg: CN) -> None:
 
 
 def _validate_pair(cfg: CN, part: str) -> None:
-    build_ghm_c(cfg, part)
-    build_ghm_r(cfg, part)
+    for build in (build_ghm_c, build_cls_baseline, build_ghm_r, build_asl1):
+        build(cfg, part)
 
 
 def check_box_head(cfg: CN) -> None:

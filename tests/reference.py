@@ -219,6 +219,38 @@ def ghm_r(*, mu=0.02, bins=10, momentum=0.7, **switches) -> GHMReference:
     return GHMReference(examples, bins=bins, momentum=momentum, **switches)
 
 
+# The baselines: (loss, gradient), labels (R,) with K = background and -1 = ignored.
+
+
+def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
+    """Sum over the classes, mean over the rows that are not ignored."""
+    examples = sigmoid_examples(logits, labels)
+    rows = max(np.count_nonzero(np.asarray(labels) != -1), 1)
+    weights = examples.keep / rows
+    return float((weights * examples.loss).sum()), weights * examples.gradient
+
+
+def ohem(logits: Array, labels: Array, ratio: int) -> tuple[float, Array]:
+    """Sum over the classes, mean over the positives and the `ratio` times as many negatives of the
+    largest loss."""
+    examples = sigmoid_examples(logits, labels)
+    background = examples.loss.shape[1]
+    row_loss = examples.loss.sum(axis=1)
+    chosen = [r for r, label in enumerate(labels) if 0 <= label < background]
+    negatives = [r for r, label in enumerate(labels) if label == background]
+    hardest_first = sorted(negatives, key=lambda r: -row_loss[r])
+    chosen += hardest_first[: ratio * max(len(chosen), 1)]
+    weights = np.zeros((len(labels), 1))
+    weights[chosen] = 1 / max(len(chosen), 1)
+    return float((weights[:, 0] * row_loss).sum()), weights * examples.gradient
+
+
+def asl1(pred: Array, target: Array, *, mu: float) -> tuple[float, Array]:
+    """Authentic smooth L1, summed."""
+    examples = asl1_examples(pred, target, mu=mu)
+    return float(examples.loss.sum()), examples.gradient
+
+
 # Inputs on which float32 code and float64 oracle must agree: no gradient norm so near an inner edge
 # that rounding decides its region.
 

@@ -52,7 +52,7 @@ def test_published_recipe(path):
         35.0,
         2.0,
     )
-    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == ((320,) if "MobileNet" in path.name else (800,))
     assert "ImageNetPretrained" in cfg.MODEL.WEIGHTS or "32x4d" in cfg.MODEL.WEIGHTS
 
 
@@ -74,6 +74,54 @@ def test_paper_two_stage_switches():
     assert (head.CLS.ENABLED, head.REG.ENABLED) == (False, True)
     head = load("configs/ghm_faster_rcnn_R_50.yaml").MODEL.GHM.ROI_BOX_HEAD
     assert (head.CLS.ENABLED, head.REG.ENABLED) == (True, True)
+
+
+SL1 = {"RETINANET.SMOOTH_L1_LOSS_BETA": 1 / 9, "GHM.RETINANET.REG.ENABLED": False}
+TWO_STAGE = {
+    "RPN.SMOOTH_L1_BETA": 1 / 9,
+    "ROI_BOX_HEAD.SMOOTH_L1_BETA": 1.0,
+    "GHM.ROI_BOX_HEAD.CLS.ENABLED": False,
+}
+HEAD_OFF = {"GHM.ROI_BOX_HEAD.REG.ENABLED": False}
+RPN_ON = {"GHM.RPN.REG.ENABLED": True}
+CE = {"GHM.RETINANET.CLS.LOSS_TYPE": "cross_entropy", "GHM.RETINANET.CLS.LOSS_WEIGHT": 20.0}
+# What each baseline changes of ghm_retinanet_R_50.yaml or ghm_faster_rcnn_R_50.yaml, under MODEL.
+BASELINES = {
+    "ce_sl1_retinanet_R_50": SL1 | CE,
+    "ohem_sl1_retinanet_R_50": SL1 | {"GHM.RETINANET.CLS.LOSS_TYPE": "ohem"},
+    "focal_sl1_retinanet_R_50": SL1 | {"GHM.RETINANET.CLS.ENABLED": False},
+    "ghm_c_sl1_retinanet_R_50": SL1,
+    "ghm_c_asl1_retinanet_R_50": {
+        "GHM.RETINANET.REG.LOSS_TYPE": "asl1",
+        "GHM.RETINANET.REG.LOSS_WEIGHT": 1.0,
+    },
+    "ghm_c_ghm_r_retinanet_R_50": {},
+    "sl1_faster_rcnn_R_50": TWO_STAGE | HEAD_OFF,
+    "ghm_r_rpn_faster_rcnn_R_50": TWO_STAGE | HEAD_OFF | RPN_ON,
+    "ghm_r_box_head_faster_rcnn_R_50": TWO_STAGE,
+    "ghm_r_both_faster_rcnn_R_50": TWO_STAGE | RPN_ON,
+}
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_every_baseline_is_listed():
+    assert set(BASELINES) == {p.stem for p in CONFIGS if p.parent.name == "baselines"}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_differ_from_the_main_config_in_the_loss_alone(name):
+    main = "ghm_retinanet_R_50" if "retinanet" in name else "ghm_faster_rcnn_R_50"
+    before = dict(leaves(load(f"configs/{main}.yaml")))
+    after = dict(leaves(load(f"configs/baselines/{name}.yaml")))
+    changed = {key: value for key, value in after.items() if value != before[key]}
+    assert changed == {f"MODEL.{key}": value for key, value in BASELINES[name].items()}
 
 
 def test_upstream_nodes_get_no_keys():

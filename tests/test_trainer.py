@@ -12,13 +12,14 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from tiny import coco_content, unregister_all, write_coco
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer, pictures, summary
+from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.engine.pictures import draw_predictions, plot_training, read_metrics
 from ghm_d2.errors import UserError
 
@@ -88,7 +89,7 @@ def test_the_exchange_is_undone_after_an_error(cfg, monkeypatch):
 def test_evaluators(cfg, data, tmp_path):
     cfg.DATASETS.TEST = (data,)
     evaluator = GHMTrainer.build_evaluator(cfg, data)
-    assert isinstance(evaluator, COCOEvaluator)
+    assert isinstance(evaluator, AllThresholdsCOCOEvaluator)
     assert evaluator._output_dir == str(tmp_path / "out" / "inference")
     cfg.DATASETS.TEST = (data, "another")
     evaluator = GHMTrainer.build_evaluator(cfg, data)

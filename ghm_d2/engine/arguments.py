@@ -5,18 +5,20 @@ from collections.abc import Sequence
 
 from ghm_d2.errors import UserError
 
-__all__ = ["parse_arguments"]
+__all__ = ["Parser", "check_pairs", "parse_arguments", "split_options"]
 
 _FLAGS = ("-h", "--help", "--eval-only", "--resume")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` where argparse prints its usage and exits."""
+
     def error(self, message: str) -> None:
         raise UserError(f"{message} (--help lists the options).")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train_net.py",
         usage="%(prog)s --config-file FILE [options] [KEY VALUE ...]",
         description="Train, resume or evaluate a detector. KEY VALUE pairs override the config "
@@ -42,10 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_options(
+    argv: Sequence[str], flags: Sequence[str] = _FLAGS
+) -> tuple[list[str], list[str]]:
     """Separate the options from the KEY VALUE pairs, wherever they stand.
 
-    argparse alone either swallows every option after the first pair (REMAINDER, as Detectron2 has
+    Every option but the `flags` takes one word; more may follow `--dataset` and `--seeds`. argparse
+    alone either swallows every option after the first pair (REMAINDER, as Detectron2 has
     it) or takes values such as -1e-3 for options.
     """
     options: list[str] = []
@@ -57,11 +62,13 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             pairs.append(token)
             continue
         options.append(token)
-        if token not in _FLAGS and "=" not in token and rest:
+        if token not in flags and "=" not in token and rest:
             options.append(rest.pop(0))
         if token == "--dataset":  # more than one may follow; no KEY holds a "="
             while rest and "=" in rest[0] and not rest[0].startswith("-"):
                 options += ["--dataset", rest.pop(0)]
+        while token == "--seeds" and rest and rest[0].isdigit():  # no KEY is a number
+            options.append(rest.pop(0))
     return options, pairs
 
 
@@ -78,12 +85,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: an unknown option, a missing or wrong value, or a key without a value.
     """
-    options, pairs = _split(argv)
+    options, pairs = split_options(argv)
     args = _parser().parse_args(options)
+    check_pairs(pairs)
+    args.opts = pairs
+    return args
+
+
+def check_pairs(pairs: Sequence[str]) -> None:
+    """Raise UserError where a key has no value."""
     if len(pairs) % 2:
         raise UserError(
             f"the KEY VALUE pairs are {len(pairs)} words, so one key has no value: "
             + " ".join(pairs)
         )
-    args.opts = pairs
-    return args

@@ -1,21 +1,23 @@
 """The trainer: Detectron2's, with evaluators, global clipping and several processes on CPUs."""
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
 
 from ghm_d2.engine.clipping import build_clipping_optimizer
+from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.errors import UserError
 
 __all__ = ["EVALUATOR_TYPES", "GHMTrainer"]
@@ -54,6 +56,27 @@ class GHMTrainer(DefaultTrainer):
         return build_clipping_optimizer(cfg, model)
 
     @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: torch.nn.Module,
+        evaluators: list[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """Detectron2's evaluation; its figures also go to OUTPUT_DIR/inference/results.json.
+
+        The file maps "TASK/FIGURE", after "NAME/" where there are several data sets, to a number,
+        or to null where there is none.
+        """
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and results:
+            figures = flatten_results_dict(results).items()
+            plain = {k: v if math.isfinite(v) else None for k, v in figures}
+            file = Path(cfg.OUTPUT_DIR, "inference", "results.json")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(plain, indent=1) + "\n")
+        return results
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """The evaluator for the metadata's `evaluator_type`, one of `EVALUATOR_TYPES`.
 
@@ -68,7 +91,9 @@ class GHMTrainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "coco":
             # A cached conversion would outlive a change of the data.
-            return COCOEvaluator(dataset_name, output_dir=folder, allow_cached_coco=False)
+            return AllThresholdsCOCOEvaluator(
+                dataset_name, output_dir=folder, allow_cached_coco=False
+            )
         if kind == "lvis":
             return LVISEvaluator(dataset_name, output_dir=folder)
         if kind == "pascal_voc":

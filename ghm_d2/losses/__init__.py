@@ -3,6 +3,7 @@
 This package imports torch alone.
 """
 
+from .baselines import ASL1Loss, CrossEntropyLoss, OHEMLoss, cross_entropy_loss, ohem_loss
 from .density import exact_gradient_density
 from .functional import (
     authentic_smooth_l1_loss,
@@ -16,12 +17,17 @@ from .ghm_c import GHMCLoss
 from .ghm_r import GHMRLoss
 
 __all__ = [
+    "ASL1Loss",
+    "CrossEntropyLoss",
     "GHMCLoss",
     "GHMRLoss",
+    "OHEMLoss",
     "authentic_smooth_l1_loss",
     "count_unit_regions",
+    "cross_entropy_loss",
     "exact_gradient_density",
     "harmonized_sum",
+    "ohem_loss",
     "regression_examples",
     "sigmoid_examples",
     "softmax_examples",

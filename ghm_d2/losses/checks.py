@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 
-def check_bins(bins: int) -> int:
+def check_bins(bins: int, name: str = "bins") -> int:
     """Returns ``bins`` as a Python int; raises ValueError unless it is a whole number >= 1."""
     if isinstance(bins, bool) or not isinstance(bins, numbers.Integral) or bins < 1:
-        raise ValueError(f"bins must be a whole number of at least 1, got {bins!r}")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {bins!r}")
     return int(bins)
 
 

@@ -4,5 +4,12 @@ from .fast_rcnn import GHMFastRCNNOutputLayers
 from .retinanet import GHMRetinaNet
 from .roi_heads import GHMROIHeads
 from .rpn import GHMRPN
+from .torchvision_backbone import TorchvisionBackbone
 
-__all__ = ["GHMRPN", "GHMFastRCNNOutputLayers", "GHMROIHeads", "GHMRetinaNet"]
+__all__ = [
+    "GHMRPN",
+    "GHMFastRCNNOutputLayers",
+    "GHMROIHeads",
+    "GHMRetinaNet",
+    "TorchvisionBackbone",
+]

@@ -10,8 +10,8 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ..config import build_ghm_c, build_ghm_r, check_box_head
-from ..losses import GHMCLoss, GHMRLoss
+from ..config import build_asl1, build_ghm_c, build_ghm_r, check_box_head
+from ..losses import ASL1Loss, GHMCLoss, GHMRLoss
 from ..losses.base import raise_deferred_errors
 
 __all__ = ["GHMFastRCNNOutputLayers"]
@@ -36,6 +36,7 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
         *,
         ghm_c: GHMCLoss | None,
         ghm_r: GHMRLoss | None,
+        asl1: ASL1Loss | None = None,
         prior_prob: float = 0.01,
         **kwargs: Any,
     ) -> None:
@@ -44,7 +45,8 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             input_shape: shape of the box features.
             ghm_c: classification loss, its activation "sigmoid" with ``use_sigmoid_ce`` and
                 "softmax" without; None: Detectron2's cross entropy.
-            ghm_r: box regression loss; None: Detectron2's own.
+            ghm_r: box regression loss; None: ``asl1``.
+            asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
             prior_prob: foreground probability at the start, in (0, 1), with a sigmoid ``ghm_c``:
                 most logits are negatives, and all of them at 0.5 would share one unit region.
             kwargs: see :class:`detectron2.modeling.roi_heads.FastRCNNOutputLayers`.
@@ -55,6 +57,7 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
         super().__init__(input_shape, **kwargs)
         self.ghm_c = ghm_c
         self.ghm_r = ghm_r
+        self.asl1 = asl1
         if ghm_c is None:
             return
         if self.use_fed_loss:
@@ -76,6 +79,7 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             **super().from_config(cfg, input_shape),
             "ghm_c": build_ghm_c(cfg, "ROI_BOX_HEAD", activation),
             "ghm_r": build_ghm_r(cfg, "ROI_BOX_HEAD"),
+            "asl1": build_asl1(cfg, "ROI_BOX_HEAD"),
             "prior_prob": cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB,
         }
 
@@ -116,7 +120,7 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             A scalar. GHM-R is not divided by R as Detectron2's loss is: its density already
             makes it independent of the number of examples.
         """
-        if self.ghm_r is None:
+        if self.ghm_r is None and self.asl1 is None:
             return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
         foreground = (gt_classes >= 0) & (gt_classes < self.num_classes)
         index = foreground.nonzero(as_tuple=True)[0]
@@ -127,4 +131,6 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             # Without proposals, Detectron2's gt_classes is an empty float tensor.
             pred = pred_deltas.view(-1, self.num_classes, box_dim)[index, gt_classes[index].long()]
         target = self.box2box_transform.get_deltas(proposal_boxes[index], gt_boxes[index])
+        if self.ghm_r is None:
+            return self.asl1(pred, target) / max(gt_classes.numel(), 1)
         return self.ghm_r(pred, target)

@@ -15,8 +15,16 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
-from ..config import SCOPES, build_ghm_c, build_ghm_r, histogram_groups, validate_ghm_config
-from ..losses import GHMCLoss, GHMRLoss
+from ..config import (
+    SCOPES,
+    build_asl1,
+    build_cls_baseline,
+    build_ghm_c,
+    build_ghm_r,
+    histogram_groups,
+    validate_ghm_config,
+)
+from ..losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
 from ..losses.base import raise_deferred_errors
 
 __all__ = ["GHMRetinaNet"]
@@ -45,12 +53,14 @@ class GHMRetinaNet(RetinaNet):
         ghm_scope: str = "level",
         images_per_histogram: int = 0,
         num_histogram_groups: int = 1,
+        cls_baseline: CrossEntropyLoss | OHEMLoss | None = None,
+        asl1: ASL1Loss | None = None,
         **kwargs: Any,
     ) -> None:
         """
         Args:
-            ghm_c: classification loss; None: Detectron2's focal loss.
-            ghm_r: box regression loss; None: Detectron2's own.
+            ghm_c: classification loss; None: ``cls_baseline``.
+            ghm_r: box regression loss; None: ``asl1``.
             ghm_scope: "level": one histogram for each FPN level, the levels sharing one set of
                 running counts, and the losses of the levels added up (authors' code); "batch":
                 one histogram over all levels.
@@ -58,6 +68,9 @@ class GHMRetinaNet(RetinaNet):
                 are averaged over the groups, as DistributedDataParallel averages processes. 0:
                 all images.
             num_histogram_groups: groups in a training batch of one process.
+            cls_baseline: classification loss over all anchors at once; None: Detectron2's focal
+                loss.
+            asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
             kwargs: see :class:`detectron2.modeling.meta_arch.retinanet.RetinaNet`.
 
         Raises:
@@ -71,6 +84,8 @@ class GHMRetinaNet(RetinaNet):
         # Every group has running counts of its own, as every process of the authors' had.
         self.ghm_c = _copies(ghm_c, num_histogram_groups)
         self.ghm_r = _copies(ghm_r, num_histogram_groups)
+        self.cls_baseline = cls_baseline
+        self.asl1 = asl1
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -82,6 +97,8 @@ class GHMRetinaNet(RetinaNet):
             "ghm_scope": cfg.MODEL.GHM.RETINANET.SCOPE,
             "images_per_histogram": cfg.MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM,
             "num_histogram_groups": histogram_groups(cfg),
+            "cls_baseline": build_cls_baseline(cfg, "RETINANET"),
+            "asl1": build_asl1(cfg, "RETINANET"),
         }
 
     def losses(
@@ -107,7 +124,7 @@ class GHMRetinaNet(RetinaNet):
             ValueError: a label or target is invalid, or the batch has more groups of
                 ``images_per_histogram`` images than there are running counts.
         """
-        if self.ghm_c is None and self.ghm_r is None:
+        if not any((self.ghm_c, self.ghm_r, self.cls_baseline, self.asl1)):
             return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
         labels = torch.stack(gt_labels)
         positive = (labels >= 0) & (labels != self.num_classes)
@@ -115,6 +132,9 @@ class GHMRetinaNet(RetinaNet):
         if self.ghm_c is not None:
             pairs = self._cls_pairs(pred_logits, labels)
             loss_cls = self._harmonized_loss(self.ghm_c, pairs)
+        elif self.cls_baseline is not None:
+            logits = cat(pred_logits, dim=1).flatten(0, 1)
+            loss_cls = self.cls_baseline(logits, labels.flatten())
         if self.ghm_r is not None:
             pairs = self._reg_pairs(anchors, pred_anchor_deltas, gt_boxes, positive)
             loss_box_reg = self._harmonized_loss(self.ghm_r, pairs)
@@ -126,7 +146,10 @@ class GHMRetinaNet(RetinaNet):
         normalizer = self._ema_update("loss_normalizer", max(num_positive, 1), 100)
         if loss_cls is None:
             loss_cls = self._focal_loss(pred_logits, labels) / normalizer
-        if loss_box_reg is None:
+        if self.asl1 is not None:
+            loss_box_reg = self._asl1_loss(anchors, pred_anchor_deltas, gt_boxes, positive)
+            loss_box_reg = loss_box_reg / normalizer
+        elif loss_box_reg is None:
             loss_box_reg = _dense_box_regression_loss(
                 anchors,
                 self.box2box_transform,
@@ -150,6 +173,20 @@ class GHMRetinaNet(RetinaNet):
             gamma=self.focal_loss_gamma,
             reduction="sum",
         )
+
+    def _asl1_loss(
+        self,
+        anchors: list[Boxes],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+        positive: Tensor,
+    ) -> Tensor:
+        """Authentic smooth L1, not normalised."""
+        image, index = positive.nonzero(as_tuple=True)
+        target = self.box2box_transform.get_deltas(
+            Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
+        )
+        return self.asl1(cat(pred_anchor_deltas, dim=1)[image, index], target)
 
     def _groups(self, num_images: int) -> list[slice]:
         size = self.images_per_histogram or num_images

@@ -9,8 +9,8 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from ..config import build_ghm_c, build_ghm_r
-from ..losses import GHMCLoss, GHMRLoss
+from ..config import build_asl1, build_ghm_c, build_ghm_r
+from ..losses import ASL1Loss, GHMCLoss, GHMRLoss
 from ..losses.base import raise_deferred_errors
 
 __all__ = ["GHMRPN"]
@@ -25,16 +25,25 @@ class GHMRPN(RPN):
     """
 
     @configurable
-    def __init__(self, *, ghm_c: GHMCLoss | None, ghm_r: GHMRLoss | None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        ghm_c: GHMCLoss | None,
+        ghm_r: GHMRLoss | None,
+        asl1: ASL1Loss | None = None,
+        **kwargs: Any,
+    ) -> None:
         """
         Args:
             ghm_c: objectness loss; None: Detectron2's binary cross entropy.
-            ghm_r: box regression loss; None: Detectron2's own.
+            ghm_r: box regression loss; None: ``asl1``.
+            asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
             kwargs: see :class:`detectron2.modeling.proposal_generator.RPN`.
         """
         super().__init__(**kwargs)
         self.ghm_c = ghm_c
         self.ghm_r = ghm_r
+        self.asl1 = asl1
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -42,6 +51,7 @@ class GHMRPN(RPN):
             **super().from_config(cfg, input_shape),
             "ghm_c": build_ghm_c(cfg, "RPN"),
             "ghm_r": build_ghm_r(cfg, "RPN"),
+            "asl1": build_asl1(cfg, "RPN"),
         }
 
     @torch.jit.unused
@@ -76,13 +86,16 @@ class GHMRPN(RPN):
             logits = torch.cat(pred_objectness_logits, dim=1)
             loss = self.ghm_c(logits.view(-1, 1), classes.flatten())
             losses["loss_rpn_cls"] = loss * self.loss_weight.get("loss_rpn_cls", 1.0)
-        if self.ghm_r is not None:
+        if self.ghm_r is not None or self.asl1 is not None:
             image, index = (labels == 1).nonzero(as_tuple=True)
             target = self.box2box_transform.get_deltas(
                 Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
             )
             pred = torch.cat(pred_anchor_deltas, dim=1)[image, index]
-            loss = self.ghm_r(pred, target)
+            if self.ghm_r is not None:
+                loss = self.ghm_r(pred, target)
+            else:
+                loss = self.asl1(pred, target) / (self.batch_size_per_image * len(gt_labels))
             losses["loss_rpn_loc"] = loss * self.loss_weight.get("loss_rpn_loc", 1.0)
         raise_deferred_errors(self)
         return losses

@@ -1,0 +1,191 @@
+"""A grid: the rows of an ablation table, read from YAML. The paper's tables are such files too."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ghm_d2.errors import UserError
+
+__all__ = ["TABLES", "Grid", "Row", "load_grid"]
+
+# The paper's tables that come with the package: name -> file.
+TABLES = {path.stem: path for path in sorted((Path(__file__).parent / "tables").glob("*.yaml"))}
+
+SPEED = "seconds_per_iteration"
+_SCALARS = (str, int, float, bool, list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: what differs from the other rows.
+
+    Attributes:
+        name: unique in its grid.
+        overrides: config key to value.
+        config_file: a base config of this row's own; None: that of the grid.
+        published: column (or "seconds_per_iteration") to the value that the paper gives.
+        note: shown below the table.
+    """
+
+    name: str
+    overrides: Mapping[str, Any]
+    config_file: Path | None = None
+    published: Mapping[str, float] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An ablation table before it is run.
+
+    Attributes:
+        name: stem of its file, and of the report's files.
+        title: heading of the report.
+        config_file: base config of the rows.
+        rows: in the order of the table.
+        overrides: config key to value, for all rows.
+        columns: names of the evaluation's figures; the first is the one that rows are compared by.
+        reference: name of the row that the others are compared with; "": no comparison.
+        compare: names of the rows compared with it; all others by default.
+        published_on: what the published values were measured on.
+        note: shown below the heading.
+    """
+
+    name: str
+    title: str
+    config_file: Path
+    rows: tuple[Row, ...]
+    overrides: Mapping[str, Any]
+    columns: tuple[str, ...] = ("AP", "AP50", "AP75")
+    reference: str = ""
+    compare: tuple[str, ...] = ()
+    published_on: str = ""
+    note: str = ""
+
+
+_ROW_FIELDS = tuple(field.name for field in fields(Row))
+_GRID_FIELDS = tuple(field.name for field in fields(Grid) if field.name != "name")
+
+
+def load_grid(file: str | Path) -> Grid:
+    """Read and check a grid.
+
+    Args:
+        file: YAML with the fields of :class:`Grid` (without ``name``), its ``rows`` with those of
+            :class:`Row`; every ``config_file`` is relative to this file.
+
+    Raises:
+        UserError: the file cannot be read, or what it holds is not a grid.
+    """
+    file = Path(file)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the grid {file} cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the grid {file} is not valid YAML: {reason}.") from error
+    _check_fields(str(file), content, _GRID_FIELDS, required=("config_file", "rows"))
+    if not isinstance(content["rows"], list) or not content["rows"]:
+        raise UserError(f"{file}: rows must be a list that is not empty.")
+    rows = tuple(_row(file, number, row) for number, row in enumerate(content["rows"], start=1))
+    names = [row.name for row in rows]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{file}: more than one row is called {double!r}.")
+    columns = _names(file, "columns", content.get("columns", Grid.columns))
+    if not columns:
+        raise UserError(f"{file}: columns must name at least one figure, for example AP.")
+    reference, compare = content.get("reference", ""), content.get("compare", [])
+    compare = _names(file, "compare", compare)
+    for name in (*compare, *filter(None, [reference])):
+        if name not in names:
+            raise UserError(f"{file}: there is no row {name!r}{_similar(name, names)}.")
+    if compare and not reference:
+        raise UserError(f"{file}: compare needs a reference row.")
+    for row in rows:
+        for key in row.published or {}:
+            if key not in (*columns, SPEED):
+                raise UserError(
+                    f"{file}: row {row.name!r} publishes {key!r}, which is neither among the "
+                    f"columns ({', '.join(columns)}) nor {SPEED}."
+                )
+    return Grid(
+        name=file.stem,
+        title=str(content.get("title", file.stem)),
+        config_file=_config_file(file, content["config_file"]),
+        rows=rows,
+        overrides=_overrides(str(file), content.get("overrides")),
+        columns=columns,
+        reference=reference,
+        compare=compare or tuple(n for n in names if reference and n != reference),
+        published_on=str(content.get("published_on", "")),
+        note=str(content.get("note", "")).strip(),
+    )
+
+
+def _row(file: Path, number: int, content: Any) -> Row:
+    where = f"{file}: row {number}"
+    _check_fields(where, content, _ROW_FIELDS, required=("name",))
+    published = content.get("published") or {}
+    numbers = isinstance(published, dict) and all(
+        isinstance(v, int | float) for v in published.values()
+    )
+    if not numbers:
+        raise UserError(f"{where}: published must map columns to numbers, got {published!r}.")
+    own = content.get("config_file")
+    return Row(
+        name=str(content["name"]),
+        overrides=_overrides(where, content.get("overrides")),
+        config_file=None if own is None else _config_file(file, own),
+        published=published,
+        note=str(content.get("note", "")).strip(),
+    )
+
+
+def _check_fields(where: str, content: Any, known: Sequence[str], required: Sequence[str]) -> None:
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds a {type(content).__name__} where {known} are expected.")
+    for name in content:
+        if name not in known:
+            raise UserError(
+                f"{where}: unknown field {name!r}{_similar(str(name), known)}; "
+                f"there are {', '.join(known)}."
+            )
+    for name in required:
+        if content.get(name) is None:
+            raise UserError(f"{where} has no {name}.")
+
+
+def _overrides(where: str, content: Any) -> dict[str, Any]:
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: overrides must map config keys to values, got {content!r}.")
+    for key, value in content.items():
+        if not isinstance(value, _SCALARS):
+            raise UserError(
+                f"{where}: the override {key} must be a number, a text, True, False or a list, "
+                f"got {value!r} (write the whole key, A.B.C, on one line)."
+            )
+    return content
+
+
+def _names(file: Path, field: str, content: Any) -> tuple[str, ...]:
+    if not isinstance(content, list | tuple) or not all(isinstance(x, str) for x in content):
+        raise UserError(f"{file}: {field} must be a list of names, got {content!r}.")
+    return tuple(content)
+
+
+def _config_file(grid: Path, name: str) -> Path:
+    path = (grid.parent / name).resolve()
+    if not path.is_file():
+        raise UserError(f"{grid}: the config file {name} does not exist beside it ({path}).")
+    return path
+
+
+def _similar(name: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=3)
+    return f" (similar: {', '.join(found)})" if found else ""

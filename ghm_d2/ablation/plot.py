@@ -1,0 +1,81 @@
+"""The table as a picture: every seed, the means, and the published values beside them."""
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ghm_d2.ablation.grid import SPEED
+
+__all__ = ["draw_summary"]
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; the markers differ as well.
+_SEED, _MEAN, _PUBLISHED, _REFERENCE = "#56B4E9", "#0072B2", "#D55E00", "#999999"
+
+
+def draw_summary(summary: Mapping[str, Any], stem: Path) -> list[Path]:
+    """Write ``<stem>.png`` and ``<stem>.svg``; returns the files.
+
+    Args:
+        summary: what :func:`~ghm_d2.ablation.report.summarize` returns.
+        stem: path without its extension.
+    """
+    rows, first = summary["rows"], summary["columns"][0]
+    published = [c for c in (first, SPEED) if any(c in row["published"] for row in rows)]
+    panels = 2 + len(published)
+    figure = Figure(figsize=(3.4 * panels + 1.5, 1.6 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    _measured(axes[0], summary, first)
+    speeds = [row[SPEED]["mean"] for row in rows]
+    _points(axes[1], speeds, _MEAN, "D", "s/iteration, measured")
+    names = {SPEED: "s/iteration"}
+    for axis, column in zip(axes[2:], published, strict=True):
+        values = [row["published"].get(column) for row in rows]
+        label = f"{names.get(column, column)}, published"
+        if summary["published_on"]:
+            label += "\n" + textwrap.fill(f"({summary['published_on']})", width=36)
+        _points(axis, values, _PUBLISHED, "s", label)
+    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes[0].invert_yaxis()  # the first row on top
+    for axis in axes:
+        axis.grid(True, axis="x", alpha=0.3)
+        axis.margins(x=0.15, y=0.15)
+    figure.suptitle(summary["title"], fontsize="medium")
+    if axes[0].get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    for file in files:
+        figure.savefig(file, dpi=150)
+    return files
+
+
+def _measured(axis: Axes, summary: Mapping[str, Any], column: str) -> None:
+    seeds: list[tuple[float, int]] = []
+    means: list[tuple[float, int, float]] = []
+    for y, row in enumerate(summary["rows"]):
+        figure = row["figures"][column]
+        seeds += [(value, y) for value in figure["by_seed"].values()]
+        if figure["mean"] is not None:
+            means.append((figure["mean"], y, figure["deviation"] or 0.0))
+        if row["name"] == summary["reference"] and figure["mean"] is not None:
+            axis.axvline(figure["mean"], color=_REFERENCE, linestyle="--", linewidth=1, zorder=0)
+    if means:
+        x, y, deviation = zip(*means, strict=True)
+        axis.errorbar(
+            x, y, xerr=deviation, fmt="o", color=_MEAN, capsize=4, label="mean ± deviation"
+        )
+    if seeds:
+        x, y = zip(*seeds, strict=True)
+        axis.plot(x, y, "|", color=_SEED, markersize=14, markeredgewidth=2, label="seeds")
+    axis.set_xlabel(f"{column}, measured")
+
+
+def _points(axis: Axes, values: list[float | None], color: str, marker: str, label: str) -> None:
+    known = [(value, y) for y, value in enumerate(values) if value is not None]
+    if known:
+        x, y = zip(*known, strict=True)
+        axis.plot(x, y, marker, color=color, markerfacecolor="white", markersize=8)
+    axis.set_xlabel(label)

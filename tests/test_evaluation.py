@@ -1,0 +1,94 @@
+"""AP at every IoU threshold, against pycocotools."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from pycocotools.cocoeval import COCOeval
+
+from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
+from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
+from tests.tiny import coco_content, unregister_all, write_coco
+
+NAMES = [f"AP{threshold}" for threshold in range(50, 100, 5)]
+IMAGES = 12
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Twelve images with two boxes each; "none" is a class without objects."""
+    content = coco_content(IMAGES)
+    content["categories"].append({"id": 9, "name": "none"})
+    place = write_coco(tmp_path, content=content, images=IMAGES)
+    register_coco_dataset(check_coco_dataset(parse_dataset(f"evaluated={place}")))
+    DatasetCatalog.get("evaluated")  # loading notes which class has which id
+    yield content
+    unregister_all()
+
+
+def evaluated(kind, folder, content, *, found=True):
+    """The evaluator and its results for detections that are off by up to a few pixels."""
+    random = np.random.default_rng(3)
+    evaluator = kind("evaluated", output_dir=str(folder), allow_cached_coco=False)
+    evaluator.reset()
+    for image in content["images"]:
+        truth = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        boxes = torch.tensor([a["bbox"] for a in truth])
+        boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+        boxes = boxes + torch.tensor(random.normal(0, 2.0, boxes.shape)).float()
+        instances = Instances((64, 64))
+        instances.pred_boxes = Boxes(boxes if found else boxes[:0])
+        instances.scores = torch.tensor(random.random(len(boxes)))[: len(boxes) if found else 0]
+        classes = torch.tensor([a["category_id"] - 1 for a in truth])
+        instances.pred_classes = classes if found else classes[:0]
+        evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
+    return evaluator, evaluator.evaluate()["bbox"]
+
+
+def test_each_threshold_is_what_pycocotools_gives_for_it_alone(tmp_path, dataset):
+    evaluator, results = evaluated(AllThresholdsCOCOEvaluator, tmp_path, dataset)
+    truth = evaluator._coco_api
+    found = truth.loadRes(str(tmp_path / "coco_instances_results.json"))
+    for name in NAMES:
+        alone = COCOeval(truth, found, "bbox")
+        alone.params.iouThrs = np.array([int(name[2:]) / 100])
+        alone.evaluate()
+        alone.accumulate()
+        precision = alone.eval["precision"][0, :, :, 0, 2]
+        assert results[name] == pytest.approx(precision[precision > -1].mean() * 100)
+    values = [results[name] for name in NAMES]
+    assert values == sorted(values, reverse=True) and values[0] > values[-1] + 20
+    assert np.mean(values) == pytest.approx(results["AP"])
+
+
+def test_detectron2s_own_figures_stay_as_they_are(tmp_path, dataset):
+    _, ours = evaluated(AllThresholdsCOCOEvaluator, tmp_path / "a", dataset)
+    _, stock = evaluated(COCOEvaluator, tmp_path / "b", dataset)
+    assert stock["AP50"] > stock["AP75"] > 0
+    for name, value in stock.items():
+        assert ours[name] == pytest.approx(value, nan_ok=True)
+    standard = [name for name in stock if "-" not in name]
+    classes = [name for name in stock if "-" in name]
+    assert classes == ["AP-disc", "AP-bar", "AP-cup", "AP-none"]
+    more = [name for name in NAMES if name not in standard]
+    assert list(ours) == standard + more + classes
+
+
+def test_nothing_found_is_nan_at_each_threshold(tmp_path, dataset):
+    _, results = evaluated(AllThresholdsCOCOEvaluator, tmp_path, dataset, found=False)
+    assert set(NAMES) <= set(results)
+    assert all(math.isnan(value) for value in results.values())
+
+
+def test_the_log_shows_each_threshold(tmp_path, dataset, caplog):
+    evaluator = AllThresholdsCOCOEvaluator("evaluated", output_dir=str(tmp_path))
+    evaluator._logger.propagate = True
+    with caplog.at_level("INFO"):
+        _, results = evaluated(AllThresholdsCOCOEvaluator, tmp_path, dataset)
+    text = caplog.text.split("AP at each IoU threshold")[1]
+    assert all(name in text for name in NAMES)
+    assert f"{results['AP55']:.3f}" in text
