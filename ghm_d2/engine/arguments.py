@@ -5,18 +5,20 @@ from collections.abc import Sequence
 
 from ghm_d2.errors import UserError
 
-__all__ = ["parse_arguments"]
+__all__ = ["Parser", "parse_arguments"]
 
 _FLAGS = ("-h", "--help", "--eval-only", "--resume")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as a UserError."""
+
     def error(self, message: str) -> None:
         raise UserError(f"{message} (--help lists the options).")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train_net.py",
         usage="%(prog)s --config-file FILE [options] [KEY VALUE ...]",
         description="Train, resume or evaluate a detector. KEY VALUE pairs override the config "
@@ -65,11 +67,12 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, pairs
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str], parser: Parser | None = None) -> argparse.Namespace:
     """Parse the command line.
 
     Args:
         argv: the arguments without the program's name.
+        parser: the options of another program; those of train_net.py by default.
 
     Returns:
         A namespace with one attribute for each option; `dataset` is a list of strings and `opts`
@@ -79,7 +82,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         UserError: an unknown option, a missing or wrong value, or a key without a value.
     """
     options, pairs = _split(argv)
-    args = _parser().parse_args(options)
+    args = (parser or _parser()).parse_args(options)
     if len(pairs) % 2:
         raise UserError(
             f"the KEY VALUE pairs are {len(pairs)} words, so one key has no value: "

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -15,6 +15,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 
+from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.errors import UserError
 
@@ -47,6 +48,10 @@ class GHMTrainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         with _ddp_without_device_ids() if on_cpu else contextlib.nullcontext():
             super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks, and the gradient statistics before the one that writes the logs."""
+        return [build_gradient_statistics(self.cfg, self.model), *super().build_hooks()]
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
