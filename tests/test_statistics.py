@@ -36,8 +36,10 @@ def oracle(loss, calls, counter):
     name = "asl1" if kind else loss.activation
     examples = getattr(reference, f"{name}_examples")
     parts = [examples(*(None if a is None else a.numpy() for a in call), **kind) for call in calls]
+    both = list(zip(calls, parts, strict=True))
     g = np.concatenate([part.gradient_norm[part.keep] for part in parts])
     plain = np.concatenate([part.loss[part.keep] for part in parts])
+    positive = np.concatenate([positives(name, *call[:2])[part.keep] for call, part in both])
     region = reference.region_of(g, loss.bins)
     counts = reference.region_counts(g, loss.bins)
     if counter is None:
@@ -52,9 +54,20 @@ def oracle(loss, calls, counter):
         "gradient": gradient,
         "num_examples": len(g),
         "plain_sum": plain.sum(),
+        "num_positives": positive.sum(),
+        "positive_sum": plain[positive].sum(),
         "harmonized_sum": (weights * plain).sum(),
         "largest_weight": len(g) * weights.max(initial=0),
     }
+
+
+def positives(name, prediction, target):
+    x, t = prediction.numpy(), target.numpy()
+    if name == "asl1":
+        return np.zeros(x.shape, dtype=bool)
+    if name == "softmax":
+        return t < x.shape[1] - 1
+    return t == 1 if t.ndim == 2 else t[:, None] == np.arange(x.shape[1])
 
 
 def assert_equals_oracle(found, expected):
@@ -135,7 +148,7 @@ def test_the_summary_of_levels_and_copies():
         gradient[0, 0], gradient[1, 2] = easy, hard
         counts = torch.tensor(counts)
         return statistics.CallStatistics(
-            counts, gradient, counts.sum(), one * plain, one * 3, one * largest
+            counts, gradient, counts.sum(), one * plain, counts[1], one, one * 3, one * largest
         )
 
     copies = [
@@ -145,6 +158,7 @@ def test_the_summary_of_levels_and_copies():
     assert summarize(copies) == {
         "examples": 19,
         "plain_loss": pytest.approx(6 / 19),
+        "plain_loss_positives": pytest.approx(4 / 3),
         "harmonized_loss": 6.0,
         "gradient_share_easy": 0.4,
         "gradient_share_medium": 0.0,
@@ -323,6 +337,12 @@ def test_retinanet_with_levels_and_groups(scope, captured, tmp_path):
         plain = sum(call["plain_sum"] for call in flat) / examples
         assert row["plain_loss"] == pytest.approx(plain, rel=1e-4)
         assert logged[f"{name}/plain_loss"][0] == pytest.approx(plain, rel=1e-4)
+        number = sum(call["num_positives"] for call in flat)
+        if name == "ghm_c":
+            own = sum(call["positive_sum"] for call in flat) / number
+            assert row["plain_loss_positives"] == pytest.approx(own, rel=1e-4)
+        else:
+            assert row["plain_loss_positives"] is None and number == 0
         harmonized = sum(call["harmonized_sum"] for call in flat) / 2
         assert row["harmonized_loss"] == pytest.approx(harmonized, rel=1e-4)
         shares = [row[f"gradient_share_{k}"] for k in ("easy", "medium", "hard")]

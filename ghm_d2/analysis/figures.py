@@ -123,8 +123,8 @@ def _regression_fraction(axes: Axes, part: PartDistributions) -> Table:
     low, high, centre = _regions(data.bins)
     fractions = data.fractions()
     axes.bar(centre, fractions, width=0.9 / data.bins, color="#56B4E9", edgecolor="black", lw=0.5)
-    axes.set(ylabel="fraction of box coordinates", title=f"ASL1, $\\mu$ = {data.mu:g}")
-    _norm_axis(axes, "g_r")
+    axes.set(ylabel="fraction of box coordinates", title="Box coordinates by gradient norm")
+    _norm_axis(axes, "g_r", f", ASL1 with $\\mu$ = {data.mu:g}")
     return {"g_r_from": low, "g_r_to": high, "examples": data.counts, "fraction": fractions}
 
 
@@ -156,8 +156,8 @@ def _lines(axes: Axes, x: np.ndarray, curves: dict[str, np.ndarray]) -> None:
         axes.plot(x, shown, color=colour, linestyle=line, marker=marker, markersize=4, label=name)
 
 
-def _norm_axis(axes: Axes, symbol: str) -> None:
-    axes.set(xlim=(0, 1), xlabel=f"gradient norm ${symbol}$")
+def _norm_axis(axes: Axes, symbol: str, more: str = "") -> None:
+    axes.set(xlim=(0, 1), xlabel=f"gradient norm ${symbol}${more}")
     axes.xaxis.set_major_locator(MultipleLocator(0.2))
     _finish(axes)
 

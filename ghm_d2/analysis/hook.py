@@ -18,7 +18,7 @@ from .statistics import SHARES, CallStatistics, measure, summarize
 __all__ = ["GradientStatistics", "build_gradient_statistics"]
 
 FILE = "gradient_statistics.jsonl"
-_SCALARS = ("plain_loss", *(f"gradient_share_{name}" for name in SHARES))
+_SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for name in SHARES))
 _SCALARS += ("non_empty_regions", "largest_weight")
 
 

@@ -144,7 +144,7 @@ def plot_training(metrics_file: Path, file: Path) -> None:
     metrics = read_metrics(metrics_file)
     names = sorted({name for row in metrics.values() for name in row})
     losses = [n for n in names if n.startswith("loss") or n == "total_loss"]
-    plain = [n for n in names if n.endswith("/plain_loss")]
+    plain = [n for n in names if "/plain_loss" in n]
     results = [n for n in names if n.rpartition("/")[2] in _METRICS and "/" in n]
     panels = (("loss", losses), ("mean loss, not harmonised", plain), ("AP", results))
     panels = [p for p in panels if p[1]]
