@@ -68,6 +68,9 @@ def add_ghm_config(cfg: CN) -> None:
     # Pool the region counts over all processes (False: each has its own, as in the authors' code).
     # With IMAGES_PER_HISTOGRAM, the first groups of all processes share counts, and so on.
     cfg.MODEL.GHM.SYNC = False
+    # Iterations between two looks at the gradients (plain losses, unit regions, easy and hard
+    # examples); a multiple of 20, at which Detectron2 writes its logs; 0: never.
+    cfg.MODEL.GHM.STATISTICS_PERIOD = 100
 
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
     cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))
@@ -235,6 +238,12 @@ def validate_ghm_config(cfg: CN) -> None:
     Raises:
         UserError: one sentence that names the key, what it holds and what is allowed.
     """
+    period = cfg.MODEL.GHM.STATISTICS_PERIOD
+    if period < 0 or period % 20:
+        raise UserError(
+            f"MODEL.GHM.STATISTICS_PERIOD must be 0 or a multiple of 20, at which Detectron2 "
+            f"writes its logs, got {period!r}"
+        )
     if cfg.MODEL.META_ARCHITECTURE == "GHMRetinaNet":
         _validate_pair(cfg, "RETINANET")
         scope = cfg.MODEL.GHM.RETINANET.SCOPE

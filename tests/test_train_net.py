@@ -76,6 +76,9 @@ def test_train_resume_evaluate(tmp_path, base, data, capsys):
     assert first["model"]["head.cls_score.weight"].shape[0] == 9 * len(CLASSES)
     results = metrics(out)
     assert any({"bbox/AP", "bbox/AP55", "bbox/AP95"} <= set(row) for row in results)
+    assert any("ghm_c/plain_loss" in row for row in results)
+    observed = map(json.loads, (out / "gradient_statistics.jsonl").read_text().splitlines())
+    assert [(row["iteration"], row["loss"]) for row in observed] == [(1, "ghm_c"), (1, "ghm_r")]
     for name in ("config.yaml", "log.txt", "pictures/predictions.png", "pictures/training.png"):
         assert (out / name).stat().st_size > 0
     predictions = out / "inference" / "coco_instances_results.json"

@@ -72,11 +72,12 @@ def split_options(
     return options, pairs
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str], parser: Parser | None = None) -> argparse.Namespace:
     """Parse the command line.
 
     Args:
         argv: the arguments without the program's name.
+        parser: the options of another program; those of train_net.py by default.
 
     Returns:
         A namespace with one attribute for each option; `dataset` is a list of strings and `opts`
@@ -86,7 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         UserError: an unknown option, a missing or wrong value, or a key without a value.
     """
     options, pairs = split_options(argv)
-    args = _parser().parse_args(options)
+    args = (parser or _parser()).parse_args(options)
     check_pairs(pairs)
     args.opts = pairs
     return args

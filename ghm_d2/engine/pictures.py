@@ -144,8 +144,10 @@ def plot_training(metrics_file: Path, file: Path) -> None:
     metrics = read_metrics(metrics_file)
     names = sorted({name for row in metrics.values() for name in row})
     losses = [n for n in names if n.startswith("loss") or n == "total_loss"]
+    plain = [n for n in names if "/plain_loss" in n]
     results = [n for n in names if n.rpartition("/")[2] in _METRICS and "/" in n]
-    panels = [p for p in (("loss", losses), ("AP", results)) if p[1]]
+    panels = (("loss", losses), ("mean loss, not harmonised", plain), ("AP", results))
+    panels = [p for p in panels if p[1]]
 
     figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -157,7 +159,10 @@ def plot_training(metrics_file: Path, file: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name, marker=marker)
         axes.set_xlabel("iteration")
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        if shown is plain:
+            axes.set_yscale("log")  # cross entropy over all anchors, and box errors of positives
+        else:
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -25,7 +26,7 @@ from ghm_d2.engine.summary import summarize_training
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError
 
-__all__ = ["main"]
+__all__ = ["load_model", "main"]
 
 _USER_ERROR = 2  # exit code, as argparse has it
 
@@ -126,12 +127,21 @@ def _named_if_unreadable(cfg: CfgNode) -> Iterator[None]:
         ) from error
 
 
-def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
+def load_model(cfg: CfgNode, resume: bool = False) -> torch.nn.Module:
+    """Build the model and load `MODEL.WEIGHTS`, or the last checkpoint of `OUTPUT_DIR`.
+
+    Raises:
+        UserError: the file cannot be read or does not fit the model.
+    """
     model = GHMTrainer.build_model(cfg)
     checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     with _named_if_unreadable(cfg):
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    results = GHMTrainer.test(cfg, model)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model
+
+
+def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
+    results = GHMTrainer.test(cfg, load_model(cfg, args.resume))
     if comm.is_main_process():
         verify_results(cfg, results)
 

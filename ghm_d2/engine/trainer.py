@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
+from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.errors import UserError
@@ -49,6 +50,10 @@ class GHMTrainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         with _ddp_without_device_ids() if on_cpu else contextlib.nullcontext():
             super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks, and the gradient statistics before the one that writes the logs."""
+        return [build_gradient_statistics(self.cfg, self.model), *super().build_hooks()]
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:

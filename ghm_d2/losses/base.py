@@ -1,6 +1,7 @@
 """What GHM-C and GHM-R share: settings, running counts, and the step from counts to weights."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +34,14 @@ class HarmonizedLoss(nn.Module):
             ``S_j <- alpha * S_j + (1 - alpha) * R_j``. Saved with the model; written in training
             mode alone.
         num_updates: int64 (bins,), how often region j was averaged; with ``bias_correction`` alone.
+        observer: called by every call of the loss, unless it is None, with ``(loss module,
+            predictions, targets, weights, counts, region_weights)``: the arguments of
+            :meth:`forward_pooled`, the int64 (bins,) counts R_j of the call and its float32
+            (bins,) weights w_j (without ``loss_weight``); both None with the exact density.
     """
 
     acc_sum: Tensor
+    observer: Callable[..., None] | None = None
     # What messages call the two arguments of a subclass, and what they say of a NaN in them.
     argument_names: tuple[str, str]
     not_finite_message: str
@@ -122,7 +128,8 @@ class HarmonizedLoss(nn.Module):
             checks = ValueChecks()
             zipped = zip(predictions, targets, weights, strict=True)
             examples = [self._examples(*each, checks) for each in zipped]
-            return self._loss(predictions, examples, checks)
+            observe = self.observer and partial(self.observer, self, predictions, targets, weights)
+            return self._loss(predictions, examples, checks, observe)
 
     def _examples(
         self, prediction: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
@@ -131,7 +138,11 @@ class HarmonizedLoss(nn.Module):
         raise NotImplementedError
 
     def _loss(
-        self, inputs: Sequence[Tensor], examples: Sequence[Examples | None], checks: ValueChecks
+        self,
+        inputs: Sequence[Tensor],
+        examples: Sequence[Examples | None],
+        checks: ValueChecks,
+        observe: Callable[..., None] | None = None,
     ) -> Tensor:
         """One histogram, one update and one loss over the examples of all tensors.
 
@@ -139,6 +150,7 @@ class HarmonizedLoss(nn.Module):
             inputs: the predictions, named only to keep an empty loss on their graph.
             examples: those of each input, None for one without any.
             checks: what has been required of the arguments so far.
+            observe: see :attr:`observer`; called with ``(counts, region_weights)``.
 
         Returns:
             A scalar, float32 at least.
@@ -146,7 +158,7 @@ class HarmonizedLoss(nn.Module):
         # Sums over nothing are 0, and keep the prediction on the graph: DDP waits for all of them.
         terms = [x.sum(dtype=torch.float32) for x in inputs if not x.numel()]
         examples = [each for each in examples if each is not None]
-        state = None
+        state = counts = region_weights = None
         if self.density == "exact":
             terms += [self.loss_weight * term for term in self._exact_terms(examples)]
         else:
@@ -155,8 +167,11 @@ class HarmonizedLoss(nn.Module):
                 counts += each.counts(self.bins)
             scale = self.loss_weight * self._pool(counts)
             state = self._updated(counts)
-            weights = self._region_weights(counts, state) * scale
+            region_weights = self._region_weights(counts, state)
+            weights = region_weights * scale
             terms += [each.weighted_sum(weights) for each in examples]
+        if observe is not None:
+            observe(counts, region_weights)
         loss = sum(terms) if terms else self.acc_sum.new_zeros(())
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
         holds = checks.all_hold()

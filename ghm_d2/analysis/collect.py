@@ -1,0 +1,198 @@
+"""Runs a trained detector over images with ground truth and collects its distributions."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.modeling.meta_arch import GeneralizedRCNN, ProposalNetwork, RetinaNet
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .distributions import ClassificationDistribution, RegressionDistribution
+
+__all__ = ["PartDistributions", "collect", "detector_parts"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PartDistributions:
+    """What the losses of one part of a detector meet: "retinanet", "rpn" or "box_head"."""
+
+    classification: ClassificationDistribution
+    regression: RegressionDistribution
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, part: str, activation: str = "sigmoid") -> Any:
+        """Empty ones, with the unit regions and mu of ``MODEL.GHM.<part>``, enabled or not."""
+        node, focal = cfg.MODEL.GHM[part], cfg.MODEL.RETINANET
+        return cls(
+            ClassificationDistribution(
+                node.CLS.BINS, focal.FOCAL_LOSS_ALPHA, focal.FOCAL_LOSS_GAMMA, activation
+            ),
+            RegressionDistribution(node.REG.BINS, node.REG.MU),
+        )
+
+
+def detector_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose ``losses`` show the examples, by the name of their node in ``MODEL.GHM``.
+
+    Raises:
+        UserError: none is known in this model.
+    """
+    if isinstance(model, RetinaNet):
+        return {"RETINANET": model}
+    parts = {}
+    if isinstance(model, GeneralizedRCNN | ProposalNetwork):
+        if isinstance(model.proposal_generator, RPN):
+            parts["RPN"] = model.proposal_generator
+        predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
+        if isinstance(predictor, FastRCNNOutputLayers):
+            parts["ROI_BOX_HEAD"] = predictor
+    if not parts:
+        raise UserError(
+            f"no figures can be drawn of a {type(model).__name__}: it is neither a RetinaNet nor "
+            "a detector with Detectron2's RPN or box head."
+        )
+    return parts
+
+
+def collect(
+    cfg: CfgNode, model: nn.Module, records: Iterable[dict[str, Any]]
+) -> dict[str, PartDistributions]:
+    """Runs the model on each image as in training, but with its weights and statistics at rest.
+
+    Anchors and proposals are matched (and sampled, where the detector samples) as in training;
+    images are resized as for the test.
+
+    Args:
+        cfg: the config of the model.
+        model: a trained detector; left as it was.
+        records: images in Detectron2's standard format, with annotations.
+
+    Returns:
+        "retinanet", or "rpn" and "box_head", to their distributions.
+
+    Raises:
+        UserError: the detector is of an unknown kind, or no image could be read.
+    """
+    parts = {}
+    for name, module in detector_parts(model).items():
+        sigmoid = not isinstance(module, FastRCNNOutputLayers) or module.use_sigmoid_ce
+        activation = "sigmoid" if sigmoid else "softmax"
+        parts[name] = PartDistributions.from_config(cfg, name, activation)
+    mapper = DatasetMapper(cfg, is_train=False)
+    mapper.is_train = True  # resized as for the test, yet with the ground truth
+    unreadable = []
+    images = 0
+    with _recording(model, parts), torch.no_grad(), EventStorage():
+        for record in records:
+            try:
+                image = mapper(record)
+            except (OSError, SizeMismatchError) as error:
+                unreadable.append(f"{record['file_name']} ({error})")
+                continue
+            model([image])
+            images += 1
+    if unreadable:
+        logger.warning(
+            "%d images were left out, they cannot be read; the first: %s",
+            len(unreadable),
+            unreadable[0],
+        )
+    if not images:
+        raise UserError("none of the images can be read.")
+    logger.info("collected the examples of %d images", images)
+    return {name.lower().removeprefix("roi_"): part for name, part in parts.items()}
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module, parts: dict[str, PartDistributions]) -> Iterator[None]:
+    """Puts recorders where the losses are, and lets the model match ground truth meanwhile."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    # These flags make the forward pass go to the losses; batch norm keeps its own.
+    matching = [model]
+    for name in ("proposal_generator", "roi_heads"):
+        if isinstance(getattr(model, name, None), RPN | StandardROIHeads):
+            matching.append(getattr(model, name))
+    for module in matching:
+        module.training = True
+    replaced: list[tuple[nn.Module, str]] = []
+
+    def replace(module: nn.Module, name: str, function: Callable) -> None:
+        setattr(module, name, function)  # the instance's attribute hides the method of its class
+        replaced.append((module, name))
+
+    for name, module in detector_parts(model).items():
+        recorder = _record_box_head if name == "ROI_BOX_HEAD" else _record_dense
+        replace(module, "losses", partial(recorder, module, parts[name]))
+        if name == "RETINANET":
+            # A subclass may hand its losses something else.
+            forward = partial(RetinaNet.forward_training, module)
+            replace(module, "forward_training", forward)
+    try:
+        yield
+    finally:
+        for module, name in replaced:
+            delattr(module, name)
+        for module, training in was_training.items():
+            module.training = training
+
+
+def _record_dense(
+    module: RetinaNet | RPN,
+    part: PartDistributions,
+    anchors: list[Boxes],
+    pred_logits: list[Tensor],
+    gt_labels: list[Tensor],
+    pred_anchor_deltas: list[Tensor],
+    gt_boxes: list[Tensor],
+) -> dict[str, Tensor]:
+    """Stands in for ``RetinaNet.losses`` and ``RPN.losses``."""
+    labels, logits = torch.stack(gt_labels), torch.cat(pred_logits, dim=1)
+    if isinstance(module, RPN):
+        # Objectness: 1 = object becomes class 0, 0 = background becomes class 1, "background".
+        labels, logits = torch.where(labels >= 0, 1 - labels, labels).long(), logits.unsqueeze(2)
+    num_classes = logits.shape[2]
+    part.classification.add(logits.flatten(0, 1), labels.flatten())
+    image, index = ((labels >= 0) & (labels < num_classes)).nonzero(as_tuple=True)
+    target = module.box2box_transform.get_deltas(
+        Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
+    )
+    part.regression.add(torch.cat(pred_anchor_deltas, dim=1)[image, index], target)
+    return {}
+
+
+def _record_box_head(
+    module: FastRCNNOutputLayers,
+    part: PartDistributions,
+    predictions: tuple[Tensor, Tensor],
+    proposals: list[Instances],
+) -> dict[str, Tensor]:
+    """Stands in for ``FastRCNNOutputLayers.losses``."""
+    scores, deltas = predictions
+    labels = torch.cat([x.gt_classes for x in proposals])
+    part.classification.add(scores[:, :-1] if module.use_sigmoid_ce else scores, labels)
+    index = ((labels >= 0) & (labels < module.num_classes)).nonzero(as_tuple=True)[0]
+    proposal_boxes = torch.cat([x.proposal_boxes.tensor for x in proposals])[index]
+    if len(index):  # gt_boxes is missing from an image without ground truth
+        gt_boxes = torch.cat([x.gt_boxes.tensor for x in proposals])[index]
+        columns = proposal_boxes.shape[1]
+        pred = deltas.view(len(deltas), -1, columns)
+        own = labels[index] if pred.shape[1] > 1 else torch.zeros_like(index)
+        target = module.box2box_transform.get_deltas(proposal_boxes, gt_boxes)
+        part.regression.add(pred[index, own], target)
+    return {}

@@ -1,0 +1,143 @@
+"""Gradient statistics during training: to metrics.json, TensorBoard and a file of their own."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..losses.base import HarmonizedLoss
+from .statistics import SHARES, CallStatistics, measure, summarize
+
+__all__ = ["GradientStatistics", "build_gradient_statistics"]
+
+FILE = "gradient_statistics.jsonl"
+_SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for name in SHARES))
+_SCALARS += ("non_empty_regions", "largest_weight")
+
+
+def build_gradient_statistics(cfg: CfgNode, model: nn.Module) -> "GradientStatistics | None":
+    """The hook that ``MODEL.GHM.STATISTICS_PERIOD`` asks for.
+
+    Returns:
+        None where the period is 0, the model has no harmonised loss, or another process writes
+        the logs.
+    """
+    period = cfg.MODEL.GHM.STATISTICS_PERIOD
+    if not period or not comm.is_main_process():
+        return None
+    hook = GradientStatistics(model, period, os.path.join(cfg.OUTPUT_DIR, FILE))
+    return hook if hook.losses else None
+
+
+class GradientStatistics(HookBase):
+    """Observes every harmonised loss of a model at each ``period``-th iteration and the last one.
+
+    It must run before the hook that writes the logs. Between two observed steps the losses have no
+    observer and do nothing that they would not do without this hook. Under several processes the
+    statistics are those of the main one (its counts are everybody's with ``MODEL.GHM.SYNC``).
+    """
+
+    def __init__(self, model: nn.Module, period: int, file: str) -> None:
+        """
+        Args:
+            model: wrapped for several processes or not.
+            period: in iterations, above 0.
+            file: JSON lines are appended to it, one for each loss and observed iteration; its
+                folder exists.
+        """
+        self.period = period
+        self.file = file
+        # Several copies of a loss ("ghm_c.0", "ghm_c.1") are reported as one.
+        self.losses: dict[str, list[HarmonizedLoss]] = {}
+        for path, module in getattr(model, "module", model).named_modules():
+            if isinstance(module, HarmonizedLoss):
+                parent, _, last = path.rpartition(".")
+                self.losses.setdefault(parent if last.isdigit() else path, []).append(module)
+        self._calls: dict[HarmonizedLoss, list[CallStatistics]] | None = None  # None: not observed
+
+    def before_step(self) -> None:
+        """Sets the observers where this iteration is to be observed."""
+        following = self.trainer.iter + 1
+        if following % self.period == 0 or following == self.trainer.max_iter:
+            self._calls = {}
+            self._observe(self._record)
+
+    def after_step(self) -> None:
+        """Clears the observers and writes what they saw."""
+        if self._calls is None:
+            return
+        calls, self._calls = self._calls, None
+        self._observe(None)
+        with PathManager.open(self.file, "a") as stream:
+            for name, modules in self.losses.items():
+                copies = [calls[module] for module in modules if module in calls]
+                if not copies:
+                    continue
+                summary = summarize(copies)
+                put(self.trainer.storage, name, summary)
+                head = {"iteration": self.trainer.iter, "loss": name}
+                stream.write(json.dumps(head | _rounded(summary)) + "\n")
+
+    def after_train(self) -> None:
+        """Leaves no observer behind a step that was broken off."""
+        self._observe(None)
+
+    def _observe(self, observer: Any) -> None:
+        for module in (module for modules in self.losses.values() for module in modules):
+            module.observer = observer
+
+    def _record(self, module: HarmonizedLoss, *arguments: Any) -> None:
+        self._calls.setdefault(module, []).append(measure(module, *arguments))
+
+
+def put(storage: EventStorage, name: str, summary: dict[str, Any]) -> None:
+    """Hands the result of :func:`summarize` to Detectron2's writers as ``NAME/...``.
+
+    The two histograms over the gradient norm have the logarithm of the counts (log10(1 + R_j), or
+    nothing but the first region would be seen) and the share of the gradient.
+    """
+    for key in _SCALARS:
+        if summary[key] is not None:
+            storage.put_scalar(f"{name}/{key}", summary[key], smoothing_hint=False)
+    counts = torch.tensor([call["counts"] for call in summary["calls"]]).sum(0).double()
+    shares = torch.tensor([call["gradient_share"] for call in summary["calls"]]).sum(0)
+    _put_histogram(storage, f"{name}/log10_examples", (1 + counts).log10())
+    _put_histogram(storage, f"{name}/gradient_share", shares)
+
+
+def _put_histogram(storage: EventStorage, name: str, heights: torch.Tensor) -> None:
+    """A histogram over [0, 1] of the given heights; ``put_histogram`` only takes the values.
+
+    Detectron2's TensorBoard writer reads the list that it fills here, as ``put_histogram`` does.
+    """
+    edges = torch.linspace(0, 1, len(heights) + 1, dtype=torch.float64)
+    centres = (edges[1:] + edges[:-1]) / 2
+    storage._histograms.append(
+        {
+            "tag": name,
+            "min": 0.0,
+            "max": 1.0,
+            "num": float(heights.sum()),
+            "sum": float((heights * centres).sum()),
+            "sum_squares": float((heights * centres**2).sum()),
+            "bucket_limits": edges[1:].tolist(),
+            "bucket_counts": heights.tolist(),
+            "global_step": storage.iter,
+        }
+    )
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits are enough, and half of the file."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
