@@ -7,7 +7,6 @@ import platform
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import detectron2
 import numpy as np
@@ -33,12 +32,12 @@ def record_training(cfg: CfgNode, args: argparse.Namespace) -> None:
         cfg: the config that is trained with.
         args: the command line.
     """
-    names = cfg.DATASETS.TRAIN[:1]
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
     record = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "config_file": os.path.abspath(args.config_file),
         "config": cfg.dump(),
-        "classes": [c for name in names for c in MetadataCatalog.get(name).get("thing_classes", ())],
+        "classes": list(metadata.get("thing_classes") or ()),
         "hardware": _hardware(cfg),
         "versions": {
             "python": platform.python_version(),
@@ -76,7 +75,7 @@ def _commit() -> str | None:
     """The commit of the checkout that this code runs from, "-dirty" with changes; None outside."""
     root = Path(ghm_d2.__file__).resolve().parents[1]
 
-    def git(*words: str) -> Any:
+    def git(*words: str) -> str | None:
         try:
             done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
         except OSError:

@@ -43,8 +43,7 @@ def get_config_file(config_path: str) -> str:
     if file.is_file():
         return str(file)
     if found := _in_zoo(config_path):
-        zoo, entry = found
-        return PathManager.get_local_path(fetch(zoo, config_file(entry), entry["config_sha256"]))
+        return _trained_config(*found)
     raise ZooError(f"{config_path} is not available in the model zoo{_similar(config_path)}.")
 
 
@@ -84,8 +83,7 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
         cfg.merge_from_file(get_config_file(config_path), allow_unsafe=False)
         return cfg
     url = get_checkpoint_url(config_path)
-    zoo, entry = _in_zoo(config_path)
-    cfg.merge_from_file(fetch(zoo, config_file(entry), entry["config_sha256"]), allow_unsafe=False)
+    cfg.merge_from_file(_trained_config(*_in_zoo(config_path)), allow_unsafe=False)
     cfg.MODEL.WEIGHTS = url
     return cfg
 
@@ -115,6 +113,10 @@ def _in_zoo(config_path: str) -> tuple[str, dict[str, Any]] | None:
     zoo = zoo_location()
     entry = newest(read_zoo(zoo)["models"], _name(config_path)) if zoo else None
     return (zoo, entry) if entry else None
+
+
+def _trained_config(zoo: str, entry: dict[str, Any]) -> str:
+    return PathManager.get_local_path(fetch(zoo, config_file(entry), entry["config_sha256"]))
 
 
 def _name(config_path: str) -> str:

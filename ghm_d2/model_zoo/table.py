@@ -22,8 +22,8 @@ first GPU (not recorded on a CPU). AP is box AP in percent on the named data.
 
 `tools/export_to_model_zoo.py --run OUTPUT_DIR --zoo FOLDER` writes each model as
 `<config>/<id>/model_final_<first 6 of md5>.pkl`, with the config it was trained with, one for stock
-Detectron2 (no GHM in it), and its metrics. With `GHM_D2_ZOO` set to such a folder, or to the http(s)
-address it is served from:
+Detectron2 (no GHM in it), and its metrics. With `GHM_D2_ZOO` set to such a folder, or to the
+http(s) address it is served from:
 
 ```python
 from ghm_d2 import model_zoo
@@ -78,7 +78,9 @@ def add_models(index: dict[str, Any], models: list[dict[str, Any]]) -> int:
             index["models"].append(entry)
             added += 1
         elif known[place] != entry:
-            raise UserError(f"the index has another model {place}: export this one with another id.")
+            raise UserError(
+                f"the index has another model {place}: export this one with another id."
+            )
     return added
 
 

@@ -19,7 +19,7 @@ _SCHEMES = ("http://", "https://")
 
 
 class ZooError(RuntimeError, UserError):
-    """Something is not in the zoo, or not what the index says; RuntimeError, as Detectron2 has it."""
+    """Something is not in the zoo or not what the index says; a RuntimeError, as Detectron2's."""
 
 
 def zoo_location() -> str | None:
