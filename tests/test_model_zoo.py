@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -337,6 +338,30 @@ def test_models_of_another_index():
         add_models(index, [ENTRY | {"md5": "1" * 32}])
 
 
+def test_script_takes_over_a_zoo(tmp_path, monkeypatch, capsys):
+    """The whole way from a folder of exports to the page; run on copies."""
+    packaged, script = tmp_path / "index.json", tmp_path / "tools" / "make_model_zoo.py"
+    script.parent.mkdir()
+    shutil.copy(ROOT / "tools" / script.name, script)
+    shutil.copy(PACKAGED_INDEX, packaged)
+    (tmp_path / "zoo").mkdir()
+    write_index(tmp_path / "zoo" / "index.json", {"models": [ENTRY | FIGURES]})
+    monkeypatch.setattr("ghm_d2.model_zoo.index.PACKAGED_INDEX", packaged)
+    monkeypatch.setattr(sys, "argv", [script.name, "--add", str(tmp_path / "zoo")])
+    for added in (1, 0):
+        runpy.run_path(str(script), run_name="__main__")
+        said = capsys.readouterr().out
+        before = len(read_index(PACKAGED_INDEX)["models"])
+        assert f"{before + 1} models of our own, {added} of them new" in said
+    assert "| `a/b` | 1 | bccd_train |" in (tmp_path / "MODEL_ZOO.md").read_text()
+    assert read_index(packaged)["published"] == read_index(PACKAGED_INDEX)["published"]
+    monkeypatch.setattr(sys, "argv", [script.name, "--add", str(tmp_path / "gone")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("make_model_zoo.py: error: the model zoo ind")
+
+
 # --- packaging ----------------------------------------------------------------------------------
 
 
@@ -369,12 +394,13 @@ def test_installed_wheel_carries_the_configs(tmp_path):
     (wheel,) = source.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     shutil.rmtree(source)
+    name = "quickstart/ghm_retinanet_quickstart.yaml"
     code = "import ghm_d2; print(ghm_d2.__file__); "
-    code += "cfg = ghm_d2.model_zoo.get_config('quickstart/ghm_retinanet_quickstart.yaml'); print(cfg.dump())"
+    code += f"print(ghm_d2.model_zoo.get_config('{name}').dump())"
     out = run_python(code, tmp_path, PYTHONPATH=str(tmp_path / "installed"))
     file, _, dumped = out.partition("\n")
     assert Path(file).is_relative_to(tmp_path / "installed")
-    cfg = model_zoo.get_config("quickstart/ghm_retinanet_quickstart.yaml")
+    cfg = model_zoo.get_config(name)
     assert yaml.safe_load(dumped) == yaml.safe_load(cfg.dump())
     root = tmp_path / "installed" / "ghm_d2" / "model_zoo"
     there = {p.relative_to(root / "configs") for p in (root / "configs").rglob("*.yaml")}
