@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from torch import Tensor
 
@@ -118,16 +117,10 @@ def write_weights(weights: Mapping[str, Tensor], folder: Path) -> Path:
     """
     file = folder / "model_final.pkl"
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-    with open(file, "wb") as stream:
-        pickler = pickle.Pickler(stream, protocol=4)
-        pickler.dispatch_table = {np.ndarray: _reduce}
-        pickler.dump({"model": arrays, "__author__": "ghm_d2"})
+    data = pickle.dumps({"model": arrays, "__author__": "ghm_d2"}, protocol=3)
+    # NumPy 1 does not know this name, NumPy 2 knows both. It stands once, before the first array.
+    file.write_bytes(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1))
     return file.rename(folder / f"model_final_{_md5(file)[:6]}.pkl")
-
-
-def _reduce(array: np.ndarray) -> tuple[Any, ...]:
-    """NumPy's own way of pickling names modules that NumPy 1 and 2 call differently."""
-    return np.ndarray, (array.shape, array.dtype.str, bytearray(array.tobytes()))
 
 
 def _md5(file: Path) -> str:
