@@ -178,6 +178,10 @@ def test_nothing_is_overwritten(finished, tmp_path):
         export_run(finished["retinanet"], tmp_path, 1)
     assert (tmp_path / "index.json").read_bytes() == before[tmp_path / "index.json"]
     assert export_run(finished["retinanet"], tmp_path).name == "2"
+    (tmp_path / "index.json").rename(tmp_path / "lost.json")  # not listed, but there
+    with pytest.raises(UserError, match=r"R_50/2 exists already"):
+        export_run(finished["retinanet"], tmp_path, 2)
+    (tmp_path / "lost.json").rename(tmp_path / "index.json")
     assert export_run(finished["faster_rcnn"], tmp_path, name="own/name").name == "3"
     assert (tmp_path / "own" / "name" / "3" / "config.yaml").exists()
 

@@ -32,6 +32,16 @@ TINY = {
     "SEED": 1,
 }
 
+# What the index of a model zoo must hold of a model.
+ZOO_ENTRY = {
+    "name": "a/b",
+    "id": 1,
+    "weights": "model_final_012abc.pkl",
+    "md5": "0" * 32,
+    "sha256": "0" * 64,
+    "config_sha256": "0" * 64,
+}
+
 
 def coco_content(images: int = 6, classes: tuple[str, ...] = CLASSES) -> dict[str, Any]:
     """Annotations: image i holds one box of class i % 3 and one of class (i + 1) % 3."""
