@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["add_ghm_config"]
+__all__ = ["add_ghm_config", "model_zoo"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "add_ghm_config":
         return import_module("ghm_d2.config").add_ghm_config
+    if name == "model_zoo":
+        return import_module("ghm_d2.model_zoo")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -62,7 +62,7 @@ def add_ghm_config(cfg: CN) -> None:
     Args:
         cfg: a config from :func:`detectron2.config.get_cfg`; changed in place.
     """
-    from . import data, modeling  # noqa: F401  (their import registers)
+    from . import data, model_zoo, modeling  # noqa: F401  (their import registers)
 
     cfg.MODEL.GHM = CN()
     # Pool the region counts over all processes (False: each has its own, as in the authors' code).

@@ -1,7 +1,6 @@
 """train_net.py as users run it: train, checkpoint, resume, evaluate, and every mistake."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -10,23 +9,15 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.utils.logger import setup_logger
-from tiny import CLASSES, RETINANET, ROOT, coco_content, tiny_pairs, unregister_all, write_coco
+from tiny import CLASSES, RETINANET, ROOT, coco_content, forget_program, tiny_pairs, write_coco
 
 from ghm_d2.engine import main
 
 
 @pytest.fixture(autouse=True)
 def clean_up():
-    """Each run is a program of its own: no handler, no data set is left for the next one."""
     yield
-    for name in ("ghm_d2", "detectron2", "fvcore"):
-        logger = logging.getLogger(name)
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-        logger.propagate = True
-    setup_logger.cache_clear()
-    unregister_all()
+    forget_program()
 
 
 @pytest.fixture(scope="module")

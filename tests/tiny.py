@@ -1,11 +1,13 @@
 """A COCO-format data set of a few small images and a detector small enough to train in a second."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from ghm_d2.data import registration
@@ -28,6 +30,16 @@ TINY = {
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.MAX_ITER": 2,
     "SEED": 1,
+}
+
+# What the index of a model zoo must hold of a model.
+ZOO_ENTRY = {
+    "name": "a/b",
+    "id": 1,
+    "weights": "model_final_012abc.pkl",
+    "md5": "0" * 32,
+    "sha256": "0" * 64,
+    "config_sha256": "0" * 64,
 }
 
 
@@ -70,6 +82,17 @@ def unregister_all() -> None:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     registration._registered_here.clear()
+
+
+def forget_program() -> None:
+    """Each run of main is a program of its own: leave no handler and no data set to the next."""
+    for name in ("ghm_d2", "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        logger.propagate = True
+    setup_logger.cache_clear()
+    unregister_all()
 
 
 def tiny_pairs(**changes: Any) -> list[str]:

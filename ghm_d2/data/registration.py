@@ -72,8 +72,12 @@ def parse_dataset(text: str) -> CocoDataset:
     return CocoDataset(name, os.path.expanduser(json_file), os.path.expanduser(image_root))
 
 
-def check_coco_dataset(dataset: CocoDataset) -> CocoDataset:
+def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDataset:
     """Check the annotation file and the presence of every image; log what training will leave out.
+
+    Args:
+        dataset: one `--dataset`.
+        labelled: False: a file without the key "annotations" will do, as a test set's has none.
 
     Returns:
         The data set with `classes` and `evaluable` filled in.
@@ -87,9 +91,11 @@ def check_coco_dataset(dataset: CocoDataset) -> CocoDataset:
             f"--dataset {dataset.name}: the image folder {dataset.image_root} does not exist."
         )
     content = _read(dataset)
+    labelled = labelled or "annotations" in content
     for table, fields in _REQUIRED_FIELDS.items():
-        _check_rows(file, table, content.get(table), fields)
-    images, annotations = content["images"], content["annotations"]
+        if table != "annotations" or labelled:
+            _check_rows(file, table, content.get(table), fields)
+    images, annotations = content["images"], content.get("annotations", [])
     image_ids = {image["id"] for image in images}
     category_ids = {category["id"] for category in content["categories"]}
 
@@ -98,9 +104,12 @@ def check_coco_dataset(dataset: CocoDataset) -> CocoDataset:
     _check_image_files(dataset, images)
 
     usable = [a for a in annotations if not a.get("iscrowd", 0) and a["image_id"] in image_ids]
-    if not usable:
+    if labelled and not usable:
         raise UserError(f"{file} holds no annotation that is not a crowd region of a listed image.")
-    _log_left_out(file, images, annotations)
+    if labelled:
+        _log_left_out(file, images, annotations)
+    else:
+        logger.warning("%s has no annotations: predictions are written, no AP is computed.", file)
     ordered = sorted(content["categories"], key=lambda category: category["id"])
     return replace(
         dataset,

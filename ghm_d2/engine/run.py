@@ -21,7 +21,9 @@ from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, register_coco_dataset
 from ghm_d2.engine.arguments import parse_arguments
 from ghm_d2.engine.checks import check_all
+from ghm_d2.engine.record import record_training
 from ghm_d2.engine.setup import build_config, setup_ghm_logger
+from ghm_d2.engine.submission import report_submissions
 from ghm_d2.engine.summary import summarize_training
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError
@@ -107,6 +109,8 @@ def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
             f"--resume: {trainer.start_iter} iterations are done already and SOLVER.MAX_ITER is "
             f"{trainer.max_iter}: give a larger one, or evaluate with --eval-only --resume."
         )
+    if comm.is_main_process():
+        record_training(trainer.cfg, args)
     trainer.train()
     if comm.is_main_process():
         summarize_training(trainer, args, seconds=time.perf_counter() - start)
@@ -142,7 +146,8 @@ def load_model(cfg: CfgNode, resume: bool = False) -> torch.nn.Module:
 
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     results = GHMTrainer.test(cfg, load_model(cfg, args.resume))
-    if comm.is_main_process():
+    # Without ground truth there is nothing that TEST.EXPECTED_RESULTS could be compared with.
+    if comm.is_main_process() and not report_submissions(cfg, results):
         verify_results(cfg, results)
 
 

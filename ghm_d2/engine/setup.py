@@ -55,7 +55,7 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[CocoDataset]]:
     names = [dataset.name for dataset in datasets]
     if len(set(names)) < len(names):
         raise UserError(f"--dataset gives the same name twice: {', '.join(names)}.")
-    datasets = [check_coco_dataset(dataset) for dataset in datasets]
+    datasets = [check_coco_dataset(x, labelled=not args.eval_only) for x in datasets]
     check_same_classes(datasets)
     for dataset in datasets:
         register_coco_dataset(dataset)

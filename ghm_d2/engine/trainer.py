@@ -21,7 +21,7 @@ from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.errors import UserError
 
-__all__ = ["EVALUATOR_TYPES", "GHMTrainer"]
+__all__ = ["EVALUATOR_TYPES", "GHMTrainer", "inference_folder"]
 
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
@@ -41,6 +41,12 @@ def _ddp_without_device_ids() -> Iterator[None]:
         yield
     finally:
         defaults.create_ddp_model = create_ddp_model
+
+
+def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
+    """OUTPUT_DIR/inference, and in it a folder for each data set where there are several."""
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
 
 
 class GHMTrainer(DefaultTrainer):
@@ -85,14 +91,12 @@ class GHMTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """The evaluator for the metadata's `evaluator_type`, one of `EVALUATOR_TYPES`.
 
-        Its files go to OUTPUT_DIR/inference, with a folder for each data set where there are more.
+        Its files go to :func:`inference_folder`.
 
         Raises:
             UserError: the data set is not one of boxes that these evaluators know.
         """
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        if len(cfg.DATASETS.TEST) > 1:
-            folder = os.path.join(folder, dataset_name)
+        folder = inference_folder(cfg, dataset_name)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "coco":
             # A cached conversion would outlive a change of the data.

@@ -1,0 +1,149 @@
+"""get, get_config, get_config_file, get_checkpoint_url: Detectron2's, for this project's models."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ghm_d2.config import add_ghm_config
+from ghm_d2.model_zoo.index import (
+    PACKAGED_INDEX,
+    config_file,
+    newest,
+    read_index,
+    weights_file,
+)
+from ghm_d2.model_zoo.zoo import ZOO_VARIABLE, ZooError, fetch, read_zoo, zoo_location
+
+__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
+
+
+def configs_folder() -> Path:
+    """The folder ``configs``: inside the installed package, or at the root of the checkout."""
+    installed = Path(__file__).with_name("configs")
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def get_config_file(config_path: str) -> str:
+    """Returns the path to a config file of this project, or of a model in the zoo.
+
+    Args:
+        config_path: name relative to ``configs/``, for example "ghm_retinanet_R_101.yaml".
+
+    Raises:
+        ZooError: neither ``configs/`` nor the zoo has it.
+    """
+    file = configs_folder() / config_path
+    if file.is_file():
+        return str(file)
+    if found := _in_zoo(config_path):
+        return _trained_config(*found)
+    raise ZooError(f"{config_path} is not available in the model zoo{_similar(config_path)}.")
+
+
+def get_checkpoint_url(config_path: str) -> str:
+    """Returns the path or URL of the weights trained with a config: the newest in ``GHM_D2_ZOO``.
+
+    A file in a folder has been checked against the recorded SHA-256; a URL is when Detectron2's
+    ``PathManager`` opens it, as ``DetectionCheckpointer`` does.
+
+    Args:
+        config_path: see :func:`get_config_file`.
+
+    Raises:
+        ZooError: there are no such weights, or the file is not the recorded one.
+    """
+    if found := _in_zoo(config_path):
+        zoo, entry = found
+        return fetch(zoo, weights_file(entry), entry["sha256"])
+    raise ZooError(_why_not_available(config_path))
+
+
+def get_config(config_path: str, trained: bool = False) -> CfgNode:
+    """Returns the config of a model.
+
+    Args:
+        config_path: see :func:`get_config_file`.
+        trained: True: the config that the newest model of this name in the zoo was trained with,
+            whatever the command line changed in it, its ``MODEL.WEIGHTS`` being the trained ones.
+            False: the config file, whose ``MODEL.WEIGHTS`` start a training.
+
+    Raises:
+        ZooError: see :func:`get_config_file` and :func:`get_checkpoint_url`.
+    """
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    if not trained:
+        cfg.merge_from_file(get_config_file(config_path), allow_unsafe=False)
+        return cfg
+    url = get_checkpoint_url(config_path)
+    cfg.merge_from_file(_trained_config(*_in_zoo(config_path)), allow_unsafe=False)
+    cfg.MODEL.WEIGHTS = url
+    return cfg
+
+
+def get(config_path: str, trained: bool = False, device: str | None = None) -> nn.Module:
+    """Returns a model, in training mode.
+
+    Args:
+        config_path: see :func:`get_config_file`.
+        trained: see :func:`get_config`.
+        device: overwrites the device of the config; without a GPU, "cpu" does.
+
+    Raises:
+        ZooError: see :func:`get_config`.
+    """
+    cfg = get_config(config_path, trained)
+    if device is None and not torch.cuda.is_available():
+        device = "cpu"
+    if device is not None:
+        cfg.MODEL.DEVICE = device
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+def _in_zoo(config_path: str) -> tuple[str, dict[str, Any]] | None:
+    zoo = zoo_location()
+    entry = newest(read_zoo(zoo)["models"], _name(config_path)) if zoo else None
+    return (zoo, entry) if entry else None
+
+
+def _trained_config(zoo: str, entry: dict[str, Any]) -> str:
+    return PathManager.get_local_path(fetch(zoo, config_file(entry), entry["config_sha256"]))
+
+
+def _name(config_path: str) -> str:
+    return config_path.removesuffix(".yaml")
+
+
+def _why_not_available(config_path: str) -> str:
+    packaged = read_index(PACKAGED_INDEX)
+    for model in packaged["published"]:
+        if model["name"] == _name(config_path):
+            return (
+                f"the weights of {config_path} are published by {model['publisher']} in another "
+                f"format: download {model['url']}, convert it with python tools/convert_mmdet.py "
+                "CHECKPOINT OUTPUT, and give MODEL.WEIGHTS OUTPUT."
+            )
+    if newest(packaged["models"], _name(config_path)):
+        return (
+            f"the weights of {config_path} are not in the zoo: set {ZOO_VARIABLE} to the folder or "
+            "URL of one that holds them."
+        )
+    return f"trained weights of {config_path} are not available{_similar(config_path)}."
+
+
+def _similar(config_path: str) -> str:
+    root = configs_folder()
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*.yaml")]
+    if zoo := zoo_location():
+        names += [f"{entry['name']}.yaml" for entry in read_zoo(zoo)["models"]]
+    found = difflib.get_close_matches(config_path, sorted(set(names) - {config_path}), n=3)
+    return f" (similar: {', '.join(found)})" if found else ""
