@@ -85,9 +85,12 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
         wait_for(lambda: next(out.glob("work/*/last_checkpoint"), None))
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A suite that was started in the background of a shell has inherited "ignore".
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(SystemExit) as stop:
         main(argv)
+    signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
     pointer = next(out.glob("work/*/last_checkpoint"))
     cut, stopped = pointer.parent.name, pointer.read_text()
