@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add("--limit-s", type=float, default=10, help="skip what is predicted to take longer a call")
     add("--budget-s", type=float, default=2, help="time for the repeats of one cell")
-    add("--min-repeats", type=int, default=5)
+    add("--min-repeats", type=int, default=3)
     add("--max-repeats", type=int, default=50)
     add("--peers", type=Path, default=peers.default_cache(), help="folder of downloaded peers")
     add("--output", type=Path, help="default: benchmarks/results/bench_losses_<device>.json")

@@ -91,8 +91,8 @@ def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -
 def _leave_process_group() -> None:
     """Ends the communication threads while the interpreter still runs.
 
-    Detectron2 leaves them to the exit of the process, where gloo's were seen to abort it once in a
-    while. Nobody leaves before all have arrived: process 0 holds the store that the others use.
+    Detectron2 leaves them to the exit of the process, where gloo's were seen to abort it (once
+    in some dozens of runs). Nobody leaves before all have arrived: process 0 holds the store that the others use.
     """
     if comm.get_world_size() > 1:
         comm.synchronize()

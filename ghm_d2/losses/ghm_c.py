@@ -18,7 +18,8 @@ class GHMCLoss(HarmonizedLoss):
     """Gradient-harmonised cross entropy (paper, section "GHM-C Loss").
 
     The value is about 1 whatever the model's quality: the mean over unit regions of a loss that
-    depends on the region alone. Watch the plain cross entropy to see progress.
+    depends on the region alone. Watch the AP, or the plain cross entropy of
+    the positives: the mean over all examples may rise while a detector learns.
     """
 
     argument_names = ("logits", "labels")
