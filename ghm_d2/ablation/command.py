@@ -14,7 +14,7 @@ from ghm_d2.ablation.plan import Run, plan_runs
 from ghm_d2.ablation.plot import draw_summary
 from ghm_d2.ablation.report import render_markdown, summarize
 from ghm_d2.ablation.results import Store
-from ghm_d2.engine.arguments import Parser, check_pairs, split_options
+from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.errors import UserError
 
 __all__ = ["main"]
@@ -51,10 +51,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=int, metavar="N", help="CPU threads of each run (cores / jobs)")
     add("--num-gpus", type=int, default=1, metavar="N", help="GPUs of each run (1)")
     add("--report-only", action="store_true", help="report what is done; run nothing")
-    options, pairs = split_options(argv, flags=("-h", "--help", "--report-only"))
-    args = parser.parse_args(options)
-    check_pairs(pairs)
-    args.opts = pairs
+    flags = ("-h", "--help", "--report-only")
+    args = parse_arguments(argv, parser, flags=flags, lists=("--seeds",))
     for name in ("jobs", "threads", "num_gpus"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from ..engine.arguments import Parser, parse_arguments
 from ..engine.checks import check_all
-from ..engine.run import load_model
+from ..engine.run import load_trained_weights
 from ..engine.setup import build_config
+from ..engine.trainer import GHMTrainer
 from ..errors import UserError
 from .collect import collect, detector_parts
 from .figures import write_figures
@@ -56,7 +57,8 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
     setup_logger(str(output), name="fvcore")
     setup_logger(str(output))
     records, caption = _records(cfg, args.max_images)
-    model = load_model(cfg)
+    model = GHMTrainer.build_model(cfg)
+    load_trained_weights(cfg, model)
     detector_parts(model)
     seed_all_rng(max(cfg.SEED, 0))  # the RPN and the box head sample their examples
     parts = collect(cfg, model, tqdm(records, desc="images", unit="image"))

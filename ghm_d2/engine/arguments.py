@@ -1,11 +1,13 @@
-"""The command line of train_net.py."""
+"""The command line of train_net.py, and what other tools share of it."""
 
 import argparse
 from collections.abc import Sequence
 
+from detectron2.config import get_cfg
+
 from ghm_d2.errors import UserError
 
-__all__ = ["Parser", "check_pairs", "parse_arguments", "split_options"]
+__all__ = ["Parser", "parse_arguments"]
 
 _FLAGS = ("-h", "--help", "--eval-only", "--resume")
 
@@ -17,7 +19,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options).")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="train_net.py",
         usage="%(prog)s --config-file FILE [options] [KEY VALUE ...]",
@@ -44,13 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def split_options(
-    argv: Sequence[str], flags: Sequence[str] = _FLAGS
+def _split(
+    argv: Sequence[str], flags: Sequence[str], lists: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Separate the options from the KEY VALUE pairs, wherever they stand.
 
-    Every option but the `flags` takes one word; more may follow `--dataset` and `--seeds`. argparse
-    alone either swallows every option after the first pair (REMAINDER, as Detectron2 has
+    argparse alone either swallows every option after the first pair (REMAINDER, as Detectron2 has
     it) or takes values such as -1e-3 for options.
     """
     options: list[str] = []
@@ -67,17 +68,30 @@ def split_options(
         if token == "--dataset":  # more than one may follow; no KEY holds a "="
             while rest and "=" in rest[0] and not rest[0].startswith("-"):
                 options += ["--dataset", rest.pop(0)]
-        while token == "--seeds" and rest and rest[0].isdigit():  # no KEY is a number
-            options.append(rest.pop(0))
+        if token in lists:
+            while rest and not rest[0].startswith("-") and not _is_key(rest[0]):
+                options.append(rest.pop(0))
     return options, pairs
 
 
-def parse_arguments(argv: Sequence[str], parser: Parser | None = None) -> argparse.Namespace:
+def _is_key(word: str) -> bool:
+    return word.partition(".")[0] in get_cfg()
+
+
+def parse_arguments(
+    argv: Sequence[str],
+    parser: Parser | None = None,
+    *,
+    flags: Sequence[str] = _FLAGS,
+    lists: Sequence[str] = (),
+) -> argparse.Namespace:
     """Parse the command line.
 
     Args:
         argv: the arguments without the program's name.
         parser: the options of another program; those of train_net.py by default.
+        flags: options without a value; all others take one word.
+        lists: options that take more than one; the first word that is a key ends the values.
 
     Returns:
         A namespace with one attribute for each option; `dataset` is a list of strings and `opts`
@@ -86,17 +100,12 @@ def parse_arguments(argv: Sequence[str], parser: Parser | None = None) -> argpar
     Raises:
         UserError: an unknown option, a missing or wrong value, or a key without a value.
     """
-    options, pairs = split_options(argv)
+    options, pairs = _split(argv, flags, lists)
     args = (parser or _parser()).parse_args(options)
-    check_pairs(pairs)
-    args.opts = pairs
-    return args
-
-
-def check_pairs(pairs: Sequence[str]) -> None:
-    """Raise UserError where a key has no value."""
     if len(pairs) % 2:
         raise UserError(
             f"the KEY VALUE pairs are {len(pairs)} words, so one key has no value: "
             + " ".join(pairs)
         )
+    args.opts = pairs
+    return args

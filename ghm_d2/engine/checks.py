@@ -22,7 +22,7 @@ from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
 from ghm_d2.errors import UserError
 
-__all__ = ["check_all"]
+__all__ = ["check_all", "check_inference"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,21 @@ def check_all(cfg: CfgNode, args: argparse.Namespace) -> None:
     _check_processes(cfg, args)
     _check_datasets(cfg, args)
     _check_weights(cfg, args)
+
+
+def check_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Check what a trained detector needs to run on images: config and weights, no data set.
+
+    Raises:
+        UserError: one sentence with the way out.
+    """
+    _check_config(cfg)
+    if "MODEL.WEIGHTS" not in args.opts[::2] and (what := _untrained(cfg.MODEL.WEIGHTS)):
+        raise UserError(
+            f"a trained detector is needed, but MODEL.WEIGHTS is {what}: give MODEL.WEIGHTS FILE."
+        )
+    if cfg.MODEL.WEIGHTS:
+        _check_weights_file(cfg.MODEL.WEIGHTS)
 
 
 def _check_config(cfg: CfgNode) -> None:
@@ -203,15 +218,20 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
             cfg.OUTPUT_DIR,
             weights,
         )
-    if args.eval_only and "MODEL.WEIGHTS" not in args.opts[::2]:
-        what = "empty" if not weights else "a pretrained backbone alone"
-        if not weights or "ImageNetPretrained" in weights:
-            raise UserError(
-                f"--eval-only needs a trained detector, but MODEL.WEIGHTS is {what}: give "
-                "MODEL.WEIGHTS FILE, or --resume for the last checkpoint in OUTPUT_DIR."
-            )
+    if args.eval_only and "MODEL.WEIGHTS" not in args.opts[::2] and (what := _untrained(weights)):
+        raise UserError(
+            f"--eval-only needs a trained detector, but MODEL.WEIGHTS is {what}: give "
+            "MODEL.WEIGHTS FILE, or --resume for the last checkpoint in OUTPUT_DIR."
+        )
     if weights:
         _check_weights_file(weights)
+
+
+def _untrained(weights: str) -> str:
+    """What weights are that no detector was trained to, or an empty string."""
+    if not weights:
+        return "empty"
+    return "a pretrained backbone alone" if "ImageNetPretrained" in weights else ""
 
 
 def _check_weights_file(weights: str) -> None:

@@ -28,7 +28,7 @@ from ghm_d2.engine.summary import summarize_training
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError
 
-__all__ = ["load_model", "main"]
+__all__ = ["load_trained_weights", "main"]
 
 _USER_ERROR = 2  # exit code, as argparse has it
 
@@ -92,7 +92,8 @@ def _leave_process_group() -> None:
     """Ends the communication threads while the interpreter still runs.
 
     Detectron2 leaves them to the exit of the process, where gloo's were seen to abort it (once
-    in some dozens of runs). Nobody leaves before all have arrived: process 0 holds the store that the others use.
+    in some dozens of runs). Nobody leaves before all have arrived: process 0 holds the store that
+    the others use.
     """
     if comm.get_world_size() > 1:
         comm.synchronize()
@@ -131,24 +132,24 @@ def _named_if_unreadable(cfg: CfgNode) -> Iterator[None]:
         ) from error
 
 
-def load_model(cfg: CfgNode, resume: bool = False) -> torch.nn.Module:
-    """Build the model and load `MODEL.WEIGHTS`, or the last checkpoint of `OUTPUT_DIR`.
-
-    Raises:
-        UserError: the file cannot be read or does not fit the model.
-    """
-    model = GHMTrainer.build_model(cfg)
-    checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    with _named_if_unreadable(cfg):
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return model
-
-
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
-    results = GHMTrainer.test(cfg, load_model(cfg, args.resume))
+    model = GHMTrainer.build_model(cfg)
+    load_trained_weights(cfg, model, args.resume)
+    results = GHMTrainer.test(cfg, model)
     # Without ground truth there is nothing that TEST.EXPECTED_RESULTS could be compared with.
     if comm.is_main_process() and not report_submissions(cfg, results):
         verify_results(cfg, results)
+
+
+def load_trained_weights(cfg: CfgNode, model: torch.nn.Module, resume: bool = False) -> None:
+    """Load `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`, into a model.
+
+    Raises:
+        UserError: the file cannot be loaded, or holds weights of other shapes.
+    """
+    checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    with _named_if_unreadable(cfg):
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 
 
 class _EvaluationCheckpointer(DetectionCheckpointer):

@@ -29,11 +29,14 @@ logger = logging.getLogger(__name__)
 _NUM_CLASSES = ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
 
 
-def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[CocoDataset]]:
+def build_config(
+    args: argparse.Namespace, log_to_file: bool = True
+) -> tuple[CfgNode, list[CocoDataset]]:
     """Build the config that the command line asks for and register its `--dataset`s.
 
     Args:
         args: the result of `parse_arguments`.
+        log_to_file: whether the log goes to a file in OUTPUT_DIR too.
 
     Returns:
         The config, not frozen, and the checked data sets, which every other process registers too.
@@ -46,7 +49,8 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[CocoDataset]]:
     _merge_file(cfg, args.config_file)
     _merge_pairs(cfg, args.opts)
     try:
-        setup_ghm_logger(cfg, rank=0)
+        if log_to_file:
+            setup_ghm_logger(cfg, rank=0)
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written ({error}).") from error
     _choose_device(cfg, args)

@@ -1,0 +1,1 @@
+"""Trained detectors outside training: files for other runtimes, predictions on one's own images."""

@@ -1,0 +1,132 @@
+"""What a detector finds in one image, and whether two detectors find the same."""
+
+from typing import NamedTuple
+
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from torch import Tensor, nn
+
+from ghm_d2.errors import UserError
+
+__all__ = ["Comparison", "Detections", "check_detector", "compare_detections", "detect", "limits"]
+
+
+class Detections(NamedTuple):
+    """The N detections of an image, best first.
+
+    Attributes:
+        boxes: (N, 4) float32, x1, y1, x2, y2 in pixels of the image that was given, clipped to it.
+        scores: (N,) float32 in [0, 1].
+        classes: (N,) int64 in [0, K).
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+
+
+def check_detector(model: nn.Module) -> None:
+    """
+    Raises:
+        UserError: the model is neither a RetinaNet nor a Faster R-CNN.
+    """
+    if isinstance(model, RetinaNet):
+        return
+    heads = getattr(model, "roi_heads", None)
+    predictor = getattr(heads, "box_predictor", None)
+    if not isinstance(model, GeneralizedRCNN) or not isinstance(predictor, FastRCNNOutputLayers):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {type(model).__name__} with MODEL.ROI_HEADS.NAME "
+            f"{type(heads).__name__} is neither a RetinaNet nor a Faster R-CNN: only these two "
+            "detectors are supported."
+        )
+    if heads.mask_on or heads.keypoint_on:
+        raise UserError(
+            "masks and keypoints are not supported: give MODEL.MASK_ON False MODEL.KEYPOINT_ON "
+            "False to use the boxes alone."
+        )
+
+
+def limits(model: nn.Module) -> tuple[float, int]:
+    """The score below which the model drops detections, and how many it keeps of an image."""
+    if isinstance(model, RetinaNet):
+        return model.test_score_thresh, model.max_detections_per_image
+    predictor = model.roi_heads.box_predictor
+    return predictor.test_score_thresh, predictor.test_topk_per_image
+
+
+def detect(model: nn.Module, image: Tensor) -> Detections:
+    """Runs the model's own inference on one image, (C, H, W), 0 .. 255 in ``INPUT.FORMAT``."""
+    found = model([{"image": image}])[0]["instances"]
+    return Detections(found.pred_boxes.tensor, found.scores, found.pred_classes)
+
+
+class Comparison(NamedTuple):
+    """
+    Attributes:
+        expected: number of detections of the reference.
+        matched: how many of them the other found too.
+        missing: detections of either side without a partner.
+        score_difference: largest difference of the scores of two partners.
+        box_difference: largest difference of their coordinates, in pixels.
+    """
+
+    expected: int
+    matched: int
+    missing: int
+    score_difference: float
+    box_difference: float
+
+
+def compare_detections(
+    expected: Detections,
+    actual: Detections,
+    score_threshold: float,
+    most: int,
+    score_tolerance: float = 1e-4,
+    box_tolerance: float = 0.1,
+) -> Comparison:
+    """Pairs the detections of two runs of a detector on one image.
+
+    Two detections are partners if they have the same class, scores within ``score_tolerance`` and
+    coordinates within ``box_tolerance`` pixels; their order may differ, as that of equal scores
+    does. One that stands within ``score_tolerance`` of the score below which detections are dropped
+    may be there in one run alone: it is not counted as missing.
+
+    Args:
+        expected: the reference.
+        actual: the other run.
+        score_threshold: detections with lower scores are dropped.
+        most: detections beyond this number are dropped.
+        score_tolerance: see above.
+        box_tolerance: see above.
+    """
+    expected, actual = (Detections(*(t.detach().cpu() for t in x)) for x in (expected, actual))
+    box_gap = (expected.boxes[:, None] - actual.boxes[None]).abs().amax(dim=2)
+    score_gap = (expected.scores[:, None] - actual.scores[None]).abs()
+    possible = (box_gap <= box_tolerance) & (score_gap <= score_tolerance)
+    possible &= expected.classes[:, None] == actual.classes[None]
+
+    left = set(range(len(actual.scores)))
+    alone, score_difference, box_difference = [], 0.0, 0.0
+    for i, row in enumerate(possible):
+        partner = min(
+            left & set(row.nonzero()[:, 0].tolist()),
+            key=box_gap[i].tolist().__getitem__,
+            default=None,
+        )
+        if partner is None:
+            alone.append(expected.scores[i].item())
+            continue
+        left.remove(partner)
+        score_difference = max(score_difference, score_gap[i, partner].item())
+        box_difference = max(box_difference, box_gap[i, partner].item())
+    matched = len(expected.scores) - len(alone)
+    alone += actual.scores[sorted(left)].tolist()
+    cut = score_threshold
+    for scores in (expected.scores, actual.scores):
+        if len(scores) >= most:
+            cut = max(cut, scores.min().item())
+    missing = sum(score > cut + score_tolerance for score in alone)
+    return Comparison(len(expected.scores), matched, missing, score_difference, box_difference)

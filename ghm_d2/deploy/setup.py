@@ -1,0 +1,165 @@
+"""What the deployment tools share: command line, trained detector, reading images."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import Metadata, MetadataCatalog, detection_utils
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
+from PIL import Image
+from torch import Tensor, nn
+
+from ghm_d2.deploy.detections import check_detector
+from ghm_d2.engine.arguments import Parser
+from ghm_d2.engine.checks import check_inference
+from ghm_d2.engine.run import load_trained_weights
+from ghm_d2.engine.setup import build_config
+from ghm_d2.errors import UserError
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "UnreadableError",
+    "VIDEO_SUFFIXES",
+    "build_detector",
+    "class_metadata",
+    "exits_with_one_sentence",
+    "image_preparer",
+    "list_files",
+    "read_image",
+    "tool_parser",
+]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+_USER_ERROR = 2  # exit code, as argparse has it
+
+
+def tool_parser(program: str, usage: str, description: str) -> Parser:
+    """A parser with the options of all tools that run a trained detector."""
+    parser = Parser(
+        prog=program,
+        usage=f"%(prog)s --config-file FILE {usage} [KEY VALUE ...]",
+        description=f"{description} KEY VALUE pairs override the config, MODEL.WEIGHTS first of "
+        "all, and may stand before or after the options.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config-file", metavar="FILE", required=True, help="a YAML file of configs/, or yours"
+    )
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME=annotations.json,image_dir",
+        help="COCO-format data that the detector was trained for: gives the names of the classes",
+    )
+    # What build_config asks of train_net.py's command line.
+    parser.set_defaults(eval_only=True, num_gpus=1)
+    return parser
+
+
+@contextlib.contextmanager
+def exits_with_one_sentence(program: str) -> Iterator[None]:
+    """Turn a mistake of the user into one sentence on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(_USER_ERROR)
+
+
+def build_detector(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
+    """The config and the trained detector, in eval mode, that the command line asks for.
+
+    Raises:
+        UserError: config, weights or data set are wrong, or the detector is of another kind.
+    """
+    for name in ("fvcore", "detectron2", "ghm_d2"):  # they tell what weights were left out
+        setup_logger(name=name)
+    cfg, _ = build_config(args, log_to_file=False)
+    check_inference(cfg, args)
+    model = build_model(cfg).eval()
+    check_detector(model)
+    load_trained_weights(cfg, model)
+    return cfg, model
+
+
+def class_metadata(cfg: CfgNode, model: nn.Module) -> Metadata:
+    """The metadata of the first data set of the config whose number of classes is the model's.
+
+    Without one, empty metadata: its `thing_classes` are not set.
+    """
+    part = model if hasattr(model, "num_classes") else model.roi_heads
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        if len(MetadataCatalog.get(name).get("thing_classes", ())) == part.num_classes:
+            return MetadataCatalog.get(name)
+    return Metadata()
+
+
+def list_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+    """The files that the command line names; of a folder, those with these suffixes, sorted.
+
+    Raises:
+        UserError: one does not exist, or a folder holds none.
+    """
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            found = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes)
+            if not found:
+                raise UserError(f"the folder {path} holds no {_either(suffixes)} file.")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"the input {path} does not exist.")
+    return list(dict.fromkeys(files))
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+class UnreadableError(UserError):
+    """An input that is there but broken, or no image or video at all."""
+
+
+def read_image(file: Path) -> np.ndarray:
+    """(H, W, 3) uint8, RGB, turned as its EXIF data says.
+
+    Raises:
+        UnreadableError: the file is not an image that can be read.
+    """
+    try:
+        return detection_utils.read_image(str(file), "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UnreadableError(f"{file} cannot be read as an image ({reason}).") from error
+
+
+def image_preparer(cfg: CfgNode) -> Callable[[np.ndarray], Tensor]:
+    """A function from an RGB image, (H, W, 3) uint8, to what the model takes.
+
+    That is (3, H', W') float32, 0 .. 255, resized as for the test, channels as in `INPUT.FORMAT`.
+
+    Raises:
+        UserError: `INPUT.FORMAT` is neither BGR nor RGB.
+    """
+    order = {"BGR": -1, "RGB": 1}.get(cfg.INPUT.FORMAT)
+    if order is None:
+        raise UserError(f"INPUT.FORMAT {cfg.INPUT.FORMAT} is not supported: BGR and RGB are.")
+    shortest = cfg.INPUT.MIN_SIZE_TEST
+    resize = ResizeShortestEdge([shortest, shortest], cfg.INPUT.MAX_SIZE_TEST)
+
+    def prepare(rgb: np.ndarray) -> Tensor:
+        pixels = resize.get_transform(rgb).apply_image(rgb)[:, :, ::order]
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))
+
+    return prepare
