@@ -57,6 +57,8 @@ def add_ghm_config(cfg: CN) -> None:
     # Pool the region counts over all processes (False: each has its own, as in the authors' code).
     # With IMAGES_PER_HISTOGRAM, the first groups of all processes share counts, and so on.
     cfg.MODEL.GHM.SYNC = False
+    # GHMRetinaNet clips boxes to the image before NMS, as mmdetection does, and not after it.
+    cfg.MODEL.GHM.CLIP_BEFORE_NMS = False
 
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
     cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))

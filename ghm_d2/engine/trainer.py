@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 
+from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.errors import UserError
 
@@ -47,6 +49,10 @@ class GHMTrainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         with _ddp_without_device_ids() if on_cpu else contextlib.nullcontext():
             super().__init__(cfg)
+        # DefaultTrainer offers no method for it, and its own runs whatever a .pkl names.
+        self.checkpointer = RestrictedCheckpointer(
+            self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -1,8 +1,15 @@
 """Detectron2's detectors with harmonised losses; importing this registers them."""
 
+from .backbone import build_mmdet_retinanet_resnet_fpn_backbone
 from .fast_rcnn import GHMFastRCNNOutputLayers
 from .retinanet import GHMRetinaNet
 from .roi_heads import GHMROIHeads
 from .rpn import GHMRPN
 
-__all__ = ["GHMRPN", "GHMFastRCNNOutputLayers", "GHMROIHeads", "GHMRetinaNet"]
+__all__ = [
+    "GHMRPN",
+    "GHMFastRCNNOutputLayers",
+    "GHMROIHeads",
+    "GHMRetinaNet",
+    "build_mmdet_retinanet_resnet_fpn_backbone",
+]
