@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.logger import setup_logger
+from foreign import Call
 from tiny import CLASSES, RETINANET, ROOT, coco_content, tiny_pairs, unregister_all, write_coco
 
 from ghm_d2.engine import main
@@ -349,6 +351,11 @@ def test_weights_that_cannot_be_used(base, data, fails, tmp_path):
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
         file.write_bytes(content)
         assert "weights.pth" in fails([*argv, "MODEL.WEIGHTS", file])
+    made = tmp_path / "made"
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Call(os.mkdir, str(made))))
+    for words in (argv, [*base, "--dataset", data["first"]]):
+        error = fails([*words, "MODEL.WEIGHTS", tmp_path / "evil.pkl"])
+        assert f"evil.pkl holds {os.name}.mkdir" in error and not made.exists()
     torch.save({"model": {"head.cls_score.weight": torch.zeros(720, 16, 3, 3)}}, file)
     error = fails([*argv, "MODEL.WEIGHTS", file])
     assert "head.cls_score.weight has the shape (720, 16, 3, 3) instead of (27, 16, 3, 3)" in error

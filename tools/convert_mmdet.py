@@ -12,7 +12,9 @@ from ghm_d2.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="convert_mmdet.py", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("checkpoint", help="file or URL to convert")
     parser.add_argument("output", help="file to write: .pth, or towards Detectron2 also .pkl")
     parser.add_argument(

@@ -8,7 +8,9 @@ from ghm_d2.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="convert_torchvision.py", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("weights", help="file or URL of a state dict, wrapped or not")
     parser.add_argument("output", help="file to write, .pkl or .pth")
     args = parser.parse_args(argv)

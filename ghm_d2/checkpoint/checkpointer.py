@@ -49,6 +49,8 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     A file that is refused raises :class:`~ghm_d2.errors.UserError`.
     """
 
+    _filename = "the checkpoint"  # for messages
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._filename = filename
         if filename.endswith(".pkl"):
@@ -57,12 +59,12 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
                 return data
             # Caffe2 and Detectron1: detectors have "blobs", ImageNet models do not.
             blobs = _mapping(data.get("blobs", data), filename)
-            model = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
+            model = {k: v for k, v in blobs.items() if not str(k).endswith("_momentum")}
             return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):
             data = _mapping(load_file(filename), filename)
             state = _mapping(data.get("model_state"), filename)
-            model = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+            model = {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
             return {"model": model, "__author__": "pycls", "matching_heuristics": True}
         return super()._load_file(filename)
 
@@ -71,9 +73,9 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         return super()._load_model(checkpoint)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        if not incompatible.incorrect_shapes and self.model.state_dict().keys() <= set(
-            incompatible.missing_keys
-        ):
+        # Parameters alone: norms fill in some of their missing buffers.
+        parameters = {name for name, _ in self.model.named_parameters()}
+        if not incompatible.incorrect_shapes and parameters <= set(incompatible.missing_keys):
             raise UserError(
                 f"none of the tensors of {self._filename} has a name of this model: {_WAY_OUT}"
             )

@@ -1,9 +1,10 @@
 """Files of the converters: fetched, unwrapped, and written whole or not at all."""
 
 import contextlib
+import logging
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException
 from typing import IO, Any
 
@@ -18,6 +19,8 @@ from ghm_d2.errors import UserError
 from .unpickler import load_file
 
 __all__ = ["fetch", "read_checkpoint", "unwrap", "write_checkpoint", "write_config"]
+
+logger = logging.getLogger(__name__)
 
 
 def fetch(path: str) -> str:
@@ -52,15 +55,24 @@ def read_checkpoint(path: str, output: str) -> dict[str, Any]:
     return checkpoint
 
 
-def unwrap(checkpoint: Mapping[str, Any], *keys: str) -> dict[str, Tensor]:
+def unwrap(
+    checkpoint: Mapping[str, Any], *keys: str, used: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """The tensors by their names, which may lie under one of `keys`.
 
-    NumPy arrays become tensors, and the prefix that DataParallel adds goes.
+    NumPy arrays become tensors, and the prefix that DataParallel adds goes. What lies beside them
+    and is not `used` is a warning.
 
     Raises:
         UserError: there is something else among them.
     """
-    state = next((checkpoint[key] for key in keys if key in checkpoint), checkpoint)
+    key = next((key for key in keys if key in checkpoint), None)
+    state = checkpoint if key is None else checkpoint[key]
+    others = [] if key is None else sorted(str(x) for x in checkpoint if x not in (key, *used))
+    if others:
+        logger.warning(
+            "%d entries besides the weights left out: %s", len(others), ", ".join(others)
+        )
     if not isinstance(state, dict):
         raise UserError(f"its weights are a {type(state).__name__} instead of tensors by names.")
     tensors = {}

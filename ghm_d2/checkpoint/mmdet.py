@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 # Where a converted file keeps the buffers that Detectron2's modules lack, for the way back: the
 # norms' counters of batches and the losses' region borders, under mmdetection's names.
 _BUFFERS = "mmdet_buffers"
+# What stands beside the weights in Detectron2's model zoo.
+_ZOO = ("__author__", "matching_heuristics")
 
 
 def convert_from_mmdet(path: str, output: str, cfg: CfgNode | None = None) -> str | None:
@@ -63,14 +65,13 @@ def convert_from_mmdet(path: str, output: str, cfg: CfgNode | None = None) -> st
     checkpoint = read_checkpoint(path, output)
     try:
         settings = read_settings(checkpoint.get("meta"))
-        state = unwrap(checkpoint, "state_dict")
+        state = unwrap(checkpoint, "state_dict", used=["meta"])
         architecture = read_retinanet(state, settings)
         converted = _to_detectron2(state, architecture)
         if cfg is not None:
             _check_config(cfg, architecture.config())
     except UserError as error:
         raise UserError(f"{path} cannot be converted: {error}") from error
-    _warn_left_out(checkpoint, "state_dict", "meta")
     write_checkpoint(output, converted)
     if cfg is not None:
         return None
@@ -105,19 +106,13 @@ def convert_to_mmdet(path: str, output: str, cfg: CfgNode | None = None) -> dict
         anchors = cfg.MODEL.ANCHOR_GENERATOR
         settings = replace(settings, ratios=anchors.ASPECT_RATIOS[0], sizes=anchors.SIZES)
     try:
-        state = _without_constants(unwrap(checkpoint, "model"))
+        state = _without_constants(unwrap(checkpoint, "model", used=[_BUFFERS, *_ZOO]))
         kept = unwrap(checkpoint.get(_BUFFERS, {}))
         converted, architecture = _to_mmdet(state, kept, settings)
     except UserError as error:
         raise UserError(f"{path} cannot be converted: {error}") from error
-    _warn_left_out(checkpoint, "model", _BUFFERS, "__author__")
     write_checkpoint(output, {"meta": {}, "state_dict": converted})
     return _mmdet_config(architecture, cfg)
-
-
-def _warn_left_out(checkpoint: Mapping[str, Any], weights: str, *used: str) -> None:
-    if weights in checkpoint and (others := sorted(map(str, checkpoint.keys() - {weights, *used}))):
-        logger.warning("%d entries besides the weights left out: %s", len(others), others)
 
 
 def _to_detectron2(

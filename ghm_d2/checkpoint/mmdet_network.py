@@ -64,10 +64,10 @@ class RetinaNetArchitecture:
             **self.settings.config,
         }
         for part, bins in (("CLS", self.cls_bins), ("REG", self.reg_bins)):
-            if self.settings.focal:
-                config[f"MODEL.GHM.RETINANET.{part}.ENABLED"] = False
-            elif bins:
+            if bins is not None:
                 config[f"MODEL.GHM.RETINANET.{part}.BINS"] = bins
+            elif self.settings.focal:
+                config[f"MODEL.GHM.RETINANET.{part}.ENABLED"] = False
         return config
 
 

@@ -131,7 +131,21 @@ _FUNCTIONS: dict[str, Callable] = {
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
     "torch.storage._load_from_bytes": _storage,
 }
-_BUILTINS = (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
+_BUILTINS = (
+    bool,
+    bytearray,
+    bytes,
+    complex,
+    dict,
+    float,
+    frozenset,
+    int,
+    list,
+    object,
+    set,
+    str,
+    tuple,
+)
 _ALLOWED: dict[str, Any] = {
     **{f"builtins.{cls.__name__}": cls for cls in _BUILTINS},
     **{f"collections.{cls.__name__}": cls for cls in (OrderedDict, defaultdict, deque)},
