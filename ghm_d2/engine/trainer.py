@@ -2,10 +2,10 @@
 
 import contextlib
 import os
-import weakref
 from collections.abc import Iterator
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
@@ -42,17 +42,24 @@ def _ddp_without_device_ids() -> Iterator[None]:
         defaults.create_ddp_model = create_ddp_model
 
 
+@contextlib.contextmanager
+def _restricted_checkpointer() -> Iterator[None]:
+    """Likewise for DefaultTrainer's checkpointer, which runs whatever a .pkl names."""
+    defaults.DetectionCheckpointer = RestrictedCheckpointer
+    try:
+        yield
+    finally:
+        defaults.DetectionCheckpointer = DetectionCheckpointer
+
+
 class GHMTrainer(DefaultTrainer):
     """`DefaultTrainer` with an evaluator for each box data set and `full_model` clipping."""
 
     def __init__(self, cfg: CfgNode) -> None:
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        with _ddp_without_device_ids() if on_cpu else contextlib.nullcontext():
+        ddp = _ddp_without_device_ids() if on_cpu else contextlib.nullcontext()
+        with ddp, _restricted_checkpointer():
             super().__init__(cfg)
-        # DefaultTrainer offers no method for it, and its own runs whatever a .pkl names.
-        self.checkpointer = RestrictedCheckpointer(
-            self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
