@@ -71,6 +71,8 @@ def add_ghm_config(cfg: CN) -> None:
     # Iterations between two looks at the gradients (plain losses, unit regions, easy and hard
     # examples); a multiple of 20, at which Detectron2 writes its logs; 0: never.
     cfg.MODEL.GHM.STATISTICS_PERIOD = 100
+    # GHMRetinaNet clips boxes to the image before NMS, as mmdetection does, and not after it.
+    cfg.MODEL.GHM.CLIP_BEFORE_NMS = False
 
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
     cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))

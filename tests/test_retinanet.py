@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss
@@ -95,6 +96,20 @@ def test_inference_is_bit_equal_to_stock(inputs):
     stock = calibrated(small_model("ghm_retinanet_R_50", *STOCK, *keep_all), inputs)
     ours = same_weights(stock, small_model("ghm_retinanet_R_50", *keep_all, seed=1))
     assert_same_detections(stock, ours, inputs)
+
+
+def test_clipping_before_nms():
+    """Two boxes that agree inside the image alone, and one that lies outside it."""
+    model = small_model("ghm_retinanet_R_50").eval()
+    boxes = torch.tensor([[-60.0, 0, 40, 20], [0, 0, 40, 20], [-30, 0, -10, 20]])
+    scores = torch.zeros(3, K)
+    scores[:, 1] = torch.tensor([0.9, 0.8, 0.7])
+    args = [Boxes(boxes)], [scores], [torch.zeros(3, 4)], (64, 64)
+    assert torch.equal(model.inference_single_image(*args).pred_boxes.tensor, boxes)
+    model = small_model("ghm_retinanet_R_50", "MODEL.GHM.CLIP_BEFORE_NMS", True).eval()
+    found = model.inference_single_image(*args)
+    assert found.pred_boxes.tensor.tolist() == [[0.0, 0.0, 40.0, 20.0]]
+    assert found.scores.tolist() == pytest.approx([0.9]) and found.pred_classes.tolist() == [1]
 
 
 @pytest.mark.parametrize("scope", ["level", "batch"])

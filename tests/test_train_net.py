@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from foreign import Call
 from tiny import CLASSES, RETINANET, ROOT, coco_content, forget_program, tiny_pairs, write_coco
 
 from ghm_d2.engine import main
@@ -239,7 +241,7 @@ def test_explicit_class_count_that_agrees(base, data, plan):
         (["TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED"),
         (["MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS gone.pth does not exist"),
         (["MODEL.WEIGHTS", "catalog://no/such"], "catalog://no/such cannot be fetched"),
-        (["MODEL.WEIGHTS", "a/resnext101_32x4d-a5af3160.pth"], "not part of this release yet"),
+        (["MODEL.WEIGHTS", "a/resnext101_32x4d-a5af3160.pkl"], "tools/convert_torchvision.py"),
         (["MODEL.RETINANET.NUM_CLASSES", "80"], "MODEL.RETINANET.NUM_CLASSES 80 contradicts"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "2"], "MODEL.ROI_HEADS.NUM_CLASSES 2 contradicts"),
         (["DATASETS.TEST", "('frist',)"], "there is no data set frist (similar: first"),
@@ -343,6 +345,11 @@ def test_weights_that_cannot_be_used(base, data, fails, tmp_path):
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
         file.write_bytes(content)
         assert "weights.pth" in fails([*argv, "MODEL.WEIGHTS", file])
+    made = tmp_path / "made"
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Call(os.mkdir, str(made))))
+    for words in (argv, [*base, "--dataset", data["first"]]):
+        error = fails([*words, "MODEL.WEIGHTS", tmp_path / "evil.pkl"])
+        assert f"evil.pkl holds {os.name}.mkdir" in error and not made.exists()
     torch.save({"model": {"head.cls_score.weight": torch.zeros(720, 16, 3, 3)}}, file)
     error = fails([*argv, "MODEL.WEIGHTS", file])
     assert "head.cls_score.weight has the shape (720, 16, 3, 3) instead of (27, 16, 3, 3)" in error

@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from http.client import HTTPException
 
 import torch
 from detectron2.config import CfgNode
@@ -17,6 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 
+from ghm_d2.checkpoint.files import fetch
 from ghm_d2.config import validate_ghm_config
 from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
@@ -26,9 +26,13 @@ __all__ = ["check_all", "check_inference"]
 
 logger = logging.getLogger(__name__)
 
+# Weights that configs name and nobody publishes in Detectron2's format: how to make them.
 _WEIGHTS_HINTS = {
-    "resnext101_32x4d-a5af3160": "these are mmdetection's ImageNet weights of ResNeXt-101-32x4d, "
-    "and the converter for them is not part of this release yet",
+    "resnext101_32x4d-a5af3160": "python tools/convert_torchvision.py "
+    "https://download.openmmlab.com/pretrain/third_party/resnext101_32x4d-a5af3160.pth {path}",
+    "mobilenet_v2": "python tools/fetch_backbone.py mobilenet_v2 {path}",
+    "retinanet_ghm_": "python tools/convert_mmdet.py URL {path}, with the URL that stands in the "
+    "config file",
 }
 
 
@@ -236,25 +240,15 @@ def _untrained(weights: str) -> str:
 
 def _check_weights_file(weights: str) -> None:
     path = weights.partition("?")[0]  # Detectron2 takes "?matching_heuristics=True"
-    base = os.path.basename(path)
-    hint = next((text for stem, text in _WEIGHTS_HINTS.items() if base.startswith(stem)), None)
-    if hint:
-        raise UserError(
-            f"MODEL.WEIGHTS {weights} cannot be used: {hint}; train another config, or give "
-            "MODEL.WEIGHTS another file."
-        )
     try:
-        local = PathManager.get_local_path(path)
-    except (OSError, RuntimeError, ValueError, HTTPException) as error:
-        raise UserError(
-            f"MODEL.WEIGHTS {weights} cannot be fetched ({' '.join(str(error).split())}): give "
-            'MODEL.WEIGHTS a local file, or "" to start from random weights.'
-        ) from error
-    if not os.path.isfile(local):
-        raise UserError(
-            f"MODEL.WEIGHTS {weights} does not exist: give MODEL.WEIGHTS another file, or "
-            '"" to start from random weights.'
-        )
+        fetch(path)
+    except UserError as error:
+        base = os.path.basename(path)
+        hint = next((x for stem, x in _WEIGHTS_HINTS.items() if base.startswith(stem)), None)
+        way_out = 'give MODEL.WEIGHTS another file, or "" to start from random weights'
+        if hint:
+            way_out = f"make it with {hint.format(path=path)}"
+        raise UserError(f"MODEL.WEIGHTS {error}: {way_out}.") from error
 
 
 def _similar(name: str, known: Sequence[str]) -> str:

@@ -1,22 +1,20 @@
 """What train_net.py does: check once, launch, then train or evaluate in each process."""
 
 import argparse
-import contextlib
-import pickle
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
+from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, register_coco_dataset
 from ghm_d2.engine.arguments import parse_arguments
@@ -103,8 +101,7 @@ def _leave_process_group() -> None:
 def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
     start = time.perf_counter()
     trainer = GHMTrainer(cfg)
-    with _named_if_unreadable(cfg):
-        trainer.resume_or_load(resume=args.resume)
+    trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter >= trainer.max_iter:
         raise UserError(
             f"--resume: {trainer.start_iter} iterations are done already and SOLVER.MAX_ITER is "
@@ -115,21 +112,6 @@ def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
     trainer.train()
     if comm.is_main_process():
         summarize_training(trainer, args, seconds=time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def _named_if_unreadable(cfg: CfgNode) -> Iterator[None]:
-    """Turn what torch and pickle raise for a damaged file into one sentence."""
-    try:
-        yield
-    except (EOFError, pickle.UnpicklingError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-            raise
-        reason = " ".join(str(error).split()[:20])
-        raise UserError(
-            f"the weights (MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}, or with --resume the last checkpoint "
-            f"in {cfg.OUTPUT_DIR}) are not a file that can be loaded ({reason})."
-        ) from error
 
 
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -148,11 +130,10 @@ def load_trained_weights(cfg: CfgNode, model: torch.nn.Module, resume: bool = Fa
         UserError: the file cannot be loaded, or holds weights of other shapes.
     """
     checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    with _named_if_unreadable(cfg):
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 
 
-class _EvaluationCheckpointer(DetectionCheckpointer):
+class _EvaluationCheckpointer(RestrictedCheckpointer):
     """Refuses weights that do not fit, where training would start these layers afresh."""
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:

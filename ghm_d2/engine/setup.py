@@ -22,7 +22,7 @@ from ghm_d2.data import (
 )
 from ghm_d2.errors import UserError
 
-__all__ = ["build_config", "setup_ghm_logger"]
+__all__ = ["build_config", "merge_config_file", "setup_ghm_logger"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def build_config(
     """
     cfg = get_cfg()
     add_ghm_config(cfg)
-    _merge_file(cfg, args.config_file)
+    merge_config_file(cfg, args.config_file)
     _merge_pairs(cfg, args.opts)
     try:
         if log_to_file:
@@ -75,7 +75,12 @@ def setup_ghm_logger(cfg: CfgNode, rank: int) -> None:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="ghm_d2")
 
 
-def _merge_file(cfg: CfgNode, file: str) -> None:
+def merge_config_file(cfg: CfgNode, file: str) -> None:
+    """Merge a YAML file into `cfg`, running no code that it names.
+
+    Raises:
+        UserError: the file is missing or not a valid config; the sentence names what is wrong.
+    """
     if not os.path.isfile(file):
         raise UserError(f"the config file {file} does not exist.")
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults
@@ -17,6 +18,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from ghm_d2.analysis.hook import build_gradient_statistics
+from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.errors import UserError
@@ -43,6 +45,16 @@ def _ddp_without_device_ids() -> Iterator[None]:
         defaults.create_ddp_model = create_ddp_model
 
 
+@contextlib.contextmanager
+def _restricted_checkpointer() -> Iterator[None]:
+    """Likewise for DefaultTrainer's checkpointer, which runs whatever a .pkl names."""
+    defaults.DetectionCheckpointer = RestrictedCheckpointer
+    try:
+        yield
+    finally:
+        defaults.DetectionCheckpointer = DetectionCheckpointer
+
+
 def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
     """OUTPUT_DIR/inference, and in it a folder for each data set where there are several."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
@@ -54,7 +66,8 @@ class GHMTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        with _ddp_without_device_ids() if on_cpu else contextlib.nullcontext():
+        ddp = _ddp_without_device_ids() if on_cpu else contextlib.nullcontext()
+        with ddp, _restricted_checkpointer():
             super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:

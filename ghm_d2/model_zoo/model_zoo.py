@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.config import add_ghm_config
 from ghm_d2.model_zoo.index import (
     PACKAGED_INDEX,
@@ -105,7 +105,7 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
     if device is not None:
         cfg.MODEL.DEVICE = device
     model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    RestrictedCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model
 
 

@@ -1,5 +1,6 @@
 """Detectron2's detectors with harmonised losses; importing this registers them."""
 
+from .backbone import build_mmdet_retinanet_resnet_fpn_backbone
 from .fast_rcnn import GHMFastRCNNOutputLayers
 from .retinanet import GHMRetinaNet
 from .roi_heads import GHMROIHeads
@@ -12,4 +13,5 @@ __all__ = [
     "GHMROIHeads",
     "GHMRetinaNet",
     "TorchvisionBackbone",
+    "build_mmdet_retinanet_resnet_fpn_backbone",
 ]

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import cat
+from detectron2.layers import batched_nms, cat
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ Pairs = list[list[tuple[Tensor, Tensor]]]
 
 @META_ARCH_REGISTRY.register()
 class GHMRetinaNet(RetinaNet):
-    """RetinaNet whose two losses are harmonised; everything else is Detectron2's.
+    """RetinaNet whose two losses are harmonised; the rest, but for one switch, is Detectron2's.
 
     Shape shorthand:
 
@@ -55,6 +55,7 @@ class GHMRetinaNet(RetinaNet):
         num_histogram_groups: int = 1,
         cls_baseline: CrossEntropyLoss | OHEMLoss | None = None,
         asl1: ASL1Loss | None = None,
+        clip_before_nms: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -71,6 +72,8 @@ class GHMRetinaNet(RetinaNet):
             cls_baseline: classification loss over all anchors at once; None: Detectron2's focal
                 loss.
             asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
+            clip_before_nms: clip boxes to the image before NMS, as mmdetection does, and drop
+                those that are empty then; False: after it.
             kwargs: see :class:`detectron2.modeling.meta_arch.retinanet.RetinaNet`.
 
         Raises:
@@ -81,6 +84,7 @@ class GHMRetinaNet(RetinaNet):
             raise ValueError(f"ghm_scope must be one of {SCOPES}, got {ghm_scope!r}")
         self.ghm_scope = ghm_scope
         self.images_per_histogram = images_per_histogram
+        self.clip_before_nms = clip_before_nms
         # Every group has running counts of its own, as every process of the authors' had.
         self.ghm_c = _copies(ghm_c, num_histogram_groups)
         self.ghm_r = _copies(ghm_r, num_histogram_groups)
@@ -99,7 +103,43 @@ class GHMRetinaNet(RetinaNet):
             "num_histogram_groups": histogram_groups(cfg),
             "cls_baseline": build_cls_baseline(cfg, "RETINANET"),
             "asl1": build_asl1(cfg, "RETINANET"),
+            "clip_before_nms": cfg.MODEL.GHM.CLIP_BEFORE_NMS,
         }
+
+    def inference_single_image(
+        self,
+        anchors: list[Boxes],
+        box_cls: list[Tensor],
+        box_delta: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """Detectron2's, with the clipping of ``clip_before_nms``.
+
+        Args:
+            anchors: #levels Boxes of (Hi * Wi * A, 4).
+            box_cls: #levels tensors (Hi * Wi * A, K), scores in (0, 1).
+            box_delta: #levels tensors (Hi * Wi * A, 4).
+            image_size: height and width in pixels.
+
+        Returns:
+            The detections of one image, best first.
+        """
+        # Not by super(), which TorchScript does not know.
+        pred = self._decode_multi_level_predictions(
+            anchors,
+            box_cls,
+            box_delta,
+            self.test_score_thresh,
+            self.test_topk_candidates,
+            image_size,
+        )
+        if self.clip_before_nms:
+            pred.pred_boxes.clip(image_size)
+            pred = pred[pred.pred_boxes.nonempty()]
+        keep = batched_nms(
+            pred.pred_boxes.tensor, pred.scores, pred.pred_classes, self.test_nms_thresh
+        )
+        return pred[keep[: self.max_detections_per_image]]
 
     def losses(
         self,

@@ -1,0 +1,6 @@
+"""Checkpoints of other software: opened without running what they hold, and converted."""
+
+from .checkpointer import RestrictedCheckpointer
+from .unpickler import load_file
+
+__all__ = ["RestrictedCheckpointer", "load_file"]

@@ -1,0 +1,172 @@
+"""The tensors of mmdetection's RetinaNet and what they are in Detectron2's."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghm_d2.errors import UserError
+
+from .mmdet_settings import MmdetSettings
+from .rename import shape_of
+from .resnet import ResNetArchitecture, read_resnet
+
+__all__ = [
+    "BACKBONE",
+    "LOSSES",
+    "PREDICTORS",
+    "RetinaNetArchitecture",
+    "count_layers",
+    "edges",
+    "read_retinanet",
+    "reorder_anchors",
+    "tensor_names",
+]
+
+# Registered in ghm_d2.modeling.
+BACKBONE = "build_mmdet_retinanet_resnet_fpn_backbone"
+# Detectron2's predictors, whose channels are grouped by anchor.
+PREDICTORS = ("head.cls_score", "head.bbox_pred")
+# mmdetection's buffers of the two losses; the first group of images here.
+LOSSES = {"bbox_head.loss_cls": "ghm_c.0", "bbox_head.loss_bbox": "ghm_r.0"}
+
+
+@dataclass(frozen=True)
+class RetinaNetArchitecture:
+    """What the tensors tell of a RetinaNet, and the settings that they do not."""
+
+    resnet: ResNetArchitecture
+    fpn_channels: int
+    num_convs: int
+    num_classes: int
+    num_anchors: int
+    cls_bins: int | None  # None: the loss has no buffers
+    reg_bins: int | None
+    settings: MmdetSettings
+
+    def config(self) -> dict[str, Any]:
+        """The config keys of the matching detector, without MODEL.WEIGHTS and DATASETS."""
+        config = {
+            "MODEL.META_ARCHITECTURE": "GHMRetinaNet",
+            "MODEL.BACKBONE.NAME": BACKBONE,
+            **self.resnet.settings(),
+            "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
+            "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+            "MODEL.FPN.OUT_CHANNELS": self.fpn_channels,
+            "MODEL.ANCHOR_GENERATOR.SIZES": self.settings.sizes,
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [self.settings.ratios],
+            "MODEL.RETINANET.NUM_CLASSES": self.num_classes,
+            "MODEL.RETINANET.NUM_CONVS": self.num_convs,
+            "MODEL.GHM.CLIP_BEFORE_NMS": True,
+            **self.settings.config,
+        }
+        for part, bins in (("CLS", self.cls_bins), ("REG", self.reg_bins)):
+            if bins is not None:
+                config[f"MODEL.GHM.RETINANET.{part}.BINS"] = bins
+            elif self.settings.focal:
+                config[f"MODEL.GHM.RETINANET.{part}.ENABLED"] = False
+        return config
+
+
+def read_retinanet(state: Mapping[str, Tensor], settings: MmdetSettings) -> RetinaNetArchitecture:
+    """Reads the architecture off mmdetection's tensors.
+
+    Raises:
+        UserError: it is not a RetinaNet, or one that Detectron2 does not build.
+    """
+    _refuse_others(state)
+    num_anchors = len(settings.ratios) * len(settings.sizes[0])
+    deltas = shape_of(state, "bbox_head.retina_reg.weight", 4)[0]
+    logits = shape_of(state, "bbox_head.retina_cls.weight", 4)[0]
+    if deltas != 4 * num_anchors or logits % num_anchors:
+        raise UserError(
+            f"its head predicts {deltas} deltas and {logits} logits at each place, which do not "
+            f"fit {num_anchors} anchors ({len(settings.ratios)} ratios of "
+            f"{len(settings.sizes[0])} sizes)."
+        )
+    bins = {
+        loss: shape_of(state, f"{loss}.acc_sum", 1)[0] if f"{loss}.acc_sum" in state else None
+        for loss in LOSSES
+    }
+    return RetinaNetArchitecture(
+        resnet=read_resnet(state, "backbone."),
+        fpn_channels=shape_of(state, "neck.lateral_convs.0.conv.weight", 4)[0],
+        num_convs=count_layers(state, "bbox_head.cls_convs"),
+        num_classes=logits // num_anchors,
+        num_anchors=num_anchors,
+        cls_bins=bins["bbox_head.loss_cls"],
+        reg_bins=bins["bbox_head.loss_bbox"],
+        settings=settings,
+    )
+
+
+def _refuse_others(state: Mapping[str, Tensor]) -> None:
+    parts = sorted({name.partition(".")[0] for name in state})
+    if {"rpn_head", "roi_head"} & set(parts):
+        raise UserError("it is a two-stage detector (rpn_head, roi_head) and not a RetinaNet.")
+    if not {"backbone", "neck", "bbox_head"} <= set(parts):
+        raise UserError(
+            "it is not a RetinaNet of mmdetection, which has a backbone, a neck and a bbox_head, "
+            f"but holds {', '.join(parts[:6]) or 'nothing'}."
+        )
+    if not any(name.startswith(("bbox_head.retina_cls", "bbox_head.retina_reg")) for name in state):
+        layers = sorted({name.split(".")[1] for name in state if name.startswith("bbox_head.")})
+        raise UserError(
+            "its bbox_head is not a RetinaNet's, which has retina_cls and retina_reg, but has "
+            f"{', '.join(layers[:6])}."
+        )
+
+
+def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Number of different indices right after `prefix`."""
+    pattern = rf"{re.escape(prefix)}\.(\d+)\..*"
+    return len({x[1] for name in state if (x := re.fullmatch(pattern, name))})
+
+
+def tensor_names(
+    resnet: ResNetArchitecture, num_convs: int, with_cls: bool, with_reg: bool
+) -> dict[str, str]:
+    """mmdetection's name of each tensor to Detectron2's; `with_*`: of a loss's running counts."""
+    names = {f"backbone.{a}": f"backbone.bottom_up.{b}" for a, b in resnet.names().items()}
+    pairs = [(f"neck.lateral_convs.{i}.conv", f"backbone.fpn_lateral{i + 3}") for i in range(3)]
+    pairs += [(f"neck.fpn_convs.{i}.conv", f"backbone.fpn_output{i + 3}") for i in range(3)]
+    pairs += [(f"neck.fpn_convs.{i}.conv", f"backbone.top_block.p{i + 3}") for i in (3, 4)]
+    for old, new in (("cls_convs", "cls_subnet"), ("reg_convs", "bbox_subnet")):
+        # Detectron2's subnets have a ReLU after each convolution.
+        pairs += [(f"bbox_head.{old}.{i}.conv", f"head.{new}.{2 * i}") for i in range(num_convs)]
+    pairs += zip(("bbox_head.retina_cls", "bbox_head.retina_reg"), PREDICTORS, strict=True)
+    names |= {f"{old}.{x}": f"{new}.{x}" for old, new in pairs for x in ("weight", "bias")}
+    for (old, new), wanted in zip(LOSSES.items(), (with_cls, with_reg), strict=True):
+        if wanted:
+            names[f"{old}.acc_sum"] = f"{new}.acc_sum"
+    return names
+
+
+def reorder_anchors(model: Mapping[str, Tensor], outer: int, inner: int) -> dict[str, Tensor]:
+    """Swaps the two nested loops in which the predictors' channels go through the anchors.
+
+    mmdetection has ratios outside and sizes inside, Detectron2 the reverse.
+
+    Args:
+        model: tensors by Detectron2's names.
+        outer: length of the loop that is outside now.
+        inner: length of the loop that is inside now.
+    """
+    model = dict(model)
+    for layer in PREDICTORS:
+        for part in ("weight", "bias"):
+            x = model[f"{layer}.{part}"]
+            swapped = x.unflatten(0, (outer, inner, -1)).transpose(0, 1)
+            model[f"{layer}.{part}"] = swapped.reshape(x.shape).contiguous()
+    return model
+
+
+def edges(loss: str, bins: int) -> Tensor:
+    """mmdetection's buffer of region borders, float32 (bins + 1,), of a key of `LOSSES`."""
+    borders = torch.arange(bins + 1).float() / bins
+    # The last region is closed: a gradient of 1 belongs to it, and GHM-R's has no upper border.
+    borders[-1] = borders[-1] + 1e-6 if loss == "bbox_head.loss_cls" else 1e3
+    return borders

@@ -1,0 +1,163 @@
+"""RestrictedCheckpointer: what Detectron2's loads, it loads alike; code and misfits are refused."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectors import small_config, small_model
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import defaults
+from foreign import Call
+from tiny import unregister_all, write_coco
+
+from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
+from ghm_d2.engine import GHMTrainer
+from ghm_d2.errors import UserError
+
+RETINANET = "ghm_retinanet_R_50"
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = small_model(RETINANET, seed=1)
+    model.backbone.bottom_up.stem.conv1.norm.num_batches_tracked.fill_(7)  # pycls' are not loaded
+    return model
+
+
+@pytest.fixture
+def blank():
+    """Models to load into, all with the same other weights."""
+    return lambda: small_model(RETINANET, seed=2)
+
+
+def arrays(model):
+    return {name: x.numpy() for name, x in model.state_dict().items()}
+
+
+def caffe2(model):
+    """The backbone under Caffe2's names, as the ImageNet files of Detectron1 have it."""
+    found = {}
+    for name, x in arrays(model).items():
+        if name.startswith("backbone.bottom_up.res") and "num_batches" not in name:
+            name = name.removeprefix("backbone.bottom_up.").replace("shortcut", "branch1")
+            for i, branch in enumerate(("branch2a", "branch2b", "branch2c"), 1):
+                name = name.replace(f"conv{i}", branch)
+            name = name.replace(".norm.running_mean", "_bn_rm").replace(
+                ".norm.running_var", "_bn_riv"
+            )
+            name = name.replace(".norm.weight", "_bn_s").replace(".norm.bias", "_bn_b")
+            found[name.replace(".weight", "_w").replace(".", "_")] = x
+    found["res2_0_branch2a_w_momentum"] = np.zeros(3, np.float32)
+    return found
+
+
+def pkl(make):
+    return lambda model, path: path.write_bytes(pickle.dumps(make(model), protocol=2))
+
+
+FILES = {
+    "zoo.pkl": pkl(lambda m: {"model": arrays(m), "__author__": "me"}),
+    "heuristics.pkl": pkl(
+        lambda m: {
+            "model": arrays(m.backbone.bottom_up),
+            "__author__": "me",
+            "matching_heuristics": True,
+        }
+    ),
+    "caffe2.pkl": pkl(caffe2),
+    "blobs.pkl": pkl(lambda m: {"blobs": caffe2(m), "cfg": "text"}),
+    "pycls.pyth": lambda m, path: torch.save({"model_state": m.state_dict()}, path),
+    "trained.pth": lambda m, path: torch.save({"model": m.state_dict(), "iteration": 3}, path),
+    "bare.pth": lambda m, path: torch.save(m.state_dict(), path),
+    "legacy.pth": lambda m, path: torch.save(
+        m.state_dict(), path, _use_new_zipfile_serialization=False
+    ),
+    "parallel.pth": lambda m, path: torch.save(
+        {f"module.{k}": v for k, v in m.state_dict().items()}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_loads_what_detectron2_loads(model, blank, tmp_path, name):
+    FILES[name](model, tmp_path / name)
+    stock, ours, untouched = blank(), blank(), blank().state_dict()
+    wanted = DetectionCheckpointer(stock).load(str(tmp_path / name))
+    found = RestrictedCheckpointer(ours).load(str(tmp_path / name))
+    assert found.keys() == wanted.keys()
+    states = stock.state_dict(), ours.state_dict()
+    assert all(torch.equal(x, states[1][k]) for k, x in states[0].items())
+    key = "backbone.bottom_up.res3.1.conv2.weight"
+    assert torch.equal(states[1][key], model.state_dict()[key])
+    assert not torch.equal(states[1][key], untouched[key])
+
+
+def test_the_query_for_heuristics(model, blank, tmp_path):
+    path = tmp_path / "backbone.pth"
+    torch.save(model.backbone.bottom_up.state_dict(), path)
+    target = blank()
+    RestrictedCheckpointer(target).load(f"{path}?matching_heuristics=True")
+    assert torch.equal(
+        target.backbone.bottom_up.res5[0].conv1.weight,
+        model.backbone.bottom_up.res5[0].conv1.weight,
+    )
+
+
+@pytest.mark.parametrize("name", ["x.pkl", "x.pth", "x.pyth"])
+def test_code_is_refused(model, tmp_path, name):
+    made, path = tmp_path / "made", tmp_path / name
+    content = {"model": {}, "__author__": Call(os.mkdir, str(made))}
+    path.write_bytes(pickle.dumps(content)) if name == "x.pkl" else torch.save(content, path)
+    with pytest.raises(UserError, match="mkdir"):
+        RestrictedCheckpointer(model).load(str(path))
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ([1, 2], "holds a list instead of tensors by their names"),
+        ({"model": 3}, "holds a int instead of tensors"),
+        ({"state_dict": {"w": torch.ones(1)}, "meta": {}}, r"holds state_dict \(dict\) among"),
+        ({"conv1.weight": torch.ones(1)}, "none of the tensors .* has a name of this model"),
+        ({}, "none of the tensors"),
+    ],
+)
+def test_weights_that_fit_nowhere(model, tmp_path, content, sentence):
+    path = tmp_path / "x.pth"
+    torch.save(content, path)
+    with pytest.raises(UserError, match=sentence) as error:
+        RestrictedCheckpointer(model).load(str(path))
+    assert "tools/convert_mmdet.py" in str(error.value) and str(path) in str(error.value)
+
+
+def test_pycls_without_its_entry(model, tmp_path):
+    torch.save({"model": {}}, tmp_path / "x.pyth")
+    with pytest.raises(UserError, match="holds a NoneType"):
+        RestrictedCheckpointer(model).load(str(tmp_path / "x.pyth"))
+
+
+def test_the_trainer_uses_it(tmp_path):
+    register_coco_dataset(check_coco_dataset(parse_dataset(f"checkpointer={write_coco(tmp_path)}")))
+    try:
+        cfg = small_config(
+            RETINANET,
+            "DATASETS.TRAIN", ("checkpointer",),
+            "DATASETS.TEST", (),
+            "OUTPUT_DIR", str(tmp_path / "out"),
+            "DATALOADER.NUM_WORKERS", 0,
+            "MODEL.WEIGHTS", str(tmp_path / "evil.pkl"),
+        )  # fmt: skip
+        trainer = GHMTrainer(cfg)
+        made = tmp_path / "made"
+        (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Call(os.mkdir, str(made))))
+        with pytest.raises(UserError, match="mkdir"):
+            trainer.resume_or_load(resume=False)
+        assert not made.exists()
+        assert trainer.checkpointer.checkpointables.keys() == {"trainer"}
+        assert defaults.DetectionCheckpointer is DetectionCheckpointer
+    finally:
+        unregister_all()

@@ -1,0 +1,26 @@
+"""ImageNet weights in torchvision's layout (ResNet, ResNeXt) to Detectron2's format."""
+
+import argparse
+from collections.abc import Sequence
+
+from ghm_d2.checkpoint.torchvision import convert_torchvision
+from ghm_d2.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="convert_torchvision.py", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("weights", help="file or URL of a state dict, wrapped or not")
+    parser.add_argument("output", help="file to write, .pkl or .pth")
+    args = parser.parse_args(argv)
+    try:
+        needed = convert_torchvision(args.weights, args.output)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"Wrote {args.output}. Your config, or the end of the command line, must have:")
+    print("  " + " ".join(f'{key} "{value}"' for key, value in needed.items()))
+
+
+if __name__ == "__main__":
+    main()
