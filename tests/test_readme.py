@@ -18,6 +18,7 @@ SHELL = [block.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 MAKE = [c for c in SHELL if c.startswith("make ")]
 TRAIN = [c for c in SHELL if c.startswith("python train_net.py ")]
+TOOLS = [c for c in SHELL if c.startswith("python tools/")]
 COCO_THINGS = [
     {"id": c["id"], "name": c["name"]} for c in builtin_meta.COCO_CATEGORIES if c["isthing"]
 ]
@@ -55,7 +56,16 @@ def checkout(tmp_path_factory):
 
 
 def test_every_shell_command_is_tested():
-    assert TRAIN and MAKE and set(SHELL) == set(TRAIN) | set(MAKE)
+    assert TRAIN and MAKE and TOOLS and set(SHELL) == {*TRAIN, *MAKE, *TOOLS}
+
+
+@pytest.mark.parametrize("command", TOOLS, ids=lambda c: c.split()[1].split("/")[1])
+def test_tools_know_their_options(command, checkout):
+    """The tools run for real in tests of their own; here the README must not name another option."""
+    words = shlex.split(command)
+    text = run([words[0], str(ROOT / words[1]), "--help"], checkout)
+    options = [word for word in words if word.startswith("--")]
+    assert [option for option in options if option not in text] == []
 
 
 def test_train_net_commands_run(checkout):
