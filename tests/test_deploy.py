@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectors import small_config
 from exportable import BASES, FASTER_RCNN, OPTS, RETINANET, detector, picture, tensor
+from torch.torch_version import TorchVersion
 
 from ghm_d2.deploy.detections import (
     Detections,
@@ -121,6 +122,7 @@ def test_fixed_size_outputs_are_padded(base):
         (RETINANET, ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.15)),
         (RETINANET, ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 20, "TEST.DETECTIONS_PER_IMAGE", 17)),
         (RETINANET, ("MODEL.RETINANET.NMS_THRESH_TEST", 0.1)),
+        (RETINANET, ("MODEL.GHM.CLIP_BEFORE_NMS", True)),
         (RETINANET, ("MODEL.ANCHOR_GENERATOR.SIZES", "[[900.0]]")),
         (FASTER_RCNN, ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.55)),
         (FASTER_RCNN, ("MODEL.RPN.PRE_NMS_TOPK_TEST", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 30)),
@@ -250,6 +252,13 @@ def test_misuse():
         model = build_model(small_config(FASTER_RCNN, *OPTS, *opts))
         with pytest.raises(UserError, match=message):
             check_detector(model)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_old_torch_is_named(format, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.4.1"))
+    with pytest.raises(UserError, match=f"{format} needs PyTorch 2.5 or newer, and this is 2.4.1"):
+        export_detector(detector(RETINANET), tmp_path / "m", format)
 
 
 def boxes(*rows):

@@ -84,12 +84,17 @@ def export_detector(
         metadata: stored in the file as JSON.
 
     Raises:
-        UserError: the model is of another kind.
+        UserError: the model is of another kind, or something that the format needs is not there.
         ValueError: ``format`` is unknown.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {tuple(FORMATS)}, got {format!r}")
     check_detector(model)
+    if format != "torchscript" and torch.__version__ < (2, 5):
+        raise UserError(
+            f"--format {format} needs PyTorch 2.5 or newer, and this is {torch.__version__}: use "
+            "--format torchscript."
+        )
     model.eval()
     partial = Path(f"{file}.partial")
     try:
