@@ -61,7 +61,7 @@ def test_every_shell_command_is_tested():
 
 @pytest.mark.parametrize("command", TOOLS, ids=lambda c: c.split()[1].split("/")[1])
 def test_tools_know_their_options(command, checkout):
-    """The tools run for real in tests of their own; here the README must not name another option."""
+    """The tools run in tests of their own; here the README must not name an unknown option."""
     words = shlex.split(command)
     text = run([words[0], str(ROOT / words[1]), "--help"], checkout)
     options = [word for word in words if word.startswith("--")]
