@@ -126,8 +126,11 @@ def write_figure(result: Summary, stem: Path) -> list[Path]:
         f"{result['dataset']}: each loss on one detector trained with focal loss and smooth L1, "
         f"means over {result['batches']} batches",
     )
-    for axes, panel in zip(figure.subplots(2, 3).flatten(), _PANELS, strict=True):
+    grid = figure.subplots(2, 3).flatten()
+    for axes, panel in zip(grid, _PANELS, strict=True):
         _panel(axes, snapshots, *panel)
+    for axes in (grid[0], grid[4]):  # the first of each part names the lines of all
+        axes.legend(fontsize="small")
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     for file in files:
         # Without a date, the same data gives the same file.
@@ -149,4 +152,3 @@ def _panel(
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
