@@ -14,14 +14,21 @@ from statistics import median
 import pytest
 import torch
 from detectors import NUM_CLASSES, TWO_IMAGES, batch, small_config, small_model
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from tiny import ROOT, forget_program, tiny_pairs, write_coco
 
-from ghm_d2 import model_zoo
+from ghm_d2 import add_ghm_config, model_zoo
 from ghm_d2.engine import main
 from ghm_d2.errors import UserError
 from ghm_d2.model_zoo.export import export_run
 from ghm_d2.model_zoo.finished_run import read_finished_run
-from ghm_d2.model_zoo.stock import stock_config, stock_obstacle, stock_weights
+from ghm_d2.model_zoo.stock import (
+    build_stock_model,
+    stock_config,
+    stock_obstacle,
+    stock_weights,
+)
 
 CONFIGS = {"retinanet": "ghm_retinanet_R_50", "faster_rcnn": "ghm_faster_rcnn_R_50"}
 # Random weights find something at a threshold of 0 alone.
@@ -329,6 +336,20 @@ def test_detector_that_stock_detectron2_lacks():
     assert stock_obstacle(cfg, ours) == "GHMRetinaNet"
     cfg.MODEL.GHM.CLIP_BEFORE_NMS = True
     assert stock_obstacle(cfg, torch.nn.Identity()) == "MODEL.GHM.CLIP_BEFORE_NMS"
+
+
+def test_backbone_that_stock_detectron2_lacks():
+    """Its settings lie in MODEL.GHM, which the stock config has not; the weights come out whole."""
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / "ghm_retinanet_MobileNetV2.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    trained = build_model(cfg)
+    stock = stock_config(cfg)
+    model = build_stock_model(stock, cfg.MODEL.GHM)
+    assert type(model).__name__ == "RetinaNet" and "GHM" not in stock.MODEL
+    assert stock_obstacle(cfg, model) == f"the backbone {cfg.MODEL.BACKBONE.NAME}"
+    assert model.load_state_dict(stock_weights(trained.state_dict(), model)).missing_keys == []
 
 
 def test_stock_config_keeps_the_rest():

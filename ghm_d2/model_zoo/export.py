@@ -91,12 +91,12 @@ def _write_files(run: FinishedRun, folder: Path) -> dict[str, Any]:
     # Of the machine that trained, not of the model.
     full.OUTPUT_DIR, full.MODEL.DEVICE = get_cfg().OUTPUT_DIR, get_cfg().MODEL.DEVICE
     stock = stock_config(full)
-    model = build_stock_model(stock)
+    model = build_stock_model(stock, full.MODEL.GHM)
     weights = write_weights(stock_weights(run.weights, model), folder)
     (folder / "config.yaml").write_text(full.dump())
     shutil.copyfile(run.folder / "metrics.json", folder / "metrics.json")
     if obstacle := stock_obstacle(full, model):
-        logger.warning("no config for stock Detectron2 is written: it has no %s", obstacle)
+        logger.warning("no config for stock Detectron2 is written: it lacks %s", obstacle)
     else:
         stock.MODEL.WEIGHTS = weights.name
         (folder / "config_stock.yaml").write_text(_STOCK_HEADER + stock.dump())

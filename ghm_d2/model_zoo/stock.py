@@ -88,8 +88,14 @@ def stock_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     return {name: weights[name] for name in shapes}
 
 
-def build_stock_model(stock: CfgNode) -> nn.Module:
-    """The model of a :func:`stock_config` on the CPU, its weights random."""
+def build_stock_model(stock: CfgNode, ghm: CfgNode) -> nn.Module:
+    """The model of a :func:`stock_config` on the CPU, its weights random.
+
+    Args:
+        stock: the config.
+        ghm: ``MODEL.GHM`` of the full one; a backbone of this project reads its settings there.
+    """
     cfg = stock.clone()
+    cfg.MODEL.GHM = ghm.clone()
     cfg.MODEL.DEVICE = "cpu"
     return build_model(cfg)
