@@ -1,15 +1,12 @@
 """What all tests share: few threads, fixed seeds, the optional material beside the project."""
 
-import logging
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from detectron2.utils.logger import setup_logger
 from hypothesis import settings
 
 # Without a GPU, Triton's interpreter runs the CUDA kernels; it must be asked before Triton is
@@ -29,18 +26,6 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def quiet_loggers() -> Iterator[None]:
-    """Removes what setup_logger adds: each run of a script is a program of its own."""
-    yield
-    for name in ("ghm_d2", "detectron2", "fvcore"):
-        logger = logging.getLogger(name)
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-        logger.propagate = True
-    setup_logger.cache_clear()
 
 
 @pytest.fixture(scope="session")

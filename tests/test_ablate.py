@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -12,8 +11,7 @@ import time
 
 import pytest
 import yaml
-from detectron2.utils.logger import setup_logger
-from tiny import RETINANET, ROOT, TINY, unregister_all, write_coco
+from tiny import RETINANET, ROOT, TINY, forget_program, write_coco
 
 from ghm_d2.ablation import execute as scheduler
 from ghm_d2.ablation import main
@@ -35,13 +33,7 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def clean_up():
     yield
-    for name in ("ghm_d2", "detectron2", "fvcore"):
-        logger = logging.getLogger(name)
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-        logger.propagate = True
-    setup_logger.cache_clear()
-    unregister_all()
+    forget_program()
 
 
 def write_grid(folder, **changes):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectors import small_config
 from exportable import FASTER_RCNN, OPTS, RETINANET, detector, save_detector, write_pictures
-from tiny import CLASSES, ROOT, unregister_all, write_coco
+from tiny import CLASSES, ROOT, forget_program, write_coco
 
 from ghm_d2.deploy import export_command
 from ghm_d2.deploy.detections import Detections, detect
@@ -17,9 +17,9 @@ from ghm_d2.deploy.export_command import main
 
 
 @pytest.fixture(autouse=True)
-def clean_up(quiet_loggers):
+def clean_up():
     yield
-    unregister_all()
+    forget_program()
 
 
 @pytest.fixture(scope="module", params=[RETINANET, FASTER_RCNN])

@@ -11,15 +11,15 @@ import pytest
 import torch
 from exportable import BASES, RETINANET, detector, picture, save_detector, write_pictures
 from PIL import Image
-from tiny import CLASSES, ROOT, coco_content, unregister_all, write_coco
+from tiny import CLASSES, ROOT, coco_content, forget_program, write_coco
 
 from ghm_d2.deploy.predict_command import main
 
 
 @pytest.fixture(autouse=True)
-def clean_up(quiet_loggers):
+def clean_up():
     yield
-    unregister_all()
+    forget_program()
 
 
 @pytest.fixture(scope="module")
