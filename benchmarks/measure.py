@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ghm_d2.hardware import processor_name
+
 __all__ = [
     "available_bytes",
     "bootstrap_ratio",
@@ -184,12 +186,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    models = [x.split(":", 1)[1].strip() for x in _lines("/proc/cpuinfo") if "model name" in x]
     affinity = getattr(os, "sched_getaffinity", None)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     out: dict[str, Any] = {
         "device": device.type,
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": processor_name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(pages / 2**30, 1),

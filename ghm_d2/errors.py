@@ -1,7 +1,30 @@
 """The one exception type that scripts turn into a single sentence instead of a traceback."""
 
-__all__ = ["UserError"]
+import contextlib
+import sys
+from collections.abc import Iterator
+
+__all__ = ["USER_ERROR", "UserError", "exits_with_one_sentence"]
+
+USER_ERROR = 2  # exit code, as argparse has it
 
 
 class UserError(ValueError):
     """A mistake in a command, config or data set; its message is one sentence with the way out."""
+
+
+@contextlib.contextmanager
+def exits_with_one_sentence(program: str) -> Iterator[None]:
+    """Turns a mistake of the user into one sentence on stderr and exit code 2.
+
+    Args:
+        program: name of the script, with which the sentence begins.
+
+    Raises:
+        SystemExit: where the block raised a :class:`UserError`.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)

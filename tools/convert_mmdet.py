@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, get_cfg
 from ghm_d2 import add_ghm_config
 from ghm_d2.checkpoint.mmdet import convert_from_mmdet, convert_to_mmdet
 from ghm_d2.engine.setup import merge_config_file
-from ghm_d2.errors import UserError
+from ghm_d2.errors import exits_with_one_sentence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--reverse", action="store_true", help="from Detectron2 to mmdetection")
     args = parser.parse_args(argv)
-    try:
+    with exits_with_one_sentence(parser.prog):
         cfg = _config(args.config_file) if args.config_file else None
         if args.reverse:
             needed = convert_to_mmdet(args.checkpoint, args.output, cfg)
@@ -33,8 +33,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("\n".join(f"  {key}={value}" for key, value in needed.items()))
             return
         config_file = convert_from_mmdet(args.checkpoint, args.output, cfg) or args.config_file
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"Wrote {args.output}. Evaluate it:")
     print(
         f"  python train_net.py --eval-only --config-file {config_file} MODEL.WEIGHTS {args.output}"

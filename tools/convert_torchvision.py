@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from ghm_d2.checkpoint.torchvision import convert_torchvision
-from ghm_d2.errors import UserError
+from ghm_d2.errors import exits_with_one_sentence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,10 +14,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("weights", help="file or URL of a state dict, wrapped or not")
     parser.add_argument("output", help="file to write, .pkl or .pth")
     args = parser.parse_args(argv)
-    try:
+    with exits_with_one_sentence(parser.prog):
         needed = convert_torchvision(args.weights, args.output)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"Wrote {args.output}. Your config, or the end of the command line, must have:")
     print("  " + " ".join(f'{key} "{value}"' for key, value in needed.items()))
 

@@ -9,9 +9,8 @@ it. Nothing is ever overwritten.
 
 import argparse
 import logging
-import sys
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import exits_with_one_sentence
 from ghm_d2.model_zoo.export import export_run
 
 
@@ -25,11 +24,8 @@ def main() -> None:
     parser.add_argument("--name", help="of the model (its config file, relative to configs/)")
     args = parser.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
+    with exits_with_one_sentence(parser.prog):
         folder = export_run(args.run, args.zoo, args.id, args.name)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
     for file in sorted(folder.iterdir()):
         print(file)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torchvision import models
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 
 class Source(NamedTuple):
@@ -99,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     output = args.output or Path("weights", "ImageNetPretrained", f"{args.name}.pth")
     source = SOURCES[args.name]
-    try:
+    with exits_with_one_sentence(parser.prog):
         with tempfile.TemporaryDirectory() as folder:
             weights = read_weights(source, download(source, Path(folder)))
         try:
@@ -110,8 +110,6 @@ def main() -> None:
             torch.save(saved, output)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{output} cannot be written ({error}).") from error
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"{output}: {len(weights)} tensors of {source.network}, from {source.requirement}")
     print(f'Use it with MODEL.GHM.TORCHVISION.NAME {source.network} MODEL.WEIGHTS "{output}".')
 

@@ -3,12 +3,9 @@
 import sys
 
 from ghm_d2.analysis.report import plot_gradients
-from ghm_d2.errors import UserError
+from ghm_d2.errors import exits_with_one_sentence
 
 if __name__ == "__main__":
-    try:
+    with exits_with_one_sentence("plot_gradients.py"):
         written = plot_gradients(sys.argv[1:])
-    except UserError as error:
-        print(f"plot_gradients.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
     print("Written:", *written, sep="\n  ")

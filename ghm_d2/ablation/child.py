@@ -22,6 +22,7 @@ import torchvision
 
 from ghm_d2.ablation.files import read_json, write_json
 from ghm_d2.engine import main
+from ghm_d2.hardware import processor_name
 
 _PERIOD = 5.0  # seconds between two looks at the memory
 _recording = threading.Lock()
@@ -39,14 +40,9 @@ def peak_rss_mb() -> float:
 
 def machine() -> dict[str, Any]:
     """Where this runs: processor, GPU, threads and versions."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        cpu = text.split("model name")[1].split(":", 1)[1].split("\n")[0].strip()
-    except (OSError, IndexError):
-        cpu = platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
     return {
-        "cpu": cpu,
+        "cpu": processor_name(),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "versions": {

@@ -15,13 +15,13 @@ from ghm_d2.ablation.plot import draw_summary
 from ghm_d2.ablation.report import render_markdown, summarize
 from ghm_d2.ablation.results import Store
 from ghm_d2.engine.arguments import Parser, parse_arguments
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-_USER_ERROR, _FAILED_RUNS, _INTERRUPTED = 2, 1, 130  # exit codes
+_FAILED_RUNS, _INTERRUPTED = 1, 130  # exit codes
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -74,10 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, 1 where a run has failed.
     """
     try:
-        failed = _ablate(_parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"ablate.py: error: {error}", file=sys.stderr)
-        sys.exit(_USER_ERROR)
+        with exits_with_one_sentence("ablate.py"):
+            failed = _ablate(_parse(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         print("ablate.py: interrupted; the same command goes on from here.", file=sys.stderr)
         sys.exit(_INTERRUPTED)

@@ -23,14 +23,13 @@ from ghm_d2.deploy.setup import (
     IMAGE_SUFFIXES,
     build_detector,
     class_metadata,
-    exits_with_one_sentence,
     image_preparer,
     list_files,
     read_image,
     tool_parser,
 )
 from ghm_d2.engine.arguments import Parser, parse_arguments
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 __all__ = ["main"]
 

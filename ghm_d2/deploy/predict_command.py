@@ -16,12 +16,11 @@ from ghm_d2.deploy.setup import (
     VIDEO_SUFFIXES,
     build_detector,
     class_metadata,
-    exits_with_one_sentence,
     list_files,
     tool_parser,
 )
 from ghm_d2.engine.arguments import Parser, parse_arguments
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 __all__ = ["main"]
 

@@ -1,9 +1,7 @@
 """What the deployment tools share: command line, trained detector, reading images."""
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,6 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "build_detector",
     "class_metadata",
-    "exits_with_one_sentence",
     "image_preparer",
     "list_files",
     "read_image",
@@ -38,7 +35,6 @@ __all__ = [
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
-_USER_ERROR = 2  # exit code, as argparse has it
 
 
 def tool_parser(program: str, usage: str, description: str) -> Parser:
@@ -63,16 +59,6 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
     # What build_config asks of train_net.py's command line.
     parser.set_defaults(eval_only=True, num_gpus=1)
     return parser
-
-
-@contextlib.contextmanager
-def exits_with_one_sentence(program: str) -> Iterator[None]:
-    """Turn a mistake of the user into one sentence on stderr and exit code 2."""
-    try:
-        yield
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(_USER_ERROR)
 
 
 def build_detector(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:

@@ -17,6 +17,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 import ghm_d2
+from ghm_d2.hardware import processor_name
 
 __all__ = ["RECORD_FILE", "record_training"]
 
@@ -59,16 +60,7 @@ def _hardware(cfg: CfgNode) -> str:
         return f"{processes} x {torch.cuda.get_device_name()}"
     times = f"{processes} processes with " if processes > 1 else ""
     threads = torch.get_num_threads()
-    return f"{_cpu()}, {times}{threads} thread{'s' if threads > 1 else ''}"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{processor_name()}, {times}{threads} thread{'s' if threads > 1 else ''}"
 
 
 def _commit() -> str | None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,11 @@ from ghm_d2.engine.setup import build_config, setup_ghm_logger
 from ghm_d2.engine.submission import report_submissions
 from ghm_d2.engine.summary import summarize_training
 from ghm_d2.engine.trainer import GHMTrainer
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 __all__ = ["load_trained_weights", "main"]
 
-_USER_ERROR = 2  # exit code, as argparse has it
+_PROGRAM = "train_net.py"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,30 +41,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr; code 1
             where the results are not those of `TEST.EXPECTED_RESULTS`.
     """
-    try:
+    with exits_with_one_sentence(_PROGRAM):
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         cfg, datasets = build_config(args)
         check_all(cfg, args)
         cfg.freeze()
-        launch(
-            _work,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args, cfg, datasets),
-        )
-    except UserError as error:
-        _fail(error)
-    except ProcessExitedException as error:
-        if error.exit_code < 0:  # a signal
-            raise
-        sys.exit(error.exit_code)  # the process has said why
-
-
-def _fail(error: UserError) -> NoReturn:
-    print(f"train_net.py: error: {error}", file=sys.stderr)
-    sys.exit(_USER_ERROR)
+        try:
+            launch(
+                _work,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args, cfg, datasets),
+            )
+        except ProcessExitedException as error:
+            if error.exit_code < 0:  # a signal
+                raise
+            sys.exit(error.exit_code)  # the process has said why
 
 
 def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -> None:
@@ -75,14 +69,15 @@ def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -
             register_coco_dataset(dataset)
     default_setup(cfg, args)
     setup_ghm_logger(cfg, comm.get_rank())
-    try:
-        _evaluate(args, cfg) if args.eval_only else _train(args, cfg)
-    except UserError as error:
-        if not comm.is_main_process():
-            # The first process to leave ends the others: where all of them found the same mistake,
-            # this lets the main one report it alone.
-            time.sleep(10)
-        _fail(error)
+    with exits_with_one_sentence(_PROGRAM):
+        try:
+            _evaluate(args, cfg) if args.eval_only else _train(args, cfg)
+        except UserError:
+            if not comm.is_main_process():
+                # The first process to leave ends the others: where all of them found the same
+                # mistake, this lets the main one report it alone.
+                time.sleep(10)
+            raise
     _leave_process_group()
 
 
