@@ -227,40 +227,6 @@ def test_sync_in_a_single_process_changes_nothing(make, call):
     assert torch.equal(synced.acc_sum, alone.acc_sum)
 
 
-SHARES = (20, 0), (3, 17), (0, 0)  # rows of each of two processes, for each call
-
-
-def share_of_process(rank, folder):
-    """What one of two processes computes: (losses, gradients, running counts)."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    rng, loss_fn, losses, grads = np.random.default_rng(10), GHMCLoss(sync=True), [], []
-    for rows in SHARES:
-        logits, labels = [cls_call(rng, n) for n in rows][rank]
-        loss = loss_fn(logits, labels)
-        loss.backward()
-        losses.append(loss.detach())
-        grads.append(logits.grad)
-    torch.save((losses, grads, loss_fn.acc_sum), folder / f"{rank}.pt")
-    torch.distributed.barrier()  # nobody leaves while another still talks to it
-    torch.distributed.destroy_process_group()
-
-
-def test_the_mean_of_two_synced_processes_is_one_process_with_all_examples(tmp_path):
-    torch.multiprocessing.spawn(share_of_process, (tmp_path,), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    rng, oracle = np.random.default_rng(10), ref.ghm_c()
-    for i, rows in enumerate(SHARES):
-        parts = [[a.detach().numpy() for a in cls_call(rng, n)] for n in rows]
-        loss, grads = oracle.pooled(parts)
-        assert (one[0][i] + two[0][i]).item() / 2 == pytest.approx(loss, rel=1e-5)
-        np.testing.assert_allclose(one[1][i] / 2, grads[0], rtol=1e-5, atol=1e-8)
-        np.testing.assert_allclose(two[1][i] / 2, grads[1], rtol=1e-5, atol=1e-8)
-    assert torch.equal(one[2], two[2])
-    np.testing.assert_allclose(one[2], oracle.counts.sums, rtol=1e-5)
-
-
 def test_a_copy_has_its_own_counts():
     loss_fn = GHMRLoss()
     twin = copy.deepcopy(loss_fn)
