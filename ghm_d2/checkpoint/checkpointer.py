@@ -1,17 +1,32 @@
 """Detectron2's checkpointer behind the restricted unpickler."""
 
+import logging
+import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from ghm_d2.errors import UserError
 
+from .files import PART, whole_file
 from .unpickler import load_file
 
-__all__ = ["RestrictedCheckpointer"]
+__all__ = [
+    "RestrictedCheckpointer",
+    "newest_checkpoint",
+    "remove_partial_files",
+    "set_last_checkpoint_aside",
+]
+
+logger = logging.getLogger(__name__)
+
+_POINTER = "last_checkpoint"  # Detectron2's file with the name of the newest one
 
 _WAY_OUT = (
     "where it comes from torchvision or mmdetection, convert it with tools/convert_torchvision.py "
@@ -42,14 +57,154 @@ class _RestrictedTorchLoad(Checkpointer):
         return _mapping(load_file(f), f)
 
 
+def newest_checkpoint(folder: str) -> tuple[str | None, list[str]]:
+    """The newest checkpoint of a training that can be read.
+
+    Args:
+        folder: OUTPUT_DIR.
+
+    Returns:
+        The name of a file in `folder`, or None where there is no `last_checkpoint`; and a sentence
+        for each newer one that cannot be read.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read.
+    """
+    if not os.path.isfile(os.path.join(folder, _POINTER)):
+        return None, []
+    reasons = []
+    for name in _from_the_newest(folder):
+        try:
+            if "model" in _mapping(load_file(os.path.join(folder, name)), name):
+                return name, reasons
+            reasons.append(f"{name} holds no model")
+        except UserError as error:
+            reasons.append(str(error).rstrip("."))
+    raise UserError(
+        f"--resume: no checkpoint in {folder} can be read ({'; '.join(reasons)}): write the name "
+        f"of another checkpoint into {_POINTER}, or leave --resume out."
+    )
+
+
+def _from_the_newest(folder: str) -> Iterator[str]:
+    """The checkpoint that `last_checkpoint` names, then those with a smaller number."""
+    with open(os.path.join(folder, _POINTER), errors="replace") as stream:
+        newest = stream.read().strip()
+    last = _number(newest)
+    if newest:
+        yield os.path.basename(newest)
+    numbers = {name: _number(name) for name in os.listdir(folder)}
+    earlier = [n for n, number in numbers.items() if number >= 0 and n != newest]
+    for name in sorted(earlier, key=numbers.get, reverse=True):
+        if last < 0 or numbers[name] < last:
+            yield name
+
+
+def _number(name: str) -> int:
+    """The iteration in a name as PeriodicCheckpointer gives it; -1 in others (model_final.pth)."""
+    match = re.fullmatch(r"model_(\d+)\.pth", name)
+    return int(match[1]) if match else -1
+
+
+def remove_partial_files(folder: str) -> None:
+    """Deletes what a process left behind that was killed while it wrote a checkpoint."""
+    for name in sorted(os.listdir(folder)):
+        if name.endswith((f".pth{PART}", _POINTER + PART)):
+            os.unlink(os.path.join(folder, name))
+            logger.info("removed %s, which a killed process had not finished", name)
+
+
+def set_last_checkpoint_aside(folder: str) -> None:
+    """Makes a new training's folder one without a checkpoint; no file with weights is touched."""
+    pointer = os.path.join(folder, _POINTER)
+    if os.path.isfile(pointer):
+        os.replace(pointer, f"{pointer}.earlier")
+        logger.warning(
+            "%s holds the checkpoints of an earlier training, which is not resumed: %s is now %s",
+            folder,
+            _POINTER,
+            f"{_POINTER}.earlier",
+        )
+
+
 class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     """`DetectionCheckpointer` that refuses files with code, and weights that fit nowhere.
 
     It takes what Detectron2's takes: Detectron2's and Detectron1's .pkl, pycls' .pyth, and .pth.
-    A file that is refused raises :class:`~ghm_d2.errors.UserError`.
+    A file that is refused raises :class:`~ghm_d2.errors.UserError`. A checkpoint appears under its
+    name once it is complete, so that a process may be killed at any moment.
     """
 
     _filename = "the checkpoint"  # for messages
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Detectron2's, written whole or not at all.
+
+        Args:
+            name: of the file in `save_dir`, without .pth.
+            kwargs: more data to save.
+
+        Raises:
+            UserError: the file cannot be written; the checkpoints before it are as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update((key, each.state_dict()) for key, each in self.checkpointables.items())
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        try:
+            with whole_file(path) as file:
+                torch.save({**data, **kwargs}, file)
+            self.tag_last_checkpoint(f"{name}.pth")
+        except UserError as error:
+            raise UserError(
+                f"{str(error).rstrip('.')}: the checkpoints before it are whole, go on with "
+                "--resume once there is space again."
+            ) from error
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Detectron2's, written whole or not at all."""
+        with whole_file(os.path.join(self.save_dir, _POINTER)) as file:
+            file.write(last_filename_basename.encode())
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Detectron2's, from the newest checkpoint that can be read, the same in all processes.
+
+        Args:
+            path: weights to start from where `resume` is False or there is no checkpoint.
+            resume: whether to go on from the last checkpoint in `save_dir`.
+
+        Returns:
+            What :meth:`load` returns.
+
+        Raises:
+            UserError: no checkpoint can be read, or not by every process.
+        """
+        name = self._common_checkpoint() if resume else None
+        if name is None:
+            return self.load(path, checkpointables=[])
+        return self.load(os.path.join(self.save_dir, name))
+
+    def _common_checkpoint(self) -> str | None:
+        name, failure = None, ""
+        if comm.is_main_process():
+            try:
+                name, reasons = newest_checkpoint(self.save_dir)
+                for reason in reasons:
+                    logger.warning("%s: going back to %s", reason, name)
+            except UserError as error:
+                failure = str(error)
+        name, failure = comm.all_gather((name, failure))[0]
+        if failure:
+            raise UserError(failure)
+        here = name is None or os.path.isfile(os.path.join(self.save_dir, name))
+        if not all(comm.all_gather(here)):
+            raise UserError(
+                f"--resume: {name} in {self.save_dir} is not there for every process: OUTPUT_DIR "
+                "must be a folder that all machines share."
+            )
+        return name
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._filename = filename

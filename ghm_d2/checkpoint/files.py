@@ -1,4 +1,4 @@
-"""Files of the converters: fetched, unwrapped, and written whole or not at all."""
+"""Files: fetched, unwrapped, and written whole or not at all."""
 
 import contextlib
 import logging
@@ -18,9 +18,19 @@ from ghm_d2.errors import UserError
 
 from .unpickler import load_file
 
-__all__ = ["fetch", "read_checkpoint", "unwrap", "write_checkpoint", "write_config"]
+__all__ = [
+    "PART",
+    "fetch",
+    "read_checkpoint",
+    "unwrap",
+    "whole_file",
+    "write_checkpoint",
+    "write_config",
+]
 
 logger = logging.getLogger(__name__)
+
+PART = ".part"  # end of the name of a file that is being written
 
 
 def fetch(path: str) -> str:
@@ -87,19 +97,43 @@ def unwrap(
 
 
 @contextlib.contextmanager
-def _whole(path: str) -> Iterator[IO[bytes]]:
-    """A file that appears under its name once it is complete."""
-    part = f"{path}.part"
+def whole_file(path: str) -> Iterator[IO[bytes]]:
+    """A file that appears under its name once it is complete and on the disk.
+
+    It is written beside its place as `path` + `PART`, which only a killed process leaves behind.
+
+    Raises:
+        UserError: it cannot be written; a file that was there before is still there.
+    """
+    part = path + PART
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        folder = os.path.dirname(os.path.abspath(path))
+        os.makedirs(folder, exist_ok=True)
         with open(part, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}).") from error
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the error of the file behind a RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path} cannot be written ({cause.strerror or cause}).") from error
     finally:
         if os.path.isfile(part):
             os.unlink(part)
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes a change of names outlive a power failure, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> None:
@@ -110,7 +144,7 @@ def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    with _whole(path) as file:
+    with whole_file(path) as file:
         if path.endswith(".pkl"):
             arrays = {
                 key: {name: x.numpy() for name, x in value.items()}
@@ -136,5 +170,5 @@ def write_config(path: str, settings: Mapping[str, Any], comment: str) -> None:
             node = node.setdefault(parent, {})
         node[leaf] = value
     text = f"# {comment}\n" + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
-    with _whole(path) as file:
+    with whole_file(path) as file:
         file.write(text.encode())

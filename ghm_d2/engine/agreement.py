@@ -1,10 +1,12 @@
 """Questions that all processes of a job answer together."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-__all__ = ["any_process"]
+__all__ = ["any_process", "of_main_process"]
 
 
 def any_process(flag: bool) -> bool:
@@ -25,3 +27,12 @@ def any_process(flag: bool) -> bool:
     vote = torch.tensor(int(flag), dtype=torch.int32, device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote)
+
+
+def of_main_process(value: Any) -> Any:
+    """The main process' ``value``, in every process; each must call it at the same point.
+
+    Args:
+        value: anything that can be pickled; that of the other processes is not used.
+    """
+    return comm.all_gather(value)[0]

@@ -16,9 +16,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 
+from ghm_d2.checkpoint.checkpointer import newest_checkpoint
 from ghm_d2.checkpoint.files import fetch
 from ghm_d2.config import validate_ghm_config
 from ghm_d2.engine.clipping import CLIP_TYPES
+from ghm_d2.engine.processes import started_by_torchrun
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
 from ghm_d2.errors import UserError
 
@@ -102,13 +104,14 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("--num-machines above 1 needs --dist-url tcp://HOST:PORT of machine 0.")
     world = args.num_gpus * args.num_machines
+    torchrun = started_by_torchrun()  # has a backend for either device, and its own checks
     if torch.cuda.is_available():
-        if args.num_gpus > torch.cuda.device_count():
+        if args.num_gpus > torch.cuda.device_count() and not torchrun:
             raise UserError(
                 f"--num-gpus {args.num_gpus} is more than the {torch.cuda.device_count()} "
                 "GPUs of this machine."
             )
-        if world > 1 and cfg.MODEL.DEVICE == "cpu":
+        if world > 1 and cfg.MODEL.DEVICE == "cpu" and not torchrun:
             raise UserError(
                 "MODEL.DEVICE cpu in several processes needs GPUs to be hidden: set "
                 "CUDA_VISIBLE_DEVICES to an empty string."
@@ -207,15 +210,7 @@ def _check_evaluator(name: str) -> None:
 def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
     weights = cfg.MODEL.WEIGHTS
     if args.resume:
-        pointer = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-        if PathManager.isfile(pointer):
-            with PathManager.open(pointer) as stream:
-                checkpoint = os.path.join(cfg.OUTPUT_DIR, stream.read().strip())
-            if not PathManager.isfile(checkpoint):
-                raise UserError(
-                    f"--resume: {pointer} names {checkpoint}, which does not exist: write the name "
-                    "of another checkpoint into it, or leave --resume out."
-                )
+        if newest_checkpoint(cfg.OUTPUT_DIR)[0] is not None:
             return  # MODEL.WEIGHTS will not be used
         logger.warning(
             "--resume: %s holds no checkpoint; starting from MODEL.WEIGHTS %r",

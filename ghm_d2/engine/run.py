@@ -7,20 +7,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessExitedException
 
 from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.checkpoint.checkpointer import remove_partial_files, set_last_checkpoint_aside
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, register_coco_dataset
 from ghm_d2.engine.arguments import parse_arguments
 from ghm_d2.engine.checks import check_all
+from ghm_d2.engine.leftovers import cut_logs
+from ghm_d2.engine.preemption import Preempted
+from ghm_d2.engine.processes import (
+    is_restarted,
+    join_torchrun,
+    launch_processes,
+    leave_process_group,
+    main_first,
+    reported_once,
+    started_by_torchrun,
+)
 from ghm_d2.engine.record import record_training
-from ghm_d2.engine.setup import build_config, setup_ghm_logger
+from ghm_d2.engine.setup import build_config, merge_arguments, setup_ghm_logger
 from ghm_d2.engine.submission import report_submissions
 from ghm_d2.engine.summary import summarize_training
 from ghm_d2.engine.trainer import GHMTrainer
@@ -32,77 +42,79 @@ _PROGRAM = "train_net.py"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run train_net.py.
+    """Run train_net.py, also as one of the processes that torchrun starts.
 
     Args:
         argv: the arguments without the program's name; `sys.argv[1:]` by default.
 
     Raises:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr; code 1
-            where the results are not those of `TEST.EXPECTED_RESULTS`.
+            where the results are not those of `TEST.EXPECTED_RESULTS`; code 75 where SIGTERM
+            stopped a training, which `--resume` takes up again.
     """
-    with exits_with_one_sentence(_PROGRAM):
+    with exits_with_one_sentence(_PROGRAM), reported_once():
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
-        cfg, datasets = build_config(args)
-        check_all(cfg, args)
-        cfg.freeze()
-        try:
-            launch(
-                _work,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args, cfg, datasets),
-            )
-        except ProcessExitedException as error:
-            if error.exit_code < 0:  # a signal
-                raise
-            sys.exit(error.exit_code)  # the process has said why
+        args.restarted = False
+        if started_by_torchrun():
+            _join(args)
+            _work(args, *main_first(lambda: _prepare(args)))
+        else:
+            launch_processes(_work, args, *_prepare(args))
+
+
+def _prepare(args: argparse.Namespace) -> tuple[CfgNode, list[CocoDataset]]:
+    cfg, datasets = build_config(args)
+    check_all(cfg, args)
+    cfg.freeze()
+    return cfg, datasets
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Joins the job that torchrun has started, which goes on where it was if it was restarted."""
+    cfg = merge_arguments(args)
+    join_torchrun(args, cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu")
+    if args.eval_only:
+        return
+    args.restarted = is_restarted()
+    if not (args.restarted or args.resume) and comm.is_main_process():
+        # Or a restart would go on with them.
+        set_last_checkpoint_aside(cfg.OUTPUT_DIR)
+    args.resume = args.resume or args.restarted
 
 
 def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -> None:
     """One process of the job."""
-    if comm.get_world_size() > 1:
+    if comm.get_world_size() > 1 and not started_by_torchrun():
         add_ghm_config(get_cfg())  # a spawned process has registered nothing yet
         for dataset in datasets:
             register_coco_dataset(dataset)
     default_setup(cfg, args)
     setup_ghm_logger(cfg, comm.get_rank())
-    with exits_with_one_sentence(_PROGRAM):
+    with exits_with_one_sentence(_PROGRAM), reported_once():
         try:
             _evaluate(args, cfg) if args.eval_only else _train(args, cfg)
-        except UserError:
-            if not comm.is_main_process():
-                # The first process to leave ends the others: where all of them found the same
-                # mistake, this lets the main one report it alone.
-                time.sleep(10)
+        except Preempted:
+            leave_process_group()
             raise
-    _leave_process_group()
-
-
-def _leave_process_group() -> None:
-    """Ends the communication threads while the interpreter still runs.
-
-    Detectron2 leaves them to the exit of the process, where gloo's were seen to abort it (once
-    in some dozens of runs). Nobody leaves before all have arrived: process 0 holds the store that
-    the others use.
-    """
-    if comm.get_world_size() > 1:
-        comm.synchronize()
-        dist.destroy_process_group()
+    leave_process_group()
 
 
 def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
     start = time.perf_counter()
+    if comm.is_main_process():
+        remove_partial_files(cfg.OUTPUT_DIR)
     trainer = GHMTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter >= trainer.max_iter:
+        if args.restarted:  # it failed in its evaluation
+            return _evaluate(args, cfg)
         raise UserError(
             f"--resume: {trainer.start_iter} iterations are done already and SOLVER.MAX_ITER is "
             f"{trainer.max_iter}: give a larger one, or evaluate with --eval-only --resume."
         )
     if comm.is_main_process():
+        if trainer.start_iter:
+            cut_logs(cfg.OUTPUT_DIR, trainer.start_iter)
         record_training(trainer.cfg, args)
     trainer.train()
     if comm.is_main_process():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ghm_d2.config import add_ghm_config
@@ -22,7 +23,7 @@ from ghm_d2.data import (
 )
 from ghm_d2.errors import UserError
 
-__all__ = ["build_config", "merge_config_file", "setup_ghm_logger"]
+__all__ = ["build_config", "merge_arguments", "merge_config_file", "setup_ghm_logger"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,10 @@ def build_config(
     Raises:
         UserError: the config or the data is wrong.
     """
-    cfg = get_cfg()
-    add_ghm_config(cfg)
-    merge_config_file(cfg, args.config_file)
-    _merge_pairs(cfg, args.opts)
+    cfg = merge_arguments(args)
     try:
         if log_to_file:
-            setup_ghm_logger(cfg, rank=0)
+            setup_ghm_logger(cfg, comm.get_rank())
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written ({error}).") from error
     _choose_device(cfg, args)
@@ -68,6 +66,19 @@ def build_config(
         _choose_splits(cfg, names, given, args.eval_only)
         _set_num_classes(cfg, datasets[0], given)
     return cfg, datasets
+
+
+def merge_arguments(args: argparse.Namespace) -> CfgNode:
+    """The config of the config file and the KEY VALUE pairs alone.
+
+    Raises:
+        UserError: one of the two is wrong.
+    """
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    merge_config_file(cfg, args.config_file)
+    _merge_pairs(cfg, args.opts)
+    return cfg
 
 
 def setup_ghm_logger(cfg: CfgNode, rank: int) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,21 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.data.loader import build_train_loader
+from ghm_d2.engine.agreement import of_main_process
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
+from ghm_d2.engine.preemption import StopOnSigterm
+from ghm_d2.engine.process_states import ProcessStates
 from ghm_d2.errors import UserError
+from ghm_d2.randomness import preserved
 
 __all__ = ["EVALUATOR_TYPES", "GHMTrainer", "inference_folder"]
 
@@ -71,8 +76,25 @@ class GHMTrainer(DefaultTrainer):
             super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, and the gradient statistics before the one that writes the logs."""
-        return [build_gradient_statistics(self.cfg, self.model), *super().build_hooks()]
+        """Detectron2's hooks, those around its checkpoints, and the gradient statistics."""
+        stock = super().build_hooks()
+        # Before evaluation and logs; the main process alone saves.
+        place = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))
+        place -= comm.is_main_process()
+        states = ProcessStates(self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        stop = StopOnSigterm(self.checkpointer, states)
+        stock.insert(place, states)
+        stock.insert(place + 1 + comm.is_main_process(), stop)
+        return [build_gradient_statistics(self.cfg, self.model), *stock]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Detectron2's; whether there is a checkpoint is what the main process finds."""
+        super().resume_or_load(resume and of_main_process(self.checkpointer.has_checkpoint()))
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+        """See :func:`~ghm_d2.data.loader.build_train_loader`."""
+        return build_train_loader(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -91,7 +113,8 @@ class GHMTrainer(DefaultTrainer):
         The file maps "TASK/FIGURE", after "NAME/" where there are several data sets, to a number,
         or to null where there is none.
         """
-        results = super().test(cfg, model, evaluators)
+        with preserved():  # a run that is resumed behind an evaluation does not repeat it
+            results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and results:
             figures = flatten_results_dict(results).items()
             plain = {k: v if math.isfinite(v) else None for k, v in figures}

@@ -1,0 +1,242 @@
+"""The training data as one numbered stream of images, which can go on from any batch.
+
+Detectron2's samplers choose the images. Here every image of their stream has a position, images
+are grouped by aspect ratio before any of them is loaded, and an augmentation is drawn from (seed,
+position). So the k-th batch is the same however many workers load it, and skipping batches costs
+nothing but counting.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import _train_loader_from_config
+from detectron2.utils import comm
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ghm_d2.data.workers import outlive_sigterm
+from ghm_d2.randomness import numpy_state, preserved, seeded, set_numpy_state
+
+__all__ = ["TrainLoader", "build_train_loader"]
+
+logger = logging.getLogger(__name__)
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
+def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[list[dict]]:
+    """Detectron2's ``build_detection_train_loader`` with batches that a resumed run finds again.
+
+    With ``DATALOADER.NUM_WORKERS`` 0 or 1 the images come in Detectron2's order, with more also
+    where ``DATALOADER.ASPECT_RATIO_GROUPING`` is off (with it Detectron2's order depends on the
+    number of workers).
+
+    Args:
+        cfg: every key that Detectron2's loader reads.
+        mapper: from a dataset dict to a sample; None: Detectron2's ``DatasetMapper``. Its random
+            numbers must come from Python's, NumPy's or PyTorch's global generators.
+
+    Returns:
+        A :class:`TrainLoader`; Detectron2's own loader, after a warning, where a data set is a
+        ``torch.utils.data.Dataset`` instead of a list.
+    """
+    # A sampler is named so that none is built yet: its seeds must be drawn where they are noted.
+    parts = _train_loader_from_config(cfg, mapper, sampler=())
+    records, mapper = parts["dataset"], parts["mapper"]
+
+    def build_sampler() -> Sampler:
+        return _train_loader_from_config(cfg, mapper, dataset=records)["sampler"]
+
+    if not isinstance(records, list):
+        logger.warning(
+            "%s is no list of dataset dicts: a resumed training will not go on with the images "
+            "where it stopped",
+            ", ".join(cfg.DATASETS.TRAIN),
+        )
+        return build_detection_train_loader(**{**parts, "sampler": build_sampler()})
+    return TrainLoader(
+        records,
+        mapper,
+        build_sampler,
+        total_batch_size=parts["total_batch_size"],
+        aspect_ratio_grouping=parts["aspect_ratio_grouping"],
+        num_workers=parts["num_workers"],
+    )
+
+
+class TrainLoader:
+    """Endless batches for one process, lists of samples; see the module's description."""
+
+    def __init__(
+        self,
+        records: list[dict[str, Any]],
+        mapper: Mapper,
+        build_sampler: Callable[[], Sampler],
+        *,
+        total_batch_size: int,
+        aspect_ratio_grouping: bool,
+        num_workers: int,
+    ) -> None:
+        """
+        Args:
+            records: dataset dicts.
+            mapper: from one of them to a sample.
+            build_sampler: builds one of Detectron2's training samplers; whatever seed it needs is
+                drawn from NumPy's global generator.
+            total_batch_size: images in a batch over all processes.
+            aspect_ratio_grouping: whether a batch holds either wide images or others.
+            num_workers: processes that load images; 0: this one.
+        """
+        self._build_sampler = build_sampler
+        self._batch_size = total_batch_size // comm.get_world_size()
+        self._wide = _wide(records) if aspect_ratio_grouping else None
+        self._num_workers = num_workers
+        self._skip = 0
+        self._draw_seeds()
+        logger.info("Making batched data loader with batch_size=%d", self._batch_size)
+        self._dataset = _Samples(DatasetFromList(records, copy=False), mapper)
+
+    def _draw_seeds(self) -> None:
+        self._seeds = numpy_state()
+        self._sampler = self._build_sampler()
+        self._augmentation_seed = comm.shared_random_seed()
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        self._dataset.seed = self._augmentation_seed
+        loader = DataLoader(
+            self._dataset,
+            # Images one by one, as Detectron2 has them: few are in memory at the same time.
+            sampler=_Stream(self._sampler, self._batch_size, self._wide, self._skip),
+            batch_size=None,
+            num_workers=self._num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=outlive_sigterm,
+            generator=torch.Generator(),  # the global one belongs to the model
+        )
+        samples = iter(loader)
+        try:
+            while True:
+                yield list(itertools.islice(samples, self._batch_size))
+        finally:
+            # An exception that holds the iterator would keep its workers until SIGTERM, and longer.
+            if self._num_workers:
+                samples._shutdown_workers()
+
+    def state_dict(self, batches: int) -> dict[str, Any]:
+        """
+        Args:
+            batches: how many this object has given away.
+
+        Returns:
+            What :meth:`load_state_dict` needs to go on behind them; that of the main process is
+            everybody's.
+        """
+        return {
+            "batches": self._skip + batches,
+            "batch_size": self._batch_size,
+            "processes": comm.get_world_size(),
+            "images": len(self._dataset),
+            "seeds": self._seeds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state, before the first batch; every process calls it with the same one.
+
+        Where the number of images in a batch or of processes has changed, a warning says so and
+        the stream goes on where as many images have been used; other data starts a new stream.
+        """
+        if state["images"] != len(self._dataset):
+            logger.warning(
+                "the training data has %d images and had %d when the checkpoint was written: the "
+                "order of images starts anew",
+                len(self._dataset),
+                state["images"],
+            )
+            return
+        seeds = state["seeds"]
+        if not (
+            seeds["position"] == self._seeds["position"]
+            and torch.equal(seeds["words"], self._seeds["words"])
+        ):
+            with preserved():
+                set_numpy_state(seeds)
+                self._draw_seeds()
+        old = state["processes"], state["batch_size"]
+        new = comm.get_world_size(), self._batch_size
+        self._skip = state["batches"] * old[0] * old[1] // (new[0] * new[1])
+        if old != new:
+            logger.warning(
+                "the checkpoint is of %d process(es) with %d image(s) each, this run has %d with "
+                "%d: the images go on where as many have been used, but in other batches, so this "
+                "epoch may use a few of them twice and leave a few out",
+                *old,
+                *new,
+            )
+
+
+class _Stream(Sampler):
+    """(position, index) of every image, batch after batch, in one process."""
+
+    def __init__(
+        self, sampler: Sampler, batch_size: int, wide: np.ndarray | None, skip: int
+    ) -> None:
+        self._sampler, self._batch_size, self._wide, self._skip = sampler, batch_size, wide, skip
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rank, world = comm.get_rank(), comm.get_world_size()
+        skip = self._skip
+        buckets: tuple[list, list] = ([], [])
+        for number, index in enumerate(self._sampler):
+            bucket = buckets[0 if self._wide is None else int(self._wide[index])]
+            # Counted over all processes, so that their augmentations differ.
+            bucket.append((number * world + rank, int(index)))
+            if len(bucket) == self._batch_size:
+                if skip:
+                    skip -= 1
+                else:
+                    yield from bucket
+                bucket.clear()
+
+
+class _Samples(Dataset):
+    """The sample of a (position, index)."""
+
+    seed = 0
+
+    def __init__(self, records: Dataset, mapper: Mapper) -> None:
+        self._records, self._mapper = records, mapper
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        position, index = item
+        with seeded(self.seed, position):
+            while (sample := self._mapper(self._records[index])) is None:
+                # As Detectron2 has it: a mapper may refuse an image, and another one replaces it.
+                logger.warning("the mapper refused image %d: another one replaces it", index)
+                index = int(np.random.randint(len(self)))
+        return sample
+
+
+def _as_it_is(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample
+
+
+def _wide(records: list[dict[str, Any]]) -> np.ndarray:
+    """Whether each image is wider than it is high, bool (images,)."""
+    return np.array([width > height for width, height in map(_size, records)], dtype=bool)
+
+
+def _size(record: dict[str, Any]) -> tuple[int, int]:
+    if "width" in record and "height" in record:
+        return record["width"], record["height"]
+    with Image.open(record["file_name"]) as image:  # reads the header alone
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation, which Detectron2 applies
+        return image.size[::-1] if turned else image.size

@@ -1,0 +1,146 @@
+"""What a checkpoint of Detectron2 forgets, so that a resumed run is the run that was stopped."""
+
+import logging
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ghm_d2.data.loader import TrainLoader
+from ghm_d2.randomness import get_random_state, set_random_state
+
+__all__ = ["ProcessStates"]
+
+logger = logging.getLogger(__name__)
+
+
+class ProcessStates(HookBase):
+    """Adds to every checkpoint the random state and the buffers of each process, and the place in
+    the data.
+
+    Detectron2 saves the model of the main process, the optimizer and the schedule. Without
+    MODEL.GHM.SYNC every process has running counts of its own (and with BatchNorm statistics); a
+    RetinaNet's running number of positives is a plain number in no checkpoint at all.
+
+    It runs in every process, after the schedule and before the hook that saves. Tensors and plain
+    values are all it saves, which Detectron2 opens too.
+    """
+
+    def __init__(self, period: int) -> None:
+        """
+        Args:
+            period: of the checkpoints, in iterations.
+        """
+        self._period = period
+        self._states: list[dict[str, Any]] = []
+        self._iteration = -1
+        self._random_state: dict[str, Any] | None = None
+
+    def before_train(self) -> None:
+        """Restores the random state as late as possible: building the model draws numbers too."""
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
+
+    def after_step(self) -> None:
+        """Collects where a checkpoint is due."""
+        following = self.trainer.iter + 1
+        if following % self._period == 0 or following >= self.trainer.max_iter:
+            self.collect()
+
+    def after_train(self) -> None:
+        """Ends the processes that load images; none is needed for what follows."""
+        self.trainer._trainer._data_loader_iter_obj = None
+
+    def collect(self) -> None:
+        """Brings the states of all processes to the main one; all of them call it together."""
+        if self._iteration != self.trainer.iter:
+            self._states = _differences(comm.gather(_process_state(_model(self.trainer))))
+            self._iteration = self.trainer.iter
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was collected after this iteration; nothing where that was not done."""
+        if self._iteration != self.trainer.iter:
+            if comm.get_world_size() > 1:  # this process alone was asked for a checkpoint
+                return {}
+            self.collect()
+        state: dict[str, Any] = {"processes": self._states}
+        loader = self.trainer.data_loader
+        if isinstance(loader, TrainLoader):
+            state["data"] = loader.state_dict(self.trainer.iter + 1 - self.trainer.start_iter)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores this process' part; what does not fit this run is a warning."""
+        states, rank, world = state["processes"], comm.get_rank(), comm.get_world_size()
+        if len(states) != world:
+            logger.warning(
+                "the checkpoint is of %d process(es) and this run has %d: those without a state of "
+                "their own start with the running counts of the first one and new random numbers",
+                len(states),
+                world,
+            )
+        if rank < len(states):
+            own = states[rank]
+            self._random_state = own["random"]
+            model = _model(self.trainer)
+            _load_buffers(model, own["buffers"])
+            for name, module in _normalized(model):
+                module.loss_normalizer = own["normalizers"].get(name, module.loss_normalizer)
+        loader = self.trainer.data_loader
+        if isinstance(loader, TrainLoader) and "data" in state:
+            loader.load_state_dict(state["data"])
+        else:
+            logger.warning("the order of images starts anew: the data loader keeps no place in it")
+
+
+def _model(trainer: Any) -> nn.Module:
+    return getattr(trainer.model, "module", trainer.model)
+
+
+def _process_state(model: nn.Module) -> dict[str, Any]:
+    return {
+        "random": get_random_state(),
+        "buffers": {name: x.detach().cpu() for name, x in _buffers(model).items()},
+        "normalizers": {name: module.loss_normalizer for name, module in _normalized(model)},
+    }
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that are saved with the model."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: x for name, x in model.named_buffers() if name in saved}
+
+
+def _normalized(model: nn.Module) -> list[tuple[str, DenseDetector]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, DenseDetector)
+        and isinstance(vars(module).get("loss_normalizer"), float)
+    ]
+
+
+def _differences(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leaves the buffers that are equal in all processes, nearly all of them, to the model."""
+    for state in states[1:]:
+        first = states[0]["buffers"]
+        state["buffers"] = {
+            name: x for name, x in state["buffers"].items() if not torch.equal(x, first[name])
+        }
+    for state in states[:1]:  # the model's own
+        state["buffers"] = {}
+    return states
+
+
+@torch.no_grad()
+def _load_buffers(model: nn.Module, buffers: dict[str, Tensor]) -> None:
+    known = _buffers(model)
+    for name, x in buffers.items():
+        if name in known and known[name].shape == x.shape:
+            known[name].copy_(x)
+        else:
+            logger.warning("the checkpoint's %s of this process does not fit the model", name)

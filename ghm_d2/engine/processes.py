@@ -1,0 +1,173 @@
+"""The processes of a job: started by torchrun, or by Detectron2's launcher."""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from ghm_d2.engine.agreement import any_process
+from ghm_d2.errors import UserError
+
+__all__ = [
+    "is_restarted",
+    "join_torchrun",
+    "launch_processes",
+    "leave_process_group",
+    "main_first",
+    "reported_once",
+    "started_by_torchrun",
+]
+
+Result = TypeVar("Result")
+
+_SIGTERM_EXIT = 128 + signal.SIGTERM
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of a job that torchrun has started."""
+    return dist.is_torchelastic_launched()
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has restarted this job after a failure; every process must ask.
+
+    Machines count the failures of their own processes, so they have to agree.
+    """
+    if not started_by_torchrun():
+        return False
+    return any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+
+
+def join_torchrun(args: argparse.Namespace, device: str) -> None:
+    """Makes this process, which torchrun has started, part of its job.
+
+    Args:
+        args: the command line; gets what torchrun has chosen: `num_gpus`, `num_machines`,
+            `machine_rank` and `dist_url`.
+        device: MODEL.DEVICE; "cpu" communicates by gloo, GPUs by nccl.
+
+    Raises:
+        UserError: the command line asks for other processes, or the machines are not alike.
+    """
+    world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    given = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
+    if given not in ((1, 1, 0, "auto"), (here, 1, 0, "auto")):
+        raise UserError(
+            "torchrun chooses the processes: leave --num-gpus, --num-machines, --machine-rank and "
+            "--dist-url out."
+        )
+    if world % here:
+        raise UserError(
+            f"every machine must run as many processes: --nproc-per-node is {here} on this one, "
+            f"and the job has {world}."
+        )
+    args.num_gpus, args.num_machines = here, world // here
+    args.machine_rank, args.dist_url = int(os.environ["RANK"]) // here, "env://"
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        if here > torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node {here} is more than the {torch.cuda.device_count()} GPUs of "
+                "this machine."
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if world > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+        comm.create_local_process_group(here)
+
+
+def main_first(prepare: Callable[[], Result]) -> Result:
+    """Calls a function in the first process of each machine and then in the others.
+
+    Files that it makes are made once, and the others find them.
+
+    Raises:
+        UserError: it was raised somewhere; the same one in all processes.
+    """
+    result, failure = None, None
+    for first in (True, False):
+        if (comm.get_local_rank() == 0) == first:
+            try:
+                result = prepare()
+            except UserError as error:
+                failure = str(error)
+        failures = [text for text in comm.all_gather(failure) if text is not None]
+        if failures:
+            raise UserError(failures[0])
+    return result
+
+
+@contextlib.contextmanager
+def reported_once() -> Iterator[None]:
+    """Lets the main process alone report a mistake of the user that all of them meet."""
+    try:
+        yield
+    except UserError:
+        rank = int(os.environ["RANK"]) if started_by_torchrun() else comm.get_rank()
+        if rank:
+            time.sleep(10)  # the first process to leave ends the others
+        raise
+
+
+def launch_processes(work: Callable[..., None], args: argparse.Namespace, *more: Any) -> None:
+    """Calls ``work(args, *more)`` in the processes that the command line asks for.
+
+    SIGTERM goes on to them.
+
+    Raises:
+        SystemExit: with the exit code of the first one that failed; it has said why.
+    """
+    try:
+        several = args.num_gpus * args.num_machines > 1
+        with _passes_sigterm_on() if several else contextlib.nullcontext():
+            launch(
+                work,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args, *more),
+            )
+    except ProcessExitedException as error:
+        if error.exit_code == -signal.SIGTERM:  # not yet in its training
+            sys.exit(_SIGTERM_EXIT)
+        if error.exit_code < 0:
+            raise
+        sys.exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def _passes_sigterm_on() -> Iterator[None]:
+    def pass_on(*_: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def leave_process_group() -> None:
+    """Ends the communication threads while the interpreter still runs.
+
+    Left to the exit of the process, as Detectron2 does, gloo's were seen to abort it (once in some
+    dozens of runs). Nobody leaves before all have arrived: process 0 holds the store that the
+    others use.
+    """
+    if comm.get_world_size() > 1:
+        comm.synchronize()
+        dist.destroy_process_group()
