@@ -88,8 +88,9 @@ class ProcessStates(HookBase):
             self._random_state = own["random"]
             model = _model(self.trainer)
             _load_buffers(model, own["buffers"])
-            for name, module in _normalized(model):
-                module.loss_normalizer = own["normalizers"].get(name, module.loss_normalizer)
+            for name, module in _dense_detectors(model).items():
+                if name in own["normalizers"]:
+                    module.loss_normalizer = own["normalizers"][name]
         loader = self.trainer.data_loader
         if isinstance(loader, TrainLoader) and "data" in state:
             loader.load_state_dict(state["data"])
@@ -105,7 +106,11 @@ def _process_state(model: nn.Module) -> dict[str, Any]:
     return {
         "random": get_random_state(),
         "buffers": {name: x.detach().cpu() for name, x in _buffers(model).items()},
-        "normalizers": {name: module.loss_normalizer for name, module in _normalized(model)},
+        "normalizers": {
+            name: float(module.loss_normalizer)
+            for name, module in _dense_detectors(model).items()
+            if hasattr(module, "loss_normalizer")  # from its first step on
+        },
     }
 
 
@@ -115,13 +120,9 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in model.named_buffers() if name in saved}
 
 
-def _normalized(model: nn.Module) -> list[tuple[str, DenseDetector]]:
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, DenseDetector)
-        and isinstance(vars(module).get("loss_normalizer"), float)
-    ]
+def _dense_detectors(model: nn.Module) -> dict[str, DenseDetector]:
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, DenseDetector)}
 
 
 def _differences(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
