@@ -1,5 +1,7 @@
 """RestrictedCheckpointer: what Detectron2's loads, it loads alike; code and misfits are refused."""
 
+import errno
+import logging
 import os
 import pickle
 
@@ -13,6 +15,12 @@ from foreign import Call
 from tiny import unregister_all, write_coco
 
 from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.checkpoint.checkpointer import (
+    newest_checkpoint,
+    remove_partial_files,
+    set_last_checkpoint_aside,
+)
+from ghm_d2.checkpoint.files import whole_file
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer
 from ghm_d2.errors import UserError
@@ -161,3 +169,120 @@ def test_the_trainer_uses_it(tmp_path):
         assert defaults.DetectionCheckpointer is DetectionCheckpointer
     finally:
         unregister_all()
+
+
+# --- written whole, and found again ---------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """OUTPUT_DIR with the checkpoints of iterations 2, 5 and 8."""
+    checkpointer = RestrictedCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    for iteration in (2, 5, 8):
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+    return tmp_path
+
+
+def resumed(folder):
+    checkpointer = RestrictedCheckpointer(torch.nn.Linear(2, 2), str(folder))
+    return checkpointer.resume_or_load("", resume=True)["iteration"]
+
+
+def test_what_it_writes_is_what_detectron2_writes(folder, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir(), theirs.mkdir()
+    for cls, place in ((RestrictedCheckpointer, ours), (DetectionCheckpointer, theirs)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9)
+        cls(model, str(place), optimizer=optimizer).save("model_final", iteration=7)
+    assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
+    assert (ours / "last_checkpoint").read_text() == (theirs / "last_checkpoint").read_text()
+    a, b = (torch.load(x / "model_final.pth", weights_only=True) for x in (ours, theirs))
+    assert a.keys() == b.keys() and a["optimizer"] == b["optimizer"] and a["iteration"] == 7
+    assert all(torch.equal(a["model"][k], v) for k, v in b["model"].items())
+
+
+class Full:
+    """A checkpointable that ends the disk's space in the middle of a file."""
+
+    def __init__(self, monkeypatch):
+        self._monkeypatch = monkeypatch
+
+    def state_dict(self):
+        def write(file, *args):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        self._monkeypatch.setattr("ghm_d2.checkpoint.files.os.fsync", write)
+        return {}
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(folder, monkeypatch):
+    checkpointer = RestrictedCheckpointer(
+        torch.nn.Linear(2, 2), str(folder), full=Full(monkeypatch)
+    )
+    before = sorted(os.listdir(folder))
+    for name in ("model_0000011", "model_0000008"):  # a new file, and one that is there
+        with pytest.raises(
+            UserError, match="cannot be written .No space left.*go on with --resume"
+        ):
+            checkpointer.save(name, iteration=11)
+    assert sorted(os.listdir(folder)) == before and resumed(folder) == 8
+
+
+def test_torch_s_error_of_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="x.pth cannot be written .No space left"):  # noqa: SIM117
+        with whole_file(str(tmp_path / "x.pth")):
+            with open("/dev/full", "wb", buffering=0) as full:
+                torch.save({"x": torch.zeros(9)}, full)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-200]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.unlink(),
+        lambda file: torch.save({"iteration": 8}, file),
+    ],
+    ids=["cut", "empty", "gone", "no model"],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, damage, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
+    damage(folder / "model_0000008.pth")
+    assert resumed(folder) == 5
+    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("ghm_d2")]
+    assert "model_0000008.pth" in warning and warning.endswith("going back to model_0000005.pth")
+    assert newest_checkpoint(str(folder))[0] == "model_0000005.pth"
+
+
+def test_none_that_can_be_read_is_one_sentence(folder):
+    for file in folder.glob("*.pth"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no checkpoint in .*_0000008.*_0000005.*_0000002.*leave"):
+        resumed(folder)
+
+
+def test_which_one_is_the_newest(folder):
+    """The one that last_checkpoint names, whatever an earlier training has left."""
+    (folder / "last_checkpoint").write_text("model_0000005.pth")
+    assert newest_checkpoint(str(folder)) == ("model_0000005.pth", [])
+    (folder / "model_0000005.pth").write_bytes(b"")
+    assert newest_checkpoint(str(folder))[0] == "model_0000002.pth"
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    assert newest_checkpoint(str(folder))[0] == "model_0000008.pth"
+    (folder / "last_checkpoint").write_text("")
+    assert newest_checkpoint(str(folder))[0] == "model_0000008.pth"
+    set_last_checkpoint_aside(str(folder))
+    assert newest_checkpoint(str(folder)) == (None, [])
+
+
+def test_what_a_kill_leaves_is_removed(folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
+    caplog.set_level(logging.INFO, "ghm_d2")
+    before = sorted(os.listdir(folder))
+    for name in ("model_0000011.pth.part", "last_checkpoint.part"):
+        (folder / name).write_bytes(b"cut off")
+    remove_partial_files(str(folder))
+    assert sorted(os.listdir(folder)) == before
+    assert "model_0000011.pth.part" in caplog.text and "last_checkpoint.part" in caplog.text

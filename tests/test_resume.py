@@ -1,7 +1,9 @@
 """A resumed training is the training that was stopped, bit for bit; whatever it was stopped by."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import torch
 from PIL import Image
 from tiny import RETINANET, ROOT, coco_content, forget_program, tiny_pairs
 
-from ghm_d2.engine import main
+from ghm_d2.engine import GHMTrainer, main
+from ghm_d2.engine.preemption import PREEMPTED
 
 RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50.yaml")
 SIZES = [(64, 48), (48, 64), (64, 64), (72, 40), (40, 72), (64, 32), (56, 40)]  # width, height
@@ -101,3 +104,63 @@ def test_resumed_is_undisturbed(train, tmp_path, config, words):
     words += ["DATALOADER.NUM_WORKERS", 0] if config == RETINANET else []
     train(parts, *words, "--resume", config=config)
     same(final(tmp_path / "whole"), final(parts))
+
+
+def test_sigterm_saves_and_stops(train, tmp_path, monkeypatch, capfd):
+    """The step is finished, and the resumed run is the undisturbed one."""
+    train(tmp_path / "whole", "SEED", 3)
+    run_step = GHMTrainer.run_step
+
+    def signalled(trainer):
+        if trainer.iter == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # by the cluster and by a launcher
+        run_step(trainer)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(GHMTrainer, "run_step", signalled)
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / "parts", "SEED", 3, "DATALOADER.NUM_WORKERS", 1)
+    assert stop.value.code == PREEMPTED == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    error = capfd.readouterr().err
+    assert error.count("SIGTERM: a checkpoint will be written after this step\n") == 1
+    assert "Stopped by SIGTERM after 4 of 6 iterations" in error
+    assert "model_0000003.pth is written: go on with --resume." in error
+    (tmp_path / "parts" / "model_0000005.pth.part").write_text("of a process that was killed")
+    train(tmp_path / "parts", "SEED", 3, "--resume")
+    same(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    assert not list((tmp_path / "parts").glob("*.part"))
+
+
+def test_sigterm_during_the_last_step_changes_nothing(train, tmp_path, monkeypatch):
+    run_step = GHMTrainer.run_step
+
+    def signalled(trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        run_step(trainer)
+
+    monkeypatch.setattr(GHMTrainer, "run_step", signalled)
+    train(tmp_path / "out", "SOLVER.MAX_ITER", 1)
+    assert final(tmp_path / "out")["iteration"] == 0
+
+
+def test_checkpoints_of_detectron2_and_of_other_runs(train, tmp_path, capsys):
+    """What is missing or does not fit is a warning, and the training goes on."""
+    train(tmp_path / "out", "SOLVER.MAX_ITER", 1)
+    checkpoint = final(tmp_path / "out")
+    states = checkpoint["trainer"]["hooks"]["ProcessStates"]
+    states["processes"] *= 2
+    states["data"].update(processes=2, batch_size=1)
+    torch.save(checkpoint, tmp_path / "out" / "model_final.pth")
+    train(tmp_path / "out", "--resume", "SOLVER.MAX_ITER", 2)
+    text = capsys.readouterr().out
+    assert "the checkpoint is of 2 process(es) and this run has 1" in text
+    assert "2 process(es) with 1 image(s) each, this run has 1 with 2" in text
+    checkpoint = final(tmp_path / "out")
+    del checkpoint["trainer"]["hooks"]["ProcessStates"]
+    torch.save(checkpoint, tmp_path / "out" / "model_final.pth")
+    train(tmp_path / "out", "--resume", "SOLVER.MAX_ITER", 3)
+    text = capsys.readouterr().out
+    assert "holds no state of the processes" in text and "Trained to iteration 3" in text

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,8 @@ from ghm_d2.errors import UserError
 from ghm_d2.randomness import preserved
 
 __all__ = ["EVALUATOR_TYPES", "GHMTrainer", "inference_folder"]
+
+logger = logging.getLogger(__name__)
 
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
@@ -90,6 +93,15 @@ class GHMTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Detectron2's; whether there is a checkpoint is what the main process finds."""
         super().resume_or_load(resume and of_main_process(self.checkpointer.has_checkpoint()))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Detectron2's; warns of a checkpoint that a training without `ProcessStates` has saved."""
+        super().load_state_dict(state_dict)
+        if ProcessStates.__qualname__ not in state_dict.get("hooks", {}):
+            logger.warning(
+                "the checkpoint holds no state of the processes: the order of images and random "
+                "numbers start anew, and every process has the running counts of the main one"
+            )
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
