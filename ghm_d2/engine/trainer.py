@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -21,11 +22,14 @@ from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
+from ghm_d2.engine.finite import FiniteCheck, FiniteWeights, WithoutTracebacks
 from ghm_d2.errors import UserError
 
 __all__ = ["EVALUATOR_TYPES", "GHMTrainer", "inference_folder"]
 
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
+
+_WITHOUT_TRACEBACKS = WithoutTracebacks()
 
 
 @contextlib.contextmanager
@@ -69,10 +73,19 @@ class GHMTrainer(DefaultTrainer):
         ddp = _ddp_without_device_ids() if on_cpu else contextlib.nullcontext()
         with ddp, _restricted_checkpointer():
             super().__init__(cfg)
+        self._finite = FiniteCheck(cfg, self._trainer, self.checkpointer.get_checkpoint_file)
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, and the gradient statistics before the one that writes the logs."""
-        return [build_gradient_statistics(self.cfg, self.model), *super().build_hooks()]
+        """Detectron2's hooks, behind the gradient statistics and a look at the weights."""
+        statistics = build_gradient_statistics(self.cfg, self.model)
+        weights = FiniteWeights(self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [statistics, weights, *super().build_hooks()]
+
+    def run_step(self) -> None:
+        """Detectron2's step, stopped before the optimizer where something is not finite."""
+        with self._finite.guard(self.iter):
+            super().run_step()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
