@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
@@ -20,6 +25,7 @@ from detectron2.utils import comm
 
 from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.engine.finite import FiniteCheck, FiniteWeights, WithoutTracebacks
@@ -86,6 +92,18 @@ class GHMTrainer(DefaultTrainer):
         """Detectron2's step, stopped before the optimizer where something is not finite."""
         with self._finite.guard(self.iter):
             super().run_step()
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's, over images that can be read."""
+        mapper = ReadableMapper(DatasetMapper(cfg, True), is_train=True)
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Likewise."""
+        mapper = ReadableMapper(DatasetMapper(cfg, False), is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
