@@ -240,6 +240,7 @@ def validate_ghm_config(cfg: CN) -> None:
     Raises:
         UserError: one sentence that names the key, what it holds and what is allowed.
     """
+    _check_types(cfg.MODEL.GHM, _defaults().MODEL.GHM, "MODEL.GHM")
     period = cfg.MODEL.GHM.STATISTICS_PERIOD
     if period < 0 or period % 20:
         raise UserError(
@@ -258,6 +259,27 @@ def validate_ghm_config(cfg: CN) -> None:
         if cfg.MODEL.ROI_HEADS.NAME == "GHMROIHeads":
             _validate_pair(cfg, "ROI_BOX_HEAD")
             check_box_head(cfg)
+
+
+def _defaults() -> CN:
+    cfg = CN({"MODEL": CN()})
+    add_ghm_config(cfg)
+    return cfg
+
+
+def _check_types(node: CN, default: CN, prefix: str) -> None:
+    """Code may set any value: only files and command lines pass Detectron2's check of types."""
+    for key, expected in default.items():
+        name, value = f"{prefix}.{key}", node[key]
+        if isinstance(expected, CN):
+            if not isinstance(value, CN):
+                raise UserError(f"{name} must hold keys of its own, got {value!r}")
+            _check_types(value, expected, name)
+            continue
+        wanted = (int, float) if isinstance(expected, float) else type(expected)
+        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(expected, bool):
+            kind = type(expected).__name__
+            raise UserError(f"{name} must be of type {kind}, as in {expected!r}, got {value!r}")
 
 
 def _validate_pair(cfg: CN, part: str) -> None:

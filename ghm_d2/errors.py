@@ -12,10 +12,12 @@ USER_ERROR = 2  # exit code, as argparse has it
 class UserError(ValueError):
     """A mistake in a command, config or data set; its message is one sentence with the way out."""
 
+    exit_code = USER_ERROR
+
 
 @contextlib.contextmanager
 def exits_with_one_sentence(program: str) -> Iterator[None]:
-    """Turns a mistake of the user into one sentence on stderr and exit code 2.
+    """Turns a mistake of the user into one sentence on stderr and its exit code (2).
 
     Args:
         program: name of the script, with which the sentence begins.
@@ -27,4 +29,4 @@ def exits_with_one_sentence(program: str) -> Iterator[None]:
         yield
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(error.exit_code)

@@ -95,7 +95,7 @@ def broken(change):
         (broken(lambda c: [a.update(iscrowd=1) for a in c["annotations"]]), "crowd"),
         (
             broken(lambda c: c["images"][4].update(file_name="gone.png")),
-            "1 of the 6 images .* missing .* gone.png",
+            "image 5 .gone.png. is missing from .*images",
         ),
     ],
 )
@@ -135,7 +135,7 @@ def test_what_is_left_out_is_counted(tmp_path, caplog, monkeypatch):
     text = caplog.text
     assert "2 annotations belong to no listed image" in text
     assert "2 boxes have no positive width and height" in text
-    assert "1 of 6 images have no annotation" in text
+    assert "1 images have no annotation" in text
     register_coco_dataset(dataset)
     records = DatasetCatalog.get("reg")
     assert [len(r["annotations"]) for r in records] == [0, 2, 0, 2, 2, 2]

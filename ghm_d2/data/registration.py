@@ -1,12 +1,12 @@
 """COCO-format data named on the command line: parse, check, register.
 
-The checks read the annotation file once, before any process is launched, so that a mistake in the
-data costs a second and one sentence instead of a traceback after an hour.
+The checks read the annotation file and the headers of the images once, before any process is
+launched, so that a mistake in the data costs a second and one sentence instead of a traceback after
+an hour.
 """
 
 import json
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +14,9 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from tqdm import tqdm
 
+from ghm_d2.data.checks import KINDS, Findings, annotation_problems, row_problems
+from ghm_d2.data.image_checks import image_problems
 from ghm_d2.errors import UserError
 
 __all__ = [
@@ -23,16 +24,12 @@ __all__ = [
     "check_coco_dataset",
     "check_same_classes",
     "parse_dataset",
+    "read_annotations",
     "register_coco_dataset",
 ]
 
 logger = logging.getLogger(__name__)
 
-_REQUIRED_FIELDS = {
-    "categories": ("id", "name"),
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-}
 _registered_here: set[str] = set()
 
 
@@ -73,7 +70,7 @@ def parse_dataset(text: str) -> CocoDataset:
 
 
 def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDataset:
-    """Check the annotation file and the presence of every image; log what training will leave out.
+    """Check the annotation file and every image's header; log what training will leave out.
 
     Args:
         dataset: one `--dataset`.
@@ -90,24 +87,17 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
         raise UserError(
             f"--dataset {dataset.name}: the image folder {dataset.image_root} does not exist."
         )
-    content = _read(dataset)
+    logger.info("Checking data set %s (%s)", dataset.name, file)
+    content = read_annotations(file)
     labelled = labelled or "annotations" in content
-    for table, fields in _REQUIRED_FIELDS.items():
-        if table != "annotations" or labelled:
-            _check_rows(file, table, content.get(table), fields)
+    _refuse(file, Findings(1).add(row_problems(content, labelled=labelled)))
     images, annotations = content["images"], content.get("annotations", [])
-    image_ids = {image["id"] for image in images}
-    category_ids = {category["id"] for category in content["categories"]}
-
-    for annotation in annotations:
-        _check_annotation(file, annotation, category_ids)
-    _check_image_files(dataset, images)
-
-    usable = [a for a in annotations if not a.get("iscrowd", 0) and a["image_id"] in image_ids]
-    if labelled and not usable:
-        raise UserError(f"{file} holds no annotation that is not a crowd region of a listed image.")
+    found = Findings(1).add(annotation_problems(content))
+    _refuse(file, found)
+    found.add(image_problems(images, dataset.image_root, decode=False, name=dataset.name))
+    _refuse(file, found)
     if labelled:
-        _log_left_out(file, images, annotations)
+        _log_repairs(file, found)
     else:
         logger.warning("%s has no annotations: predictions are written, no AP is computed.", file)
     ordered = sorted(content["categories"], key=lambda category: category["id"])
@@ -118,18 +108,18 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
     )
 
 
-def _read(dataset: CocoDataset) -> dict[str, Any]:
-    file = dataset.json_file
-    logger.info("Checking data set %s (%s)", dataset.name, file)
+def read_annotations(file: str) -> dict[str, Any]:
+    """Reads an annotation file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else than one JSON object.
+    """
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
     except OSError as error:
-        raise UserError(
-            f"--dataset {dataset.name}: the annotation file {file} cannot be read "
-            f"({error.strerror})."
-        ) from error
-    except ValueError as error:  # broken JSON or not UTF-8
+        raise UserError(f"the annotation file {file} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:  # broken JSON or not UTF-8
         raise UserError(f"{file} is not a complete JSON file ({error}).") from error
     if not isinstance(content, dict):
         raise UserError(
@@ -139,65 +129,24 @@ def _read(dataset: CocoDataset) -> dict[str, Any]:
     return content
 
 
-def _check_rows(file: str, table: str, rows: Any, fields: Sequence[str]) -> None:
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f'{file} holds no {table}: its "{table}" must be a list that is not empty.')
-    seen = set()
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"{file}: entry {number} of {table} is not an object.")
-        for field in fields:
-            if row.get(field) is None:
-                raise UserError(f'{file}: entry {number} of {table} has no "{field}".')
-        if row["id"] in seen:
-            raise UserError(f"{file}: the id {row['id']!r} occurs more than once in {table}.")
-        seen.add(row["id"])
+def _refuse(file: str, found: Findings) -> None:
+    """Raises UserError for the first kind that stops a training, and counts the others."""
+    kinds = found.kinds("stops")
+    if not kinds:
+        return
+    number = found.counts[kinds[0]]
+    more = f" (the first of {number} such entries)" if number > 1 else ""
+    text = found.examples[kinds[0]][0]
+    colon = "" if text.startswith("holds ") else ":"  # of the file as a whole
+    raise UserError(f"{file}{colon} {text}{more}. tools/check_dataset.py lists everything.")
 
 
-def _check_annotation(file: str, annotation: dict[str, Any], category_ids: set[Any]) -> None:
-    where, box = f"{file}: annotation {annotation['id']!r}", annotation["bbox"]
-    if annotation["category_id"] not in category_ids:
-        raise UserError(
-            f"{where} has the category_id {annotation['category_id']!r}, "
-            "which is not among the categories."
-        )
-    numbers = isinstance(box, list) and len(box) == 4
-    if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
-        raise UserError(f"{where} has the bbox {box!r} instead of four finite numbers x, y, w, h.")
-    if annotation.get("ignore", 0):
-        raise UserError(f'{where} sets "ignore", which Detectron2 does not know: use "iscrowd".')
-
-
-def _check_image_files(dataset: CocoDataset, images: list[dict[str, Any]]) -> None:
-    progress = tqdm(images, desc=f"looking for the images of {dataset.name}", delay=2)
-    names = (image["file_name"] for image in progress)
-    missing = [n for n in names if not os.path.isfile(os.path.join(dataset.image_root, n))]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(images)} images of {dataset.json_file} are missing from "
-            f"{dataset.image_root}; the first is {missing[0]}."
-        )
-
-
-def _log_left_out(file: str, images: list[Any], annotations: list[Any]) -> None:
-    image_ids = {image["id"] for image in images}
-    if stray := sum(a["image_id"] not in image_ids for a in annotations):
-        logger.warning("%s: %d annotations belong to no listed image and are ignored.", file, stray)
-    if empty := sum(min(a["bbox"][2:]) <= 0 for a in annotations):
-        logger.warning(
-            "%s: %d boxes have no positive width and height: training drops them, evaluation "
-            "counts them as objects.",
-            file,
-            empty,
-        )
-    if bare := len(image_ids - {a["image_id"] for a in annotations}):
-        logger.info(
-            "%s: %d of %d images have no annotation; training leaves them out unless "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False.",
-            file,
-            bare,
-            len(images),
-        )
+def _log_repairs(file: str, found: Findings) -> None:
+    for kind in (*found.kinds("repaired"), *found.kinds("note")):
+        severity, meaning = KINDS[kind]
+        level = logging.WARNING if severity == "repaired" else logging.INFO
+        count, first = found.counts[kind], found.examples[kind][0]
+        logger.log(level, "%s: %d %s; the first: %s.", file, count, meaning, first)
 
 
 def _evaluable(annotation: dict[str, Any]) -> bool:

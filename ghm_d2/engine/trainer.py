@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
@@ -21,9 +21,11 @@ from detectron2.utils import comm
 from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.data.loader import build_train_loader
+from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.engine.agreement import of_main_process
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
+from ghm_d2.engine.finite import FiniteCheck, FiniteWeights, WithoutTracebacks
 from ghm_d2.engine.preemption import StopOnSigterm
 from ghm_d2.engine.process_states import ProcessStates
 from ghm_d2.errors import UserError
@@ -34,6 +36,8 @@ __all__ = ["EVALUATOR_TYPES", "GHMTrainer", "inference_folder"]
 logger = logging.getLogger(__name__)
 
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
+
+_WITHOUT_TRACEBACKS = WithoutTracebacks()
 
 
 @contextlib.contextmanager
@@ -77,6 +81,8 @@ class GHMTrainer(DefaultTrainer):
         ddp = _ddp_without_device_ids() if on_cpu else contextlib.nullcontext()
         with ddp, _restricted_checkpointer():
             super().__init__(cfg)
+        self._finite = FiniteCheck(cfg, self._trainer, self.checkpointer.get_checkpoint_file)
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, those around its checkpoints, and the gradient statistics."""
@@ -88,7 +94,13 @@ class GHMTrainer(DefaultTrainer):
         stop = StopOnSigterm(self.checkpointer, states)
         stock.insert(place, states)
         stock.insert(place + 1 + comm.is_main_process(), stop)
-        return [build_gradient_statistics(self.cfg, self.model), *stock]
+        statistics = build_gradient_statistics(self.cfg, self.model)
+        return [statistics, FiniteWeights(self.cfg.SOLVER.CHECKPOINT_PERIOD), *stock]
+
+    def run_step(self) -> None:
+        """Detectron2's step, stopped before the optimizer where something is not finite."""
+        with self._finite.guard(self.iter):
+            super().run_step()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Detectron2's; whether there is a checkpoint is what the main process finds."""
@@ -105,8 +117,14 @@ class GHMTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
-        """See :func:`~ghm_d2.data.loader.build_train_loader`."""
-        return build_train_loader(cfg)
+        """See :func:`~ghm_d2.data.loader.build_train_loader`; over images that can be read."""
+        return build_train_loader(cfg, ReadableMapper(DatasetMapper(cfg, True), is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        """Detectron2's, over images that can be read."""
+        mapper = ReadableMapper(DatasetMapper(cfg, False), is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -1,0 +1,285 @@
+"""Stops a training before a step that is not finite is taken, and says where it came from.
+
+Detectron2 looks at the losses on the main process alone and never at the gradients. Here every
+process looks, before the optimizer's step, so that the weights in memory are still good; all stop
+together, and the batch is saved for ``tools/replay_batch.py``.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ghm_d2.engine.agreement import any_process
+from ghm_d2.engine.diagnosis import describe_images, diagnose
+from ghm_d2.engine.replay import ForwardState, Replay, save_replay
+from ghm_d2.errors import UserError
+from ghm_d2.losses.base import HarmonizedLoss
+
+__all__ = ["FiniteCheck", "FiniteWeights", "NotFiniteError", "WithoutTracebacks"]
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "not_finite"
+
+
+class NotFiniteError(UserError, FloatingPointError):
+    """A training met a NaN, an infinity, or values that its losses refuse."""
+
+    exit_code = 3
+
+
+class FiniteCheck(HookBase):
+    """Looks at losses and gradients of every step between backward pass and optimizer.
+
+    A hook of the trainer inside `DefaultTrainer`, whose :meth:`guard` stands around each step. One
+    process waits for its device once, where Detectron2 is about to wait to log the losses; several
+    also ask each other after the forward pass, before one of them can wait for the gradients of
+    another that has stopped. Under mixed precision the gradients are left to the GradScaler.
+    """
+
+    def __init__(self, cfg: CfgNode, trainer: SimpleTrainer, last_checkpoint: Any) -> None:
+        """
+        Args:
+            cfg: config of the training.
+            trainer: the trainer inside `DefaultTrainer`; the hook registers itself with it.
+            last_checkpoint: called for the name of the last checkpoint, "" without one.
+        """
+        self._cfg = cfg
+        self._last_checkpoint = last_checkpoint
+        self._precision: torch.dtype | None = getattr(trainer, "precision", None)
+        self._scaled = isinstance(trainer, AMPTrainer)
+        model = trainer.model
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._votes = comm.get_world_size() > 1
+        self._meets = any(map(_communicates, self._model.modules()))
+        self._iteration = self._steps = 0
+        self._batch: list[dict[str, Any]] | None = None
+        self._losses: dict[str, Tensor] = {}
+        self._agreed = False
+        model.register_forward_pre_hook(self._before_forward)
+        model.register_forward_hook(self._after_forward)
+        trainer.register_hooks([self])
+
+    @contextlib.contextmanager
+    def guard(self, iteration: int) -> Iterator[None]:
+        """Stands around one step.
+
+        Args:
+            iteration: its number, from 0.
+
+        Raises:
+            NotFiniteError: in every process, if a loss or gradient of one is not finite or its
+                losses refuse their input.
+            UserError: in every other process, if one fails for another reason before its gradients
+                meet those of the others; that one raises its own error.
+        """
+        self._iteration, self._batch, self._agreed = iteration, None, False
+        self._steps += 1
+        try:
+            yield
+        except UserError as error:
+            if self._agreed:
+                raise
+            self._leave_together(str(error))
+            raise
+        except (ValueError, FloatingPointError) as error:
+            if self._agreed or self._batch is None:
+                self._leave_together(_of(error))
+                raise
+            self._stop(str(error).rstrip("."), cause=error)
+        except Exception as error:
+            self._leave_together(_of(error))
+            raise
+
+    def _before_forward(self, model: nn.Module, inputs: tuple) -> None:
+        if model.training:
+            self._batch = inputs[0]
+            self._state = ForwardState.of(self._model)
+
+    def _after_forward(self, model: nn.Module, inputs: tuple, losses: Any) -> None:
+        if not model.training:
+            return
+        self._losses = losses if isinstance(losses, dict) else {"total_loss": losses}
+        if self._votes:
+            bad = not bool(self._finite_losses().all())
+            if any_process(bad):
+                self._agreed = True
+                self._stop_agreed(self._loss_words() if bad else "")
+        self._agreed = True
+
+    def after_backward(self) -> None:
+        """Stops where a loss or a gradient is not finite."""
+        flags = [self._finite_losses().all()]
+        if not self._scaled:
+            flags.append(torch.isfinite(torch.stack(self._gradient_norms())).all())
+        # One look at the device, where Detectron2 is about to have its own to log the losses. The
+        # gradients are the mean over all processes, so that all of them see the same here.
+        good = torch.stack(flags).tolist()
+        if not good[0]:
+            self._stop_agreed(self._loss_words())
+        if not all(good):
+            self._stop_agreed(self._gradient_words())
+
+    def _finite_losses(self) -> Tensor:
+        return torch.isfinite(torch.stack([x.detach().float() for x in self._losses.values()]))
+
+    def _gradient_norms(self) -> list[Tensor]:
+        # The sum of absolute values: of finite ones it is finite, where squares would overflow.
+        found = [torch.linalg.vector_norm(p.grad, 1) for p in self._with_gradient()]
+        return found or [torch.zeros(())]
+
+    def _with_gradient(self) -> list[nn.Parameter]:
+        return [p for p in self._parameters if p.grad is not None]
+
+    def _loss_words(self) -> str:
+        finite = self._finite_losses().tolist()
+        bad = [name for name, good in zip(self._losses, finite, strict=True) if not good]
+        return ", ".join(f"{name} is {self._losses[name].item()}" for name in bad)
+
+    def _gradient_words(self) -> str:
+        bad = [
+            name
+            for name, p in self._model.named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        values = ", ".join(f"{name} {x.item():.4g}" for name, x in self._losses.items())
+        return (
+            f"{len(bad)} gradients are not finite, the first that of {bad[0]}, though the losses "
+            f"are ({values})"
+        )
+
+    def _stop(self, words: str, cause: Exception) -> None:
+        """After an error of this process' forward pass, which the others may not know of."""
+        if self._votes and not self._meets:
+            any_process(True)
+            self._agreed = True
+            self._stop_agreed(words, cause)
+        # Where processes meet inside the forward pass, the others wait there and hear no vote; the
+        # first process to leave ends them.
+        self._agreed = True
+        raise NotFiniteError(self._report(words)) from cause
+
+    def _stop_agreed(self, words: str, cause: Exception | None = None) -> None:
+        """All processes are here; `words` is empty where this one has nothing to say."""
+        mine = (NotFiniteError.exit_code, self._report(words) if words else "")
+        reports = [each for each in comm.all_gather(mine) if each[1]]
+        met = any(code == NotFiniteError.exit_code for code, _ in reports)
+        text = " ".join(report for _, report in reports)
+        raise (NotFiniteError if met else UserError)(text) from cause
+
+    def _leave_together(self, words: str) -> None:
+        """Lets the other processes stop too, while this one raises what it has."""
+        # Before its second forward pass, DistributedDataParallel orders its buckets together.
+        elsewhere = self._meets or (self._batch is None and self._steps == 2)
+        if self._votes and not self._agreed and not elsewhere:
+            self._agreed = True
+            any_process(True)
+            text = f"process {comm.get_rank()} has stopped: {words.rstrip('.')}."
+            comm.all_gather((UserError.exit_code, text))
+
+    def _report(self, words: str) -> str:
+        """Saves the batch; what the training says of it."""
+        where = f" of process {comm.get_rank()}" if self._votes else ""
+        start = f"iteration {self._iteration}{where}: {words}"
+        images = f"images {describe_images(self._batch)}"
+        saved = self._save(start)
+        level = self._diagnose()
+        intact = self._last_checkpoint()
+        return (
+            f"{start}{f' ({level})' if level else ''}, in {images}: the "
+            f"step was not taken and "
+            + (f"the last checkpoint, {intact}, is intact" if intact else "no checkpoint exists")
+            + f"; {saved}."
+        )
+
+    def _save(self, message: str) -> str:
+        name = f"iteration_{self._iteration:07d}_process_{comm.get_rank()}.pth"
+        path = os.path.join(self._cfg.OUTPUT_DIR, _FOLDER, name)
+        weights = {**self._model.state_dict(), **self._state.buffers}
+        precision = str(self._precision).removeprefix("torch.") if self._scaled else None
+        replay = Replay(
+            self._cfg, self._batch, weights, self._state, self._iteration, message, precision
+        )
+        try:
+            save_replay(path, replay)
+        except UserError as error:  # a full disk must not hide what has happened
+            return f"the batch could not be saved: {str(error).rstrip('.')}"
+        return f"to look closer, run python tools/replay_batch.py {path}"
+
+    def _diagnose(self) -> str:
+        """Levels and modules; nothing where another forward pass is not possible."""
+        if self._meets and self._votes:
+            return ""
+        device = next(self._model.parameters()).device.type
+        try:
+            self._state.restore(self._model)
+            with torch.autocast(device, self._precision, enabled=self._scaled):
+                return diagnose(self._model, self._batch).summary()
+        except RuntimeError as error:  # such as no memory for it
+            logger.warning("no closer look at the batch: %s", error)
+            return ""
+        finally:
+            self._state.restore(self._model)
+
+
+def _of(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"
+
+
+def _communicates(module: nn.Module) -> bool:
+    """Whether processes meet in its forward pass."""
+    synced = isinstance(module, HarmonizedLoss) and module.sync
+    return synced or "SyncBatchNorm" in type(module).__name__
+
+
+class FiniteWeights(HookBase):
+    """Stands before the hook that writes checkpoints and refuses weights that are not finite.
+
+    A step from finite gradients can still overflow. All processes hold the same weights and look
+    at the same iterations, so that they stop together.
+    """
+
+    def __init__(self, period: int) -> None:
+        """
+        Args:
+            period: `SOLVER.CHECKPOINT_PERIOD`.
+        """
+        self._period = period
+
+    def after_step(self) -> None:
+        """
+        Raises:
+            NotFiniteError: a checkpoint is due, and the model holds a NaN or an infinity.
+        """
+        done = self.trainer.iter + 1
+        if done % self._period and done < self.trainer.max_iter:
+            return
+        state = self.trainer.model.state_dict()
+        values = {name: x for name, x in state.items() if x.is_floating_point()}
+        sums = torch.stack([torch.linalg.vector_norm(x.float(), 1) for x in values.values()])
+        bad = [n for n, good in zip(values, torch.isfinite(sums).tolist(), strict=True) if not good]
+        if bad:
+            raise NotFiniteError(
+                f"iteration {self.trainer.iter}: the step left {len(bad)} weights or buffers that "
+                f"are not finite, the first {bad[0]}, though losses and gradients were; no "
+                "checkpoint was written: go on from the last one with --resume and a smaller "
+                "SOLVER.BASE_LR."
+            )
+
+
+class WithoutTracebacks(logging.Filter):
+    """Keeps the traceback of a `UserError` out of Detectron2's log; its sentence is printed."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], UserError))

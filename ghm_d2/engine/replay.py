@@ -1,0 +1,210 @@
+"""A batch that stopped a training, saved with all that its forward pass read."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import (
+    BitMasks,
+    Boxes,
+    Instances,
+    Keypoints,
+    PolygonMasks,
+    RotatedBoxes,
+)
+from torch import Tensor, nn
+
+from ghm_d2.checkpoint import load_file
+from ghm_d2.checkpoint.files import write_checkpoint
+from ghm_d2.config import add_ghm_config
+from ghm_d2.errors import UserError
+from ghm_d2.losses.base import HarmonizedLoss
+
+__all__ = ["ForwardState", "Replay", "load_replay", "save_replay"]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "ghm_d2 replay 1"
+_NORMALIZER = "loss_normalizer"  # of Detectron2's dense detectors: a number beside the weights
+_WRITERS = (HarmonizedLoss, nn.modules.batchnorm._BatchNorm)
+_TENSOR_TYPES = {cls.__name__: cls for cls in (Boxes, RotatedBoxes, BitMasks, Keypoints)}
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """What a forward pass reads, and changes, besides weights and batch.
+
+    Attributes:
+        buffers: those that a forward pass in training mode writes, by their names in the model: the
+            counts of the harmonised losses and the running statistics of batch norm.
+        normalizer: running number of positives of a dense detector; None where there is none.
+        rng: state of PyTorch's generators, "cpu" and where the model lies on it "cuda"; no other
+            generator is asked in a forward pass.
+    """
+
+    buffers: dict[str, Tensor]
+    normalizer: float | Tensor | None
+    rng: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ForwardState":
+        """A copy of the state of ``model``; without any synchronisation."""
+        buffers = {
+            f"{name}.{key}": value.clone()
+            for name, module in model.named_modules()
+            if isinstance(module, _WRITERS)
+            for key, value in module.named_buffers(recurse=False)
+        }
+        normalizer = getattr(model, _NORMALIZER, None)
+        rng = {"cpu": torch.get_rng_state()}
+        if next(model.parameters()).is_cuda:
+            rng["cuda"] = torch.cuda.get_rng_state()
+        return cls(buffers, _copied(normalizer), rng)
+
+    def restore(self, model: nn.Module) -> None:
+        """Brings ``model`` and the generators back to this state."""
+        buffers = dict(model.named_buffers())
+        for name, value in self.buffers.items():
+            buffers[name].copy_(value)
+        if self.normalizer is not None:
+            setattr(model, _NORMALIZER, _copied(self.normalizer))
+        elif hasattr(model, _NORMALIZER):
+            delattr(model, _NORMALIZER)
+        torch.set_rng_state(self.rng["cpu"])
+        if "cuda" in self.rng and next(model.parameters()).is_cuda:
+            torch.cuda.set_rng_state(self.rng["cuda"])
+
+
+def _copied(value: float | Tensor | None) -> float | Tensor | None:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What :func:`save_replay` saved.
+
+    Attributes:
+        cfg: config of the training.
+        batch: the inputs of the model.
+        weights: state of the model before the step.
+        state: the rest of what the forward pass read.
+        iteration: number of the step, from 0.
+        message: what the training said.
+        precision: dtype of mixed precision, such as "float16"; None without it.
+    """
+
+    cfg: CfgNode
+    batch: list[dict[str, Any]]
+    weights: dict[str, Tensor]
+    state: ForwardState
+    iteration: int
+    message: str
+    precision: str | None
+
+    def build(self, device: str | None = None) -> nn.Module:
+        """The model in training mode, as it stood before the forward pass.
+
+        Args:
+            device: where it is built; None: on the device of the training.
+        """
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        model = build_model(cfg)
+        model.load_state_dict(self.weights)
+        return model.train()
+
+
+def save_replay(path: str | os.PathLike, replay: Replay) -> None:
+    """Saves ``replay`` as plain containers and tensors, so that loading it runs no code.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = {
+        "format": _FORMAT,
+        "config": replay.cfg.dump(),
+        "batch": _plain(replay.batch),
+        "weights": dict(replay.weights),
+        "buffers": replay.state.buffers,
+        "normalizer": replay.state.normalizer,
+        "rng": replay.state.rng,
+        "iteration": replay.iteration,
+        "message": replay.message,
+        "precision": replay.precision,
+    }
+    write_checkpoint(os.fspath(path), content)
+
+
+def load_replay(path: str | os.PathLike) -> Replay:
+    """Loads what :func:`save_replay` saved, by the restricted unpickler.
+
+    Raises:
+        UserError: it is another file, a damaged one, or its config has keys that are not known.
+    """
+    content = load_file(path)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise UserError(
+            f"{os.fspath(path)} is not a batch that a training saved when it stopped: give a file "
+            "OUTPUT_DIR/not_finite/*.pth."
+        )
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    try:
+        cfg.merge_from_other_cfg(CfgNode.load_cfg(content["config"]))
+    except KeyError as error:
+        raise UserError(
+            f"{os.fspath(path)} was saved by another version: {error.args[0]}"
+        ) from None
+    return Replay(
+        cfg=cfg,
+        batch=_restored(content["batch"]),
+        weights=content["weights"],
+        state=ForwardState(content["buffers"], content["normalizer"], content["rng"]),
+        iteration=content["iteration"],
+        message=content["message"],
+        precision=content["precision"],
+    )
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as containers, numbers, text, arrays and tensors."""
+    if isinstance(value, Instances):
+        fields = {name: _plain(x) for name, x in value.get_fields().items()}
+        return {"type": "Instances", "size": list(value.image_size), "fields": fields}
+    if isinstance(value, PolygonMasks):
+        return {"type": "PolygonMasks", "polygons": value.polygons}
+    if (name := type(value).__name__) in _TENSOR_TYPES:
+        return {"type": name, "tensor": value.tensor.cpu()}
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    logger.warning("a %s in the batch cannot be saved and is left out", type(value).__name__)
+    return None
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_restored(x) for x in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("type")
+    if kind == "Instances":
+        return Instances(
+            tuple(value["size"]), **{name: _restored(x) for name, x in value["fields"].items()}
+        )
+    if kind == "PolygonMasks":
+        return PolygonMasks(value["polygons"])
+    if kind in _TENSOR_TYPES:
+        return _TENSOR_TYPES[kind](value["tensor"])
+    return {name: _restored(x) for name, x in value.items()}
