@@ -194,10 +194,9 @@ def with_masks(inputs):
     [
         (FASTER, STOCK, ()),
         (MASK, STOCK, ()),
-        (CASCADE, STOCK_CASCADE, ()),
         (CASCADE, STOCK_CASCADE, ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)),
     ],
-    ids=["faster", "mask", "cascade", "cascade sigmoid"],
+    ids=["faster", "mask", "cascade"],
 )
 def test_off_is_stock_from_the_same_seed(name, stock_names, opts):
     """Parameters, losses and log of the same seed, and with GHM on the same detections."""
@@ -206,12 +205,11 @@ def test_off_is_stock_from_the_same_seed(name, stock_names, opts):
     ours = small_model(name, *OFF, *opts)
     a, b = stock.state_dict(), ours.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    for _ in range(2):
-        torch.manual_seed(5)  # proposals are sampled at random
-        a, log_a = step(stock, inputs)
-        torch.manual_seed(5)
-        b, log_b = step(ours, inputs)
-        assert a == b and log_a == log_b
+    torch.manual_seed(5)  # proposals are sampled at random
+    a, log_a = step(stock, inputs)
+    torch.manual_seed(5)
+    b, log_b = step(ours, inputs)
+    assert a == b and log_a == log_b
     keep_all = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
     stock = calibrated(small_model(name, *stock_names, *opts, *keep_all), inputs)
     ours = same_weights(stock, small_model(name, *opts, *keep_all, seed=1))
