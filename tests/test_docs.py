@@ -1,4 +1,4 @@
-"""The Python blocks of docs/own_detector.md run, and do what the page says of them."""
+"""The Python blocks of docs/ run, and do what the pages say of them."""
 
 import re
 
@@ -6,16 +6,24 @@ import pytest
 import torch
 from tiny import ROOT
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_detector.md").read_text(), re.S)
+from ghm_d2.modeling import GHMRetinaNet
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+
+
+PAGES = ("own_detector.md", "lazy.md")
+BLOCKS = blocks("own_detector.md") + blocks("lazy.md")
 
 
 def test_every_block_is_run():
-    assert len(BLOCKS) == 3
+    assert [len(blocks(page)) for page in PAGES] == [3, 1]
 
 
 def run(number):
     names = {}
-    exec(compile(BLOCKS[number], f"docs/own_detector.md, block {number}", "exec"), names)
+    exec(compile(BLOCKS[number], f"docs, block {number}", "exec"), names)
     return names
 
 
@@ -49,7 +57,18 @@ def test_the_box_head():
     assert run(2)["box_predictor"](torch.rand(5, 1024))[0].shape == (5, 4)
 
 
-@pytest.mark.parametrize("name", ["own_detector.md"])
+def test_the_config():
+    model = run(3)["model"]
+    assert (model._target_, model.ghm_c.bins, model.ghm_r.mu) == (GHMRetinaNet, 30, 0.02)
+
+
+def test_every_lazy_config_is_listed():
+    text = (ROOT / "docs" / "lazy.md").read_text()
+    for config in (ROOT / "configs" / "lazy").glob("*.py"):
+        assert f"`{config.name}`" in text
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
     text = (ROOT / "docs" / name).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
