@@ -13,6 +13,7 @@ __all__ = [
     "build_cls_baseline",
     "build_ghm_c",
     "build_ghm_r",
+    "groups_of_images",
     "validate_ghm_config",
 ]
 
@@ -93,7 +94,7 @@ def add_ghm_config(cfg: CN) -> None:
     # PROPOSAL_GENERATOR.NAME "GHMRPN".
     cfg.MODEL.GHM.RPN = _pair_node(_loss_node(30, 0.75, 0.25), _loss_node(10, 0.7, 0.75))
 
-    # ROI_HEADS.NAME "GHMROIHeads".
+    # ROI_HEADS.NAME "GHMROIHeads", or "GHMCascadeROIHeads": every stage has these losses.
     cfg.MODEL.GHM.ROI_BOX_HEAD = _pair_node(_loss_node(30, 0.75, 0.25), _loss_node(10, 0.7, 0.25))
     # Foreground probability at the start with USE_SIGMOID_CE and GHM-C (softmax needs none).
     cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB = 0.01
@@ -220,18 +221,26 @@ def histogram_groups(cfg: CN) -> int:
     Raises:
         UserError: IMAGES_PER_HISTOGRAM is negative.
     """
-    from detectron2.utils.comm import get_world_size
-
     images = cfg.MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM
     if images < 0:
         raise UserError(
             f"MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM must be a whole number of at least 0 "
             f"(0 = all images of the process), got {images!r}"
         )
-    if images == 0:
-        return 1
-    per_process = max(cfg.SOLVER.IMS_PER_BATCH // get_world_size(), 1)
-    return -(-per_process // images)
+    return groups_of_images(cfg.SOLVER.IMS_PER_BATCH, images)
+
+
+def groups_of_images(total_batch_size: int, images_per_histogram: int) -> int:
+    """How many groups of images one process trains on in a step, of as many as there are now.
+
+    Args:
+        total_batch_size: images in a step over all processes, at least 1.
+        images_per_histogram: images in a group; 0: all images of the process.
+    """
+    from detectron2.utils.comm import get_world_size
+
+    per_process = max(total_batch_size // get_world_size(), 1)
+    return -(-per_process // images_per_histogram) if images_per_histogram else 1
 
 
 def validate_ghm_config(cfg: CN) -> None:
@@ -256,9 +265,11 @@ def validate_ghm_config(cfg: CN) -> None:
     elif cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "ProposalNetwork"):
         if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "GHMRPN":
             _validate_pair(cfg, "RPN")
-        if cfg.MODEL.ROI_HEADS.NAME == "GHMROIHeads":
+        if cfg.MODEL.ROI_HEADS.NAME in ("GHMROIHeads", "GHMCascadeROIHeads"):
             _validate_pair(cfg, "ROI_BOX_HEAD")
             check_box_head(cfg)
+        if cfg.MODEL.ROI_HEADS.NAME == "GHMCascadeROIHeads":
+            _check_cascade(cfg)
 
 
 def _defaults() -> CN:
@@ -285,6 +296,22 @@ def _check_types(node: CN, default: CN, prefix: str) -> None:
 def _validate_pair(cfg: CN, part: str) -> None:
     for build in (build_ghm_c, build_cls_baseline, build_ghm_r, build_asl1):
         build(cfg, part)
+
+
+def _check_cascade(cfg: CN) -> None:
+    """What Detectron2 asserts of a cascade, as sentences."""
+    if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+        raise UserError(
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG must be True with MODEL.ROI_HEADS.NAME "
+            "GHMCascadeROIHeads, got False"
+        )
+    node, ious = cfg.MODEL.ROI_BOX_CASCADE_HEAD, cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS
+    if len(node.IOUS) != len(node.BBOX_REG_WEIGHTS) or node.IOUS[0] != ious[0]:
+        raise UserError(
+            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS must be as many as its BBOX_REG_WEIGHTS "
+            f"({len(node.BBOX_REG_WEIGHTS)}) and begin with MODEL.ROI_HEADS.IOU_THRESHOLDS "
+            f"{ious[0]}, got {tuple(node.IOUS)}"
+        )
 
 
 def check_box_head(cfg: CN) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
@@ -124,6 +125,25 @@ def test_baselines_differ_from_the_main_config_in_the_loss_alone(name):
     assert changed == {f"MODEL.{key}": value for key, value in BASELINES[name].items()}
 
 
+@pytest.mark.parametrize(
+    ("name", "stock", "more"),
+    [
+        ("ghm_mask_rcnn_R_50", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", {}),
+        (
+            "ghm_cascade_rcnn_R_50",
+            "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+            {"MASK_ON": False, "ROI_MASK_HEAD.NUM_CONV": 0},
+        ),
+    ],
+)
+def test_the_detector_is_that_of_detectron2(name, stock, more):
+    ours = dict(leaves(load(f"configs/{name}.yaml").MODEL))
+    stock = dict(leaves(model_zoo.get_config(stock).MODEL))
+    changed = {key: ours[key] for key in stock if ours[key] != stock[key]}
+    heads = f"GHM{stock['ROI_HEADS.NAME'].removeprefix('Standard')}"
+    assert changed == {"ROI_HEADS.NAME": heads, "PROPOSAL_GENERATOR.NAME": "GHMRPN"} | more
+
+
 def test_upstream_nodes_get_no_keys():
     plain, extended = get_cfg(), get_cfg()
     add_ghm_config(extended)
@@ -183,6 +203,26 @@ def test_out_of_range_value_names_its_key(key, value):
             "ghm_faster_rcnn_R_50",
             ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True],
             ["MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED"],
+        ),
+        (
+            "ghm_cascade_rcnn_R_50",
+            ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True],
+            ["MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED"],
+        ),
+        (
+            "ghm_cascade_rcnn_R_50",
+            ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou"],
+            ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "MODEL.GHM.ROI_BOX_HEAD.REG.ENABLED"],
+        ),
+        (
+            "ghm_cascade_rcnn_R_50",
+            ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False],
+            ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "MODEL.ROI_HEADS.NAME"],
+        ),
+        (
+            "ghm_cascade_rcnn_R_50",
+            ["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.6, 0.6, 0.7)],
+            ["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"],
         ),
     ],
 )

@@ -1,15 +1,23 @@
-"""GHMROIHeads and GHMFastRCNNOutputLayers: stock equality and values against the losses."""
+"""The harmonised box heads: stock equality and values against the losses."""
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss
+from ghm_d2.model_zoo.stock import (
+    build_stock_model,
+    stock_config,
+    stock_obstacle,
+    stock_weights,
+)
 from ghm_d2.modeling import GHMFastRCNNOutputLayers
 from tests.detectors import (
     TWO_IMAGES,
@@ -17,6 +25,7 @@ from tests.detectors import (
     batch,
     calibrated,
     same_weights,
+    small_config,
     small_model,
     step,
 )
@@ -28,6 +37,8 @@ OFF = (
 )  # fmt: skip
 STOCK = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
 K, R = 4, 60
+MASK, CASCADE = "ghm_mask_rcnn_R_50", "ghm_cascade_rcnn_R_50"
+STOCK_CASCADE = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
 
 
 def layers(agnostic=False, sigmoid=False, **kwargs):
@@ -137,18 +148,6 @@ def test_fed_loss_is_refused():
         )
 
 
-def test_off_gives_exactly_the_stock_losses():
-    inputs = batch(*TWO_IMAGES)
-    stock = small_model(FASTER, *STOCK)
-    ours = same_weights(stock, small_model(FASTER, *OFF, seed=1))
-    for _ in range(2):
-        torch.manual_seed(5)  # proposals are sampled at random
-        a, log_a = step(stock, inputs)
-        torch.manual_seed(5)
-        b, log_b = step(ours, inputs)
-        assert a == b and log_a == log_b
-
-
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_inference_is_bit_equal_to_stock(sigmoid):
     inputs = batch(*TWO_IMAGES)
@@ -179,3 +178,100 @@ def test_whole_model_trains(name, opts):
     assert all(math.isfinite(v) and v > 0 for v in losses.values())
     losses, _ = step(model, batch([], []))
     assert all(math.isfinite(v) for v in losses.values())
+
+
+def with_masks(inputs):
+    """Each object fills its box."""
+    for x in inputs:
+        boxes = x["instances"].gt_boxes.tensor.tolist()
+        corners = [np.array([a, b, c, b, c, d, a, d]) for a, b, c, d in boxes]
+        x["instances"].gt_masks = PolygonMasks([[polygon] for polygon in corners])
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "stock_names", "opts"),
+    [
+        (FASTER, STOCK, ()),
+        (MASK, STOCK, ()),
+        (CASCADE, STOCK_CASCADE, ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)),
+    ],
+    ids=["faster", "mask", "cascade"],
+)
+def test_off_is_stock_from_the_same_seed(name, stock_names, opts):
+    """Parameters, losses and log of the same seed, and with GHM on the same detections."""
+    inputs = with_masks(batch(*TWO_IMAGES))
+    stock = small_model(name, *stock_names, *opts)
+    ours = small_model(name, *OFF, *opts)
+    a, b = stock.state_dict(), ours.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    torch.manual_seed(5)  # proposals are sampled at random
+    a, log_a = step(stock, inputs)
+    torch.manual_seed(5)
+    b, log_b = step(ours, inputs)
+    assert a == b and log_a == log_b
+    keep_all = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    stock = calibrated(small_model(name, *stock_names, *opts, *keep_all), inputs)
+    ours = same_weights(stock, small_model(name, *opts, *keep_all, seed=1))
+    assert_same_detections(stock, ours, inputs)
+    if name == MASK:
+        with torch.no_grad():
+            found = [model(inputs)[0]["instances"].pred_masks for model in (stock, ours)]
+        assert found[0].any() and torch.equal(*found)
+
+
+def test_mask_rcnn_trains_with_the_mask_loss_of_detectron2():
+    inputs = with_masks(batch(*TWO_IMAGES))
+    stock = small_model(MASK, *STOCK)
+    ours = same_weights(stock, small_model(MASK, seed=1))
+    torch.manual_seed(5)
+    a, _ = step(stock, inputs)
+    torch.manual_seed(5)
+    b, _ = step(ours, inputs)
+    assert a.keys() == b.keys() and "loss_mask" in a
+    assert {name for name in a if a[name] != b[name]} == {"loss_cls", "loss_box_reg"}
+    assert all(math.isfinite(v) and v > 0 for v in b.values())
+
+
+def test_every_cascade_stage_has_its_own_losses_and_counts():
+    inputs = batch(*TWO_IMAGES)
+    model = small_model(CASCADE)
+    stages = list(model.roi_heads.box_predictor)
+    single = [(GHMCLoss(30, 0.75, 0.25, activation="softmax"), GHMRLoss(0.02, 10, 0.7, 0.25))] * 3
+    single = [copy.deepcopy(pair) for pair in single]
+    calls = []
+    for stage in stages:
+        original = stage.losses
+        stage.losses = lambda *args, f=original: calls.append(args) or f(*args)
+    for _ in range(2):
+        calls.clear()
+        losses, _ = step(model, inputs)
+        names = [f"{n}_stage{k}" for k in range(3) for n in ("loss_cls", "loss_box_reg")]
+        assert set(losses) == {*names, "loss_rpn_cls", "loss_rpn_loc"}
+        for k, ((scores, deltas), proposals) in enumerate(calls):
+            labels = torch.cat([x.gt_classes for x in proposals])
+            foreground = labels < 3
+            target = stages[k].box2box_transform.get_deltas(
+                torch.cat([x.proposal_boxes.tensor for x in proposals])[foreground],
+                torch.cat([x.gt_boxes.tensor for x in proposals])[foreground],
+            )
+            c, r = single[k]
+            torch.testing.assert_close(losses[f"loss_cls_stage{k}"], c(scores, labels))
+            loss = r(deltas[foreground], target)
+            torch.testing.assert_close(losses[f"loss_box_reg_stage{k}"], loss)
+    for stage, (c, r) in zip(stages, single, strict=True):
+        assert torch.equal(stage.ghm_c.acc_sum, c.acc_sum)
+        assert torch.equal(stage.ghm_r.acc_sum, r.acc_sum)
+    assert not torch.equal(stages[0].ghm_c.acc_sum, stages[2].ghm_c.acc_sum)
+    losses, _ = step(model, batch([], []))
+    assert all(math.isfinite(v) for v in losses.values())
+
+
+def test_cascade_weights_load_in_stock_and_the_other_way_round():
+    cfg = small_config(CASCADE)
+    stock = stock_config(cfg)
+    assert stock.MODEL.ROI_HEADS.NAME == "CascadeROIHeads"
+    model = build_stock_model(stock, cfg.MODEL.GHM)
+    weights = stock_weights(small_model(CASCADE).state_dict(), model)
+    model.load_state_dict(weights)
+    assert stock_obstacle(cfg, model) is None

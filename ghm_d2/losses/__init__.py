@@ -3,6 +3,7 @@
 This package imports torch alone.
 """
 
+from .base import raise_deferred_errors
 from .baselines import ASL1Loss, CrossEntropyLoss, OHEMLoss, cross_entropy_loss, ohem_loss
 from .density import exact_gradient_density
 from .functional import (
@@ -28,6 +29,7 @@ __all__ = [
     "exact_gradient_density",
     "harmonized_sum",
     "ohem_loss",
+    "raise_deferred_errors",
     "regression_examples",
     "sigmoid_examples",
     "softmax_examples",

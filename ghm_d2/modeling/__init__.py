@@ -1,14 +1,19 @@
 """Detectron2's detectors with harmonised losses; importing this registers them."""
 
 from .backbone import build_mmdet_retinanet_resnet_fpn_backbone
+from .dense import DenseLoss
 from .fast_rcnn import GHMFastRCNNOutputLayers
+from .fcos import GHMFCOS
 from .retinanet import GHMRetinaNet
-from .roi_heads import GHMROIHeads
+from .roi_heads import GHMCascadeROIHeads, GHMROIHeads
 from .rpn import GHMRPN
 from .torchvision_backbone import TorchvisionBackbone
 
 __all__ = [
+    "GHMFCOS",
     "GHMRPN",
+    "DenseLoss",
+    "GHMCascadeROIHeads",
     "GHMFastRCNNOutputLayers",
     "GHMROIHeads",
     "GHMRetinaNet",

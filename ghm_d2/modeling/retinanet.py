@@ -1,6 +1,5 @@
 """RetinaNet with GHM-C and GHM-R in place of focal loss and smooth L1."""
 
-import copy
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss_jit
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import (
-    SCOPES,
     build_asl1,
     build_cls_baseline,
     build_ghm_c,
@@ -26,11 +24,9 @@ from ..config import (
 )
 from ..losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
 from ..losses.base import raise_deferred_errors
+from .dense import DenseLoss
 
 __all__ = ["GHMRetinaNet"]
-
-# For each group of images, for each level: predictions of the examples and what they should be.
-Pairs = list[list[tuple[Tensor, Tensor]]]
 
 
 @META_ARCH_REGISTRY.register()
@@ -62,12 +58,8 @@ class GHMRetinaNet(RetinaNet):
         Args:
             ghm_c: classification loss; None: ``cls_baseline``.
             ghm_r: box regression loss; None: ``asl1``.
-            ghm_scope: "level": one histogram for each FPN level, the levels sharing one set of
-                running counts, and the losses of the levels added up (authors' code); "batch":
-                one histogram over all levels.
-            images_per_histogram: images that share a histogram and running counts; their losses
-                are averaged over the groups, as DistributedDataParallel averages processes. 0:
-                all images.
+            ghm_scope: see :class:`~ghm_d2.modeling.DenseLoss`, as for the next two.
+            images_per_histogram: images that share a histogram; 0: all images.
             num_histogram_groups: groups in a training batch of one process.
             cls_baseline: classification loss over all anchors at once; None: Detectron2's focal
                 loss.
@@ -77,17 +69,17 @@ class GHMRetinaNet(RetinaNet):
             kwargs: see :class:`detectron2.modeling.meta_arch.retinanet.RetinaNet`.
 
         Raises:
-            ValueError: ``ghm_scope`` is unknown.
+            ValueError: one of the three is out of range.
         """
         super().__init__(**kwargs)
-        if ghm_scope not in SCOPES:
-            raise ValueError(f"ghm_scope must be one of {SCOPES}, got {ghm_scope!r}")
-        self.ghm_scope = ghm_scope
-        self.images_per_histogram = images_per_histogram
         self.clip_before_nms = clip_before_nms
-        # Every group has running counts of its own, as every process of the authors' had.
-        self.ghm_c = _copies(ghm_c, num_histogram_groups)
-        self.ghm_r = _copies(ghm_r, num_histogram_groups)
+        settings = {
+            "ghm_scope": ghm_scope,
+            "images_per_histogram": images_per_histogram,
+            "num_histogram_groups": num_histogram_groups,
+        }
+        self.ghm_c = DenseLoss.of(ghm_c, **settings)
+        self.ghm_r = DenseLoss.of(ghm_r, **settings)
         self.cls_baseline = cls_baseline
         self.asl1 = asl1
 
@@ -170,14 +162,13 @@ class GHMRetinaNet(RetinaNet):
         positive = (labels >= 0) & (labels != self.num_classes)
         loss_cls = loss_box_reg = None
         if self.ghm_c is not None:
-            pairs = self._cls_pairs(pred_logits, labels)
-            loss_cls = self._harmonized_loss(self.ghm_c, pairs)
+            sizes = [x.shape[1] for x in pred_logits]
+            loss_cls = self.ghm_c(pred_logits, labels.split(sizes, dim=1))
         elif self.cls_baseline is not None:
             logits = cat(pred_logits, dim=1).flatten(0, 1)
             loss_cls = self.cls_baseline(logits, labels.flatten())
         if self.ghm_r is not None:
-            pairs = self._reg_pairs(anchors, pred_anchor_deltas, gt_boxes, positive)
-            loss_box_reg = self._harmonized_loss(self.ghm_r, pairs)
+            loss_box_reg = self._ghm_r_loss(anchors, pred_anchor_deltas, gt_boxes, positive)
         # Here the step waits for the device, as Detectron2's does; the losses above never do.
         num_positive = positive.sum().item()
         get_event_storage().put_scalar("num_pos_anchors", num_positive / len(gt_labels))
@@ -228,72 +219,23 @@ class GHMRetinaNet(RetinaNet):
         )
         return self.asl1(cat(pred_anchor_deltas, dim=1)[image, index], target)
 
-    def _groups(self, num_images: int) -> list[slice]:
-        size = self.images_per_histogram or num_images
-        groups = [slice(start, start + size) for start in range(0, num_images, size)]
-        available = len(self.ghm_c if self.ghm_c is not None else self.ghm_r)
-        if len(groups) > available:
-            raise ValueError(
-                f"images_per_histogram {size} makes {len(groups)} groups of a batch of "
-                f"{num_images} images, but the model was built for {available}: build it with the "
-                f"SOLVER.IMS_PER_BATCH it trains with"
-            )
-        return groups
-
-    def _cls_pairs(self, pred_logits: list[Tensor], labels: Tensor) -> Pairs:
-        level_labels = labels.split([x.shape[1] for x in pred_logits], dim=1)
-        return [
-            [
-                (x[images].flatten(0, 1), y[images].flatten())
-                for x, y in zip(pred_logits, level_labels, strict=True)
-            ]
-            for images in self._groups(len(labels))
-        ]
-
-    def _reg_pairs(
+    def _ghm_r_loss(
         self,
         anchors: list[Boxes],
         pred_anchor_deltas: list[Tensor],
         gt_boxes: list[Tensor],
         positive: Tensor,
-    ) -> Pairs:
+    ) -> Tensor:
         sizes = [len(x) for x in anchors]
-        level_positive = positive.split(sizes, dim=1)
+        masks = positive.split(sizes, dim=1)
         level_boxes = torch.stack(gt_boxes).split(sizes, dim=1)
-        groups = self._groups(len(gt_boxes))
-        pairs: Pairs = [[] for _ in groups]
+        predictions, targets = [], []
         for anchor, deltas, mask, boxes in zip(
-            anchors, pred_anchor_deltas, level_positive, level_boxes, strict=True
+            anchors, pred_anchor_deltas, masks, level_boxes, strict=True
         ):
-            for group, images in zip(pairs, groups, strict=True):
-                image, index = mask[images].nonzero(as_tuple=True)
-                target = self.box2box_transform.get_deltas(
-                    anchor.tensor[index], boxes[images][image, index]
-                )
-                group.append((deltas[images][image, index], target))
-        return pairs
-
-    def _harmonized_loss(self, losses: nn.ModuleList, pairs: Pairs) -> Tensor:
-        """Mean over groups of the levels' sum (scope "level") or of their pooled loss ("batch")."""
-        total = []
-        for loss, levels in zip(losses, pairs, strict=False):
-            if self.ghm_scope == "level":
-                total += [loss(prediction, target) for prediction, target in levels]
-            else:
-                total.append(loss.forward_pooled(*zip(*levels, strict=True)))
-        return sum(total) / len(pairs)
-
-
-class _Groups(nn.ModuleList):
-    """One loss for each group of images; a checkpoint of fewer groups fills the others too."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self[0].state_dict():
-            if (first := state_dict.get(f"{prefix}0.{name}")) is not None:
-                for group in range(1, len(self)):
-                    state_dict.setdefault(f"{prefix}{group}.{name}", first)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _copies(loss: nn.Module | None, number: int) -> _Groups | None:
-    return None if loss is None else _Groups(copy.deepcopy(loss) for _ in range(number))
+            image, index = mask.nonzero(as_tuple=True)
+            predictions.append(deltas[image, index])
+            targets.append(
+                self.box2box_transform.get_deltas(anchor.tensor[index], boxes[image, index])
+            )
+        return self.ghm_r(predictions, targets, masks)

@@ -1,0 +1,124 @@
+"""Python configs: loading, KEY=VALUE overrides, and where each kind of mistake is named."""
+
+import difflib
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from detectron2.config import LazyConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ghm_d2.errors import UserError
+
+__all__ = ["load_config"]
+
+_NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+
+def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Runs a Python config and changes what the overrides name.
+
+    Args:
+        file: a .py file; it is executed, so it can do anything that its author wants.
+        overrides: "key=value" each. A key must exist, or be a new argument of a call.
+
+    Returns:
+        A config with ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``.
+
+    Raises:
+        UserError: the file or an override is wrong.
+    """
+    if not os.path.isfile(file):
+        raise UserError(f"the config file {file} does not exist.")
+    if not file.endswith(".py"):
+        raise UserError(
+            f"the config file {file} is not a .py file: YAML configs are for train_net.py."
+        )
+    try:
+        cfg = LazyConfig.load(file)
+    except Exception as error:  # it is a program: anything may happen
+        raise UserError(f"{file} cannot be run ({_where(error)}{_describe(error)}).") from error
+    if missing := [name for name in _NODES if name not in cfg]:
+        raise UserError(
+            f"{file} lacks {', '.join(missing)}: a config of lazy_train_net.py has "
+            f"{', '.join(_NODES)}."
+        )
+    for override in overrides:
+        _override(cfg, override)
+    return cfg
+
+
+def _where(error: Exception) -> str:
+    """ "FILE, line N: " of the last line that ran in a config; LazyConfig compiles them by name."""
+    frames = [
+        x for x in traceback.extract_tb(error.__traceback__) if "detectron2" not in x.filename
+    ]
+    outside = [x for x in frames[1:] if x.filename.endswith(".py")]
+    return f"{outside[-1].filename}, line {outside[-1].lineno}: " if outside else ""
+
+
+def _describe(error: Exception) -> str:
+    """Type and message on one line, and those of the error behind it."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{text}; {_describe(error.__cause__)}" if error.__cause__ else text
+
+
+def _override(cfg: DictConfig, text: str) -> None:
+    key, separator, _ = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"{text} is not of the form KEY=VALUE, as in train.max_iter=1000.")
+    before = _known(cfg, key)
+    try:
+        LazyConfig.apply_overrides(cfg, [text])
+    except (HydraException, OmegaConfBaseException, KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"{text} cannot be understood ({_describe(error)}); quote what the shell or YAML would "
+            "take for something else."
+        ) from error
+    after = OmegaConf.select(cfg, key)
+    if isinstance(before, int | float) and after is not None and not _same_kind(before, after):
+        raise UserError(
+            f"{key} is of type {type(before).__name__}, as in {before!r}: "
+            f"{text.partition('=')[2]} does not fit."
+        )
+
+
+def _known(cfg: DictConfig, key: str) -> Any:
+    """The value of a key before it is changed.
+
+    Raises:
+        UserError: there is no such key. LazyConfig would add it, and nobody would read it.
+    """
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    found = False
+    if isinstance(node, DictConfig):
+        found = last in node or "_target_" in node  # an argument that the config leaves out
+    elif isinstance(node, ListConfig):
+        found = last.isdigit() and int(last) < len(node)
+    if not found:
+        raise UserError(f"unknown key {key}{_similar(cfg, key)}.")
+    return OmegaConf.select(cfg, key)
+
+
+def _same_kind(before: bool | int | float, after: Any) -> bool:
+    if isinstance(before, bool) or isinstance(after, bool):
+        return type(before) is type(after)
+    return isinstance(after, int | float)
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        yield f"{prefix}{key}"
+        if isinstance(value := node._get_node(key), DictConfig) and not value._is_none():
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _similar(cfg: DictConfig, key: str) -> str:
+    known = list(_keys(cfg))
+    same_end = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    found = difflib.get_close_matches(key, known, n=3) or same_end[:3]
+    return f" (similar: {', '.join(found)})" if found else ""

@@ -1,0 +1,159 @@
+"""A harmonised loss over the levels of any dense detector, for groups of images."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SCOPES
+from ..losses import GHMCLoss, GHMRLoss
+
+__all__ = ["DenseLoss"]
+
+
+class DenseLoss(nn.ModuleList):
+    """GHM-C or GHM-R over the FPN levels of a batch, every group of images with its own counts.
+
+    It is a list of the groups' losses: ``dense[0].acc_sum`` are the running counts of the first
+    group, saved as ``0.acc_sum``. A checkpoint of fewer groups fills the further ones too.
+
+    Shape shorthand:
+
+        N: number of images in the minibatch
+        Ri: number of anchors (or points) of an image on level i
+        Pi: number of those that a mask selects, over all images
+        K: number of foreground classes
+    """
+
+    def __init__(
+        self,
+        loss: GHMCLoss | GHMRLoss,
+        *,
+        ghm_scope: str = "level",
+        images_per_histogram: int = 0,
+        num_histogram_groups: int = 1,
+    ) -> None:
+        """
+        Args:
+            loss: what every group gets a copy of, as every process of the authors' had its own.
+            ghm_scope: "level": one histogram for each FPN level, the levels sharing one set of
+                running counts, and the losses of the levels added up (authors' code); "batch":
+                one histogram over all levels.
+            images_per_histogram: images that share a histogram and running counts; their losses
+                are averaged over the groups, as DistributedDataParallel averages processes. 0:
+                all images.
+            num_histogram_groups: groups in a training batch of one process; see
+                :func:`ghm_d2.config.groups_of_images`.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        if ghm_scope not in SCOPES:
+            raise ValueError(f"ghm_scope must be one of {SCOPES}, got {ghm_scope!r}")
+        if images_per_histogram < 0:
+            raise ValueError(
+                f"images_per_histogram must be at least 0 (0 = all images), "
+                f"got {images_per_histogram!r}"
+            )
+        if num_histogram_groups < 1:
+            raise ValueError(
+                f"num_histogram_groups must be at least 1, got {num_histogram_groups!r}"
+            )
+        super().__init__(copy.deepcopy(loss) for _ in range(num_histogram_groups))
+        self.ghm_scope = ghm_scope
+        self.images_per_histogram = images_per_histogram
+
+    @classmethod
+    def of(cls, loss: GHMCLoss | GHMRLoss | None, **settings: Any) -> "DenseLoss | None":
+        """As the constructor, but None for None."""
+        return None if loss is None else cls(loss, **settings)
+
+    def forward(
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        masks: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            predictions: #levels tensors (N, Ri, ...); for GHM-C the logits (N, Ri, K).
+            targets: #levels tensors (N, Ri, ...); for GHM-C int64 (N, Ri), class in [0, K),
+                K = background, -1 = ignored.
+            masks: None, or #levels bool tensors (N, Ri) where only some anchors are examples, as
+                the positives are for GHM-R. Predictions and targets are then (Pi, ...): the rows
+                ``x[mask]``.
+
+        Returns:
+            A scalar, on the graph also without any example: the mean over the groups.
+
+        Raises:
+            ValueError: the arguments do not fit each other, a value is invalid (on CUDA
+                :func:`ghm_d2.losses.raise_deferred_errors` says so), or the batch has more groups
+                of ``images_per_histogram`` images than there are losses.
+        """
+        lengths = len(predictions), len(targets), len(targets if masks is None else masks)
+        if not lengths[0] or len(set(lengths)) > 1:
+            raise ValueError(
+                f"predictions, targets and masks must have an entry for each level, got {lengths}"
+            )
+        if masks is None:
+            groups = self._groups(len(predictions[0]))
+            pairs = [
+                [
+                    (x[images].flatten(0, 1), y[images].flatten(0, 1))
+                    for x, y in zip(predictions, targets, strict=True)
+                ]
+                for images in groups
+            ]
+        else:
+            groups = self._groups(len(masks[0]))
+            pairs = [
+                [(x[rows], y[rows]) for x, y, rows in zip(predictions, targets, level, strict=True)]
+                for level in _rows_of_groups(predictions, masks, groups)
+            ]
+        total = []
+        for loss, levels in zip(self, pairs, strict=False):
+            if self.ghm_scope == "level":
+                total += [loss(prediction, target) for prediction, target in levels]
+            else:
+                total.append(loss.forward_pooled(*zip(*levels, strict=True)))
+        return sum(total) / len(pairs)
+
+    def _groups(self, num_images: int) -> list[slice]:
+        size = self.images_per_histogram or num_images
+        groups = [slice(start, start + size) for start in range(0, num_images, size)]
+        if len(groups) > len(self):
+            raise ValueError(
+                f"images_per_histogram {size} makes {len(groups)} groups of a batch of "
+                f"{num_images} images, but the model was built for {len(self)}: build it with the "
+                f"number of images it trains with (SOLVER.IMS_PER_BATCH, num_histogram_groups)"
+            )
+        return groups
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self[0].state_dict():
+            if (first := state_dict.get(f"{prefix}0.{name}")) is not None:
+                for group in range(1, len(self)):
+                    state_dict.setdefault(f"{prefix}{group}.{name}", first)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _rows_of_groups(
+    predictions: Sequence[Tensor], masks: Sequence[Tensor], groups: Sequence[slice]
+) -> list[list[slice]]:
+    """For each group, for each level: which of the rows ``x[mask]`` belong to its images."""
+    if len(groups) == 1:  # counting them would wait for the device
+        return [[slice(None)] * len(masks)]
+    counts = torch.stack([mask.sum(1) for mask in masks]).tolist()
+    for x, level in zip(predictions, counts, strict=True):
+        if len(x) != sum(level):
+            raise ValueError(
+                f"predictions must be the {sum(level)} rows that the mask of their level selects, "
+                f"got {len(x)}"
+            )
+    return [
+        [slice(sum(level[: images.start]), sum(level[: images.stop])) for level in counts]
+        for images in groups
+    ]
