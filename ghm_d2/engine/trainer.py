@@ -4,14 +4,18 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
@@ -19,6 +23,7 @@ from detectron2.utils import comm
 
 from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.engine.anchor_check import log_anchor_fit
 from ghm_d2.engine.clipping import build_clipping_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.errors import UserError
@@ -73,6 +78,19 @@ class GHMTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, and the gradient statistics before the one that writes the logs."""
         return [build_gradient_statistics(self.cfg, self.model), *super().build_hooks()]
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
+        """Detectron2's loader; the log says whether the anchors fit the boxes."""
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+        log_anchor_fit(cfg, records)
+        return build_detection_train_loader(cfg, dataset=records)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
