@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ghm_d2.report.evaluation import Evaluation
 
@@ -20,8 +20,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _AP = ("AP", "AP50", "AP75")
-_SHARES = ("easy", "medium", "hard")
-_PANEL = (4.3, 3.2)
+_SHARES = {"easy": "g < 1/3", "medium": "g < 2/3", "hard": "above"}
+_SIZE = (4.3, 3.2)  # of a chart, in inches
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -43,14 +43,9 @@ def _uri(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def _panels(number: int, columns: int) -> tuple[Figure, list[Any]]:
-    rows = -(-number // columns)
-    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in axes[number:]:
-        unused.remove()
-    return figure, axes[:number]
+def _chart() -> tuple[Figure, Any]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    return figure, figure.subplots()
 
 
 def draw_curves(metrics: Rows) -> list[tuple[str, str]]:
@@ -85,7 +80,7 @@ def _points(rows: Rows, name: str) -> list[tuple[int, float]]:
 
 def _curve_chart(series: Mapping[str, list[tuple[int, float]]], logarithmic: bool) -> str:
     with matplotlib.rc_context(_STYLE):
-        figure, (axes,) = _panels(1, 1)
+        figure, axes = _chart()
         for k, (name, points) in enumerate(series.items()):
             axes.plot(
                 *zip(*points, strict=True),
@@ -99,6 +94,10 @@ def _curve_chart(series: Mapping[str, list[tuple[int, float]]], logarithmic: boo
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if logarithmic and all(value > 0 for points in series.values() for _, value in points):
             axes.set_yscale("log")
+            # Without formulas, "10^-1" would stand there as it is written; minor ticks help where
+            # the values span less than a power of ten.
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: _minor(value)))
         else:
             axes.set_ylim(bottom=0)
         if len(series) > 1:
@@ -106,43 +105,37 @@ def _curve_chart(series: Mapping[str, list[tuple[int, float]]], logarithmic: boo
         return _uri(figure)
 
 
-def draw_gradients(name: str, rows: Rows) -> str:
+def _minor(value: float) -> str:
+    """A label for 2 and 5 times a power of ten."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+
+
+def draw_gradients(rows: Rows) -> list[tuple[str, str]]:
     """How the gradient norms of one loss change: counts, share of the gradient, easy and hard.
 
     Args:
-        name: of the loss.
-        rows: what gradient_statistics.jsonl has of it, by iteration; at least one.
+        rows: what gradient_statistics.jsonl has of the loss, by iteration; at least one.
 
     Returns:
-        A data URI.
+        (title, data URI) of three charts.
     """
-    iterations = list(rows)
     calls = [row["calls"] for row in rows.values()]
     counts = np.array([np.sum([c["counts"] for c in row], axis=0) for row in calls]).T
     shares = np.array([np.sum([c["gradient_share"] for c in row], axis=0) for row in calls]).T
     with matplotlib.rc_context(_STYLE):
-        figure, (left, middle, right) = _panels(3, 3)
-        _heat(figure, left, iterations, np.log10(1 + counts), "examples, log10(1 + number)")
-        _heat(figure, middle, iterations, 100 * shares, "% of the gradient")
-        for axes in (left, middle):
-            axes.set(ylabel="gradient norm g", ylim=(0, 1))
-        for k, share in enumerate(_SHARES):
-            points = _points(rows, f"gradient_share_{share}")
-            if points:
-                x, y = zip(*points, strict=True)
-                style = {"color": _COLOURS[k], "marker": _MARKERS[k], "linestyle": _LINES[k]}
-                right.plot(x, 100 * np.array(y), label=share, markersize=4, **style)
-        right.set(ylabel="% of the gradient", xlabel="iteration", ylim=(0, 100))
-        right.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        right.legend(frameon=False, title="g < 1/3, < 2/3, above", fontsize=8, title_fontsize=8)
-        figure.suptitle(name)
-        return _uri(figure)
+        return [
+            (
+                "number of examples",
+                _heat_map(list(rows), np.log10(1 + counts), "log10(1 + number)"),
+            ),
+            ("share of the gradient", _heat_map(list(rows), 100 * shares, "%")),
+            ("share of easy, medium and hard examples", _shares(rows)),
+        ]
 
 
-def _heat(
-    figure: Figure, axes: Any, iterations: Sequence[int], values: np.ndarray, label: str
-) -> None:
+def _heat_map(iterations: Sequence[int], values: np.ndarray, label: str) -> str:
     """Regions from bottom to top, one column for each observed iteration."""
+    figure, axes = _chart()
     axes.grid(False)
     columns = np.arange(len(iterations) + 1)
     regions = np.linspace(0, 1, len(values) + 1)
@@ -152,34 +145,49 @@ def _heat(
     step = -(-len(iterations) // 6)
     shown = range(0, len(iterations), step)
     axes.set_xticks([k + 0.5 for k in shown], [str(iterations[k]) for k in shown])
-    axes.set_xlabel("iteration")
+    axes.set(xlabel="iteration", ylabel="gradient norm g", ylim=(0, 1))
+    return _uri(figure)
 
 
-def draw_precision(result: Evaluation, most: int = 12) -> tuple[str, int]:
+def _shares(rows: Rows) -> str:
+    figure, axes = _chart()
+    for k, (share, limits) in enumerate(_SHARES.items()):
+        if points := _points(rows, f"gradient_share_{share}"):
+            x, y = zip(*points, strict=True)
+            style = {"color": _COLOURS[k], "marker": _MARKERS[k], "linestyle": _LINES[k]}
+            axes.plot(x, 100 * np.array(y), label=f"{share}: {limits}", markersize=4, **style)
+    axes.set(ylabel="% of the gradient", xlabel="iteration", ylim=(0, 100))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    return _uri(figure)
+
+
+def draw_precision(result: Evaluation, most: int = 12) -> list[tuple[str, str]]:
     """Precision against recall of the classes with the most objects, at IoU 0.5, 0.75 and 0.9.
 
     Args:
-        result: at least one class has an object.
-        most: panels at most.
+        result: an evaluation.
+        most: charts at most; classes without objects have none.
 
     Returns:
-        A data URI, and how many classes it shows.
+        (title, data URI) of each class.
     """
     order = [k for k in np.argsort(-result.objects, kind="stable") if result.objects[k]][:most]
+    charts = []
     with matplotlib.rc_context(_STYLE):
-        figure, panels = _panels(len(order), 3)
-        for axes, k in zip(panels, order, strict=True):
+        for k in order:
+            figure, axes = _chart()
             for style, threshold in enumerate((0.5, 0.75, 0.9)):
                 t = int(np.argmin(np.abs(result.thresholds - threshold)))
-                curve = result.precision[t, :, k]
                 axes.plot(
                     result.recalls,
-                    curve,
+                    result.precision[t, :, k],
                     color=_COLOURS[style],
                     linestyle=_LINES[style],
                     label=f"IoU {threshold:g}: AP {result.ap[t, k]:.1f}",
                 )
             axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
-            axes.set_title(f"{result.classes[k][:40]} ({result.objects[k]} objects)", fontsize=9)
             axes.legend(frameon=False, fontsize=8)
-        return _uri(figure), len(order)
+            charts.append((f"{result.classes[k]} ({result.objects[k]} objects)", _uri(figure)))
+    return charts

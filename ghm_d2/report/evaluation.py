@@ -75,9 +75,11 @@ def evaluate(data: TestSet) -> Evaluation:
     over the whole data set.
 
     Raises:
-        ValueError: the files do not belong together, or one is damaged.
+        ValueError: the files do not belong together, one is damaged, or nothing was detected.
         OSError: one cannot be read.
     """
+    if data.predictions.read_bytes().strip() == b"[]":  # not every pycocotools reads this
+        raise ValueError(f"the last evaluation of {data.name} detected nothing")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(str(data.annotations))

@@ -111,11 +111,11 @@ def _headline(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(name, [(f, row[f]) for f in _HEADLINE if f in row]) for name, row in sets.items()]
 
 
-def _gradients(run: RunFiles) -> list[tuple[str, str]]:
+def _gradients(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
     charts = []
     for name, rows in run.statistics.items():
         try:
-            charts.append((name, draw_gradients(name, rows)))
+            charts.append((name, draw_gradients(rows)))
         except (KeyError, TypeError, ValueError) as error:
             run.missing.append(f"gradient histograms of {name}: damaged ({error!r})")
     return charts
@@ -125,7 +125,6 @@ def _evaluation(result: Evaluation, images: int, run: RunFiles) -> dict[str, Any
     best, worst, unreadable = best_and_worst(result, images)
     if unreadable:
         run.missing.append(f"{len(unreadable)} images of {result.name}; the first: {unreadable[0]}")
-    precision, shown = draw_precision(result) if result.objects.any() else (None, 0)
     order = np.argsort(-result.objects, kind="stable")
     with np.errstate(invalid="ignore"):
         rows = [
@@ -141,8 +140,7 @@ def _evaluation(result: Evaluation, images: int, run: RunFiles) -> dict[str, Any
         "thresholds": [f"{threshold:.2f}".lstrip("0") for threshold in result.thresholds],
         "rows": rows,
         "mean": (int(result.objects.sum()), mean, means),
-        "precision": precision,
-        "precision_classes": shown,
+        "precision": draw_precision(result),
         "classes": len(result.classes),
         "threshold": f"{result.score_threshold:.3f}",
         "images": len(result.images),

@@ -86,10 +86,7 @@ def read_run(folder: Path, datasets: Mapping[str, tuple[Path, Path]]) -> RunFile
             "OUTPUT_DIR of a training."
         )
     missing: list[str] = []
-    record = _json(folder / RECORD_FILE, missing, "environment, and where the data lies") or {}
-    if not isinstance(record, dict):
-        missing.append(f"{RECORD_FILE} holds no record of a training")
-        record = {}
+    record = _object(folder / RECORD_FILE, missing, "environment, and where the data lies")
     config = record.get("config") or ""
     if not isinstance(config, str) or not config:
         config = _text(folder / "config.yaml", missing, "configuration")
@@ -101,7 +98,7 @@ def read_run(folder: Path, datasets: Mapping[str, tuple[Path, Path]]) -> RunFile
         config,
         _last_run(_rows(folder / "metrics.json", missing, "loss and AP curves")),
         _statistics(_rows(folder / STATISTICS_FILE, missing, "gradient histograms")),
-        _json(folder / "inference" / "results.json", missing, "final results") or {},
+        _object(folder / "inference" / "results.json", missing, "final results"),
         [],
         missing,
     )
@@ -127,13 +124,19 @@ def _text(file: Path, missing: list[str], what: str) -> str:
     return ""
 
 
-def _json(file: Path, missing: list[str], what: str) -> Any:
+def _object(file: Path, missing: list[str], what: str) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, which ``missing`` then says."""
     text = _text(file, missing, what)
+    if not text:
+        return {}
     try:
-        return json.loads(text) if text else None
+        content = json.loads(text)
     except ValueError:
-        missing.append(f"{what}: {file.name} is not complete JSON")
-        return None
+        content = None
+    if not isinstance(content, dict):
+        missing.append(f"{what}: {file.name} is not a complete JSON object")
+        return {}
+    return content
 
 
 def _rows(file: Path, missing: list[str], what: str) -> list[dict[str, Any]]:

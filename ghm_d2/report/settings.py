@@ -25,10 +25,14 @@ def differences(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     add_ghm_config(cfg)
     defaults = dict(_leaves(yaml.safe_load(cfg.dump())))
     return [
-        (key, str(value), str(defaults[key]) if key in defaults else "")
+        (key, _shown(value), _shown(defaults[key]) if key in defaults else "")
         for key, value in _leaves(settings)
         if key not in defaults or defaults[key] != value
     ]
+
+
+def _shown(value: Any) -> str:
+    return '""' if value == "" else str(value)
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
