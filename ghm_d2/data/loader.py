@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ghm_d2.data.anchor_check import log_anchor_fit
 from ghm_d2.data.workers import outlive_sigterm
 from ghm_d2.randomness import numpy_state, preserved, seeded, set_numpy_state
 
@@ -60,6 +61,7 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
             ", ".join(cfg.DATASETS.TRAIN),
         )
         return build_detection_train_loader(**{**parts, "sampler": build_sampler()})
+    log_anchor_fit(cfg, records)
     return TrainLoader(
         records,
         mapper,

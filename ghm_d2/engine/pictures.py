@@ -20,7 +20,7 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw_predictions", "plot_training", "read_metrics"]
+__all__ = ["draw_boxes", "draw_predictions", "plot_training", "read_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def draw_predictions(cfg: CfgNode, model: torch.nn.Module, file: Path, images: i
                     found.pred_boxes, found.pred_classes.tolist(), found.scores, strict=True
                 )
             ]
-            both = (_draw_boxes(pixels, boxes, metadata) for boxes in (truth, shown))
+            both = (draw_boxes(pixels, boxes, metadata) for boxes in (truth, shown))
             rows.append((Path(record["file_name"]).name, *both))
     finally:
         model.train(was_training)
@@ -75,7 +75,7 @@ def draw_predictions(cfg: CfgNode, model: torch.nn.Module, file: Path, images: i
     _contact_sheet(rows).save(file)
 
 
-def _draw_boxes(
+def draw_boxes(
     pixels: np.ndarray, items: list[tuple[list[float], int, str]], metadata: Metadata
 ) -> np.ndarray:
     """Draw (XYXY box, class, text after its name) on the image, enlarged to the size of a tile.

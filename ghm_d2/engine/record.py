@@ -17,6 +17,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 import ghm_d2
+from ghm_d2.data import parse_dataset
 from ghm_d2.hardware import processor_name
 
 __all__ = ["RECORD_FILE", "record_training"]
@@ -25,7 +26,7 @@ RECORD_FILE = "training.json"
 
 
 def record_training(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Write config, classes, hardware, versions and commit to OUTPUT_DIR; on the main process.
+    """Write config, data, hardware, versions and commit to OUTPUT_DIR; on the main process.
 
     The config stands here too because an evaluation into the same folder replaces config.yaml.
 
@@ -34,11 +35,15 @@ def record_training(cfg: CfgNode, args: argparse.Namespace) -> None:
         args: the command line.
     """
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    given = [parse_dataset(text) for text in args.dataset]
     record = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "config_file": os.path.abspath(args.config_file),
         "config": cfg.dump(),
         "classes": list(metadata.get("thing_classes") or ()),
+        "datasets": {
+            d.name: [os.path.abspath(d.json_file), os.path.abspath(d.image_root)] for d in given
+        },
         "hardware": _hardware(cfg),
         "versions": {
             "python": platform.python_version(),

@@ -1,0 +1,152 @@
+"""The anchors of a config against the boxes that it trains on, as a line of the log."""
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.structures import BoxMode
+
+from ghm_d2.data.anchors import ENOUGH_IOU, Anchors, InputSize, best_shape_iou, suggest
+
+__all__ = ["anchor_report", "configured_anchors", "input_size", "log_anchor_fit"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_BOXES = 20_000
+
+
+def log_anchor_fit(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
+    """Log how many boxes have an anchor that fits; a warning with a way out where most have none.
+
+    Args:
+        cfg: of the training.
+        records: Detectron2's dictionaries of the images that are trained on.
+    """
+    text, fits = anchor_report(cfg, records)
+    if text:
+        logger.log(logging.INFO if fits else logging.WARNING, "%s", text)
+
+
+def anchor_report(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> tuple[str, bool]:
+    """How well the anchors fit, in words.
+
+    Args:
+        cfg: of the training.
+        records: Detectron2's dictionaries of the images that are trained on; of many boxes, those
+            of every k-th image are looked at.
+
+    Returns:
+        The text, empty where the detector has no axis-aligned anchors or the data no box, and
+        whether most boxes have an anchor with IoU 0.5 or more.
+    """
+    anchors, size = configured_anchors(cfg), input_size(cfg)
+    boxes, images, every = _box_sizes(records)
+    if anchors is None or not len(boxes):
+        return "", True
+    iou = best_shape_iou(size.resize(boxes, images), anchors)
+    share = float((iou >= ENOUGH_IOU).mean())
+    text = (
+        f"{share:.0%} of {len(boxes)} boxes{f' (1 image in {every})' if every > 1 else ''} have "
+        f"an anchor with IoU >= {ENOUGH_IOU} by shape, after the resize of INPUT"
+    )
+    if share > 0.5:
+        return text, True
+    return (
+        f"Most boxes have no anchor that fits: only {text}. {_way_out(cfg, boxes, images)}",
+        False,
+    )
+
+
+def _way_out(cfg: CfgNode, boxes: np.ndarray, images: np.ndarray) -> str:
+    anchors, size = configured_anchors(cfg), input_size(cfg)
+    found = suggest(boxes, images, anchors, size)
+    if found is None:
+        typical = np.median(size.resize(boxes, images), axis=0)
+        return (
+            f"A typical box is {typical[0]:.0f} x {typical[1]:.0f} pixels there, and neither other "
+            "anchor sizes and ratios nor an input of four times the size fit most of them: look at "
+            "the boxes with tools/look_at_data.py."
+        )
+    words = []
+    if found.anchors.sizes != anchors.sizes:
+        words.append(f'MODEL.ANCHOR_GENERATOR.SIZES "{_lists(found.anchors.sizes)}"')
+    if found.anchors.ratios != anchors.ratios:
+        words.append(f'MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS "{_lists(found.anchors.ratios[:1])}"')
+    if found.input_size != size:
+        shortest, longest = found.input_size.shortest, found.input_size.longest
+        if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+            shortest = (shortest[0], shortest[-1])
+        words += [
+            f'INPUT.MIN_SIZE_TRAIN "{shortest}" INPUT.MAX_SIZE_TRAIN {longest}',
+            f"INPUT.MIN_SIZE_TEST {max(shortest)} INPUT.MAX_SIZE_TEST {longest}",
+        ]
+    return f"With these it would be {found.share:.0%}: {' '.join(words)}"
+
+
+def _lists(levels: Sequence[Sequence[float]]) -> str:
+    rows = (", ".join(f"{value:.4g}" for value in level) for level in levels)
+    return f"[{', '.join(f'[{row}]' for row in rows)}]"
+
+
+def configured_anchors(cfg: CfgNode) -> Anchors | None:
+    """The anchors of RetinaNet or the RPN; None without any, or with rotated ones.
+
+    Strides are read off Detectron2's names of features: p3 and res3 have stride 8.
+    """
+    node = cfg.MODEL.ANCHOR_GENERATOR
+    if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
+        features = cfg.MODEL.RETINANET.IN_FEATURES
+    elif cfg.MODEL.PROPOSAL_GENERATOR.NAME.endswith("RPN"):
+        features = cfg.MODEL.RPN.IN_FEATURES
+    else:
+        return None
+    if node.NAME != "DefaultAnchorGenerator":
+        return None
+    matches = (re.fullmatch(r"(?:p|res)(\d)", name) for name in features)
+    strides = tuple(2 ** int(match[1]) if match else 0 for match in matches)
+    # One list stands for all levels, as Detectron2 has it.
+    sizes, ratios = (
+        tuple(tuple(map(float, x)) for x in lists * (len(features) if len(lists) == 1 else 1))
+        for lists in (_nested(node.SIZES), _nested(node.ASPECT_RATIOS))
+    )
+    return Anchors(sizes, ratios, strides) if len(sizes) == len(ratios) == len(strides) else None
+
+
+def _nested(lists: Sequence[Any]) -> list[Any]:
+    return list(lists) if isinstance(lists[0], Sequence) else [lists]
+
+
+def input_size(cfg: CfgNode) -> InputSize:
+    """How the config resizes its training images; a range is looked at in three sizes."""
+    sizes = tuple(cfg.INPUT.MIN_SIZE_TRAIN)
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+        sizes = (sizes[0], (sizes[0] + sizes[-1]) // 2, sizes[-1])
+    return InputSize(sizes, cfg.INPUT.MAX_SIZE_TRAIN)
+
+
+def _box_sizes(records: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Widths and heights of boxes (N, 2), those of their images (N, 2), and the step in images."""
+    total = sum(len(record.get("annotations", ())) for record in records)
+    every = -(-total // _MOST_BOXES) or 1
+    boxes, images = [], []
+    for record in records[::every]:
+        for annotation in record.get("annotations", ()):
+            mode = annotation["bbox_mode"]
+            if mode == BoxMode.XYWH_ABS:
+                sides = annotation["bbox"][2:]
+            elif mode == BoxMode.XYXY_ABS:
+                x0, y0, x1, y1 = annotation["bbox"]
+                sides = (x1 - x0, y1 - y0)
+            else:
+                continue  # rotated
+            if not annotation.get("iscrowd", 0) and min(sides) > 0:
+                boxes.append(sides)
+                images.append((record["width"], record["height"]))
+    return (
+        np.array(boxes, dtype=float).reshape(-1, 2),
+        np.array(images, float).reshape(-1, 2),
+        every,
+    )

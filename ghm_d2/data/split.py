@@ -1,0 +1,124 @@
+"""Splitting COCO-format data by image, the same way on every machine."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ghm_d2.errors import UserError
+
+__all__ = ["choose", "describe", "read_coco", "split_coco", "write_coco"]
+
+logger = logging.getLogger(__name__)
+
+
+def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """Choose a fraction of names at random; their order does not matter.
+
+    Args:
+        names: at least two different ones.
+        fraction: in (0, 1); at least one name is chosen and one is not.
+        seed: another one gives another choice.
+
+    Raises:
+        UserError: the fraction is out of range, or there are fewer than two names.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the fraction must lie between 0 and 1, got {fraction:g}.")
+    unique = list(set(names))
+    if len(unique) < 2:
+        raise UserError(f"two images or more are needed for a split, here are {len(unique)}.")
+    # By hash: the same on every Python, and images added later leave most of the choice as it is.
+    unique.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    number = min(max(round(fraction * len(unique)), 1), len(unique) - 1)
+    return set(unique[:number])
+
+
+def split_coco(
+    content: Mapping[str, Any], fraction: float, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split COCO-format content into two by image; all other keys go into both.
+
+    Args:
+        content: what :func:`read_coco` returns.
+        fraction: of the images, for the second part.
+        seed: another one gives another split.
+
+    Returns:
+        The larger rest and the chosen part; a file name that occurs twice stays together.
+
+    Raises:
+        UserError: as :func:`choose`.
+    """
+    chosen = choose([row["file_name"] for row in content["images"]], fraction, seed)
+    parts = []
+    for inside in (False, True):
+        images = [row for row in content["images"] if (row["file_name"] in chosen) == inside]
+        ids = {row["id"] for row in images}
+        annotations = [row for row in content["annotations"] if row["image_id"] in ids]
+        parts.append({**content, "images": images, "annotations": annotations})
+    if stray := len(content["annotations"]) - sum(len(part["annotations"]) for part in parts):
+        logger.warning("%d annotations belong to no listed image and are left out", stray)
+    return parts[0], parts[1]
+
+
+def describe(name: str, content: Mapping[str, Any]) -> str:
+    """One line: how many images, and how many objects of each class, the rarest ones last."""
+    classes = {row["id"]: row["name"] for row in content["categories"]}
+    counts = Counter(row["category_id"] for row in content["annotations"])
+    ordered = sorted(classes, key=lambda number: -counts[number])
+    shown = ", ".join(f"{classes[number]} {counts[number]}" for number in ordered[:12])
+    more = f", and {len(ordered) - 12} classes more" if len(ordered) > 12 else ""
+    none = sum(not counts[number] for number in classes)
+    missing = f"; {none} of {len(classes)} classes have no object here" if none else ""
+    return (
+        f"{name}: {len(content['images'])} images, {len(content['annotations'])} objects "
+        f"({shown}{more}){missing}"
+    )
+
+
+def read_coco(file: Path) -> dict[str, Any]:
+    """Read a COCO-format file.
+
+    Raises:
+        UserError: it is missing, not JSON, or lacks what a split needs.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not a complete JSON file ({error}).") from error
+    needed = {
+        "images": ("id", "file_name"),
+        "annotations": ("image_id", "category_id"),
+        "categories": ("id", "name"),
+    }
+    for table, fields in needed.items():
+        rows = content.get(table) if isinstance(content, dict) else None
+        if not isinstance(rows, list):
+            raise UserError(f'{file} is not in COCO format: it has no list "{table}".')
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict) or any(row.get(key) is None for key in fields):
+                raise UserError(f"{file}: entry {number} of {table} lacks {' or '.join(fields)}.")
+    return content
+
+
+def write_coco(parts: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Write each content to its file, whose folder is made; nothing is overwritten.
+
+    Raises:
+        UserError: a file exists already or cannot be written; then none has been written before.
+    """
+    for file in parts:
+        if file.exists():
+            raise UserError(f"{file} exists already: delete it, or name another --output-dir.")
+    for file, content in parts.items():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(content), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error.strerror}).") from error

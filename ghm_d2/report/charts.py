@@ -1,0 +1,193 @@
+"""The page's charts, each as a data URI of an SVG."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ghm_d2.report.evaluation import Evaluation
+
+__all__ = ["draw_curves", "draw_gradients", "draw_precision"]
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; lines and markers differ as well.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_AP = ("AP", "AP50", "AP75")
+_SHARES = {"easy": "g < 1/3", "medium": "g < 2/3", "hard": "above"}
+_SIZE = (4.3, 3.2)  # of a chart, in inches
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "text.parse_math": False,  # names of classes are nobody's formulas
+    "svg.hashsalt": "ghm_d2",  # the same data gives the same page
+}
+
+Rows = Mapping[int, Mapping[str, Any]]
+
+
+def _uri(figure: Figure) -> str:
+    FigureCanvasSVG(figure)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _chart() -> tuple[Figure, Any]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    return figure, figure.subplots()
+
+
+def draw_curves(metrics: Rows) -> list[tuple[str, str]]:
+    """Losses, plain losses, AP and learning rate against the iteration.
+
+    Args:
+        metrics: values by iteration and name.
+
+    Returns:
+        (title, data URI) of each chart for which there are values.
+    """
+    names = sorted({name for row in metrics.values() for name in row})
+    charts = {
+        "Losses that are minimised": [n for n in names if n == "total_loss" or n[:5] == "loss_"],
+        "Plain losses, not harmonised (logarithmic)": [n for n in names if "/plain_loss" in n],
+        "Box AP on the test data": [n for n in names if "/" in n and n.rpartition("/")[2] in _AP],
+        "Learning rate": [n for n in names if n == "lr"],
+    }
+    found = []
+    for title, shown in charts.items():
+        series = {name: _points(metrics, name) for name in shown}
+        series = {name: points for name, points in series.items() if points}
+        if series:
+            found.append((title, _curve_chart(series, logarithmic="plain" in title.lower())))
+    return found
+
+
+def _points(rows: Rows, name: str) -> list[tuple[int, float]]:
+    values = [(i, row.get(name)) for i, row in rows.items()]
+    return [(i, v) for i, v in values if isinstance(v, int | float) and np.isfinite(v)]
+
+
+def _curve_chart(series: Mapping[str, list[tuple[int, float]]], logarithmic: bool) -> str:
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _chart()
+        for k, (name, points) in enumerate(series.items()):
+            axes.plot(
+                *zip(*points, strict=True),
+                label=name,
+                color=_COLOURS[k % len(_COLOURS)],
+                linestyle=_LINES[k % len(_LINES)],
+                marker=_MARKERS[k % len(_MARKERS)] if len(points) < 40 else "",
+                markersize=4,
+            )
+        axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if logarithmic and all(value > 0 for points in series.values() for _, value in points):
+            axes.set_yscale("log")
+            # Without formulas, "10^-1" would stand there as it is written; minor ticks help where
+            # the values span less than a power of ten.
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: _minor(value)))
+        else:
+            axes.set_ylim(bottom=0)
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        return _uri(figure)
+
+
+def _minor(value: float) -> str:
+    """A label for 2 and 5 times a power of ten."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+
+
+def draw_gradients(rows: Rows) -> list[tuple[str, str]]:
+    """How the gradient norms of one loss change: counts, share of the gradient, easy and hard.
+
+    Args:
+        rows: what gradient_statistics.jsonl has of the loss, by iteration; at least one.
+
+    Returns:
+        (title, data URI) of three charts.
+    """
+    calls = [row["calls"] for row in rows.values()]
+    counts = np.array([np.sum([c["counts"] for c in row], axis=0) for row in calls]).T
+    shares = np.array([np.sum([c["gradient_share"] for c in row], axis=0) for row in calls]).T
+    with matplotlib.rc_context(_STYLE):
+        return [
+            (
+                "number of examples",
+                _heat_map(list(rows), np.log10(1 + counts), "log10(1 + number)"),
+            ),
+            ("share of the gradient", _heat_map(list(rows), 100 * shares, "%")),
+            ("share of easy, medium and hard examples", _shares(rows)),
+        ]
+
+
+def _heat_map(iterations: Sequence[int], values: np.ndarray, label: str) -> str:
+    """Regions from bottom to top, one column for each observed iteration."""
+    figure, axes = _chart()
+    axes.grid(False)
+    columns = np.arange(len(iterations) + 1)
+    regions = np.linspace(0, 1, len(values) + 1)
+    # "cividis" is made for colour-blind readers; rasterised, for a long training has many cells.
+    mesh = axes.pcolormesh(columns, regions, values, cmap="cividis", rasterized=True)
+    figure.colorbar(mesh, ax=axes, label=label)
+    step = -(-len(iterations) // 6)
+    shown = range(0, len(iterations), step)
+    axes.set_xticks([k + 0.5 for k in shown], [str(iterations[k]) for k in shown])
+    axes.set(xlabel="iteration", ylabel="gradient norm g", ylim=(0, 1))
+    return _uri(figure)
+
+
+def _shares(rows: Rows) -> str:
+    figure, axes = _chart()
+    for k, (share, limits) in enumerate(_SHARES.items()):
+        if points := _points(rows, f"gradient_share_{share}"):
+            x, y = zip(*points, strict=True)
+            style = {"color": _COLOURS[k], "marker": _MARKERS[k], "linestyle": _LINES[k]}
+            axes.plot(x, 100 * np.array(y), label=f"{share}: {limits}", markersize=4, **style)
+    axes.set(ylabel="% of the gradient", xlabel="iteration", ylim=(0, 100))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    return _uri(figure)
+
+
+def draw_precision(result: Evaluation, most: int = 12) -> list[tuple[str, str]]:
+    """Precision against recall of the classes with the most objects, at IoU 0.5, 0.75 and 0.9.
+
+    Args:
+        result: an evaluation.
+        most: charts at most; classes without objects have none.
+
+    Returns:
+        (title, data URI) of each class.
+    """
+    order = [k for k in np.argsort(-result.objects, kind="stable") if result.objects[k]][:most]
+    charts = []
+    with matplotlib.rc_context(_STYLE):
+        for k in order:
+            figure, axes = _chart()
+            for style, threshold in enumerate((0.5, 0.75, 0.9)):
+                t = int(np.argmin(np.abs(result.thresholds - threshold)))
+                axes.plot(
+                    result.recalls,
+                    result.precision[t, :, k],
+                    color=_COLOURS[style],
+                    linestyle=_LINES[style],
+                    label=f"IoU {threshold:g}: AP {result.ap[t, k]:.1f}",
+                )
+            axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+            axes.legend(frameon=False, fontsize=8)
+            charts.append((f"{result.classes[k]} ({result.objects[k]} objects)", _uri(figure)))
+    return charts

@@ -1,0 +1,187 @@
+"""AP of every class and IoU threshold, PR curves, and a score for each image, by pycocotools."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ghm_d2.report.run_files import TestSet
+
+__all__ = ["Evaluation", "ImageScore", "evaluate"]
+
+_LIMIT = 100  # detections an image, COCO's largest
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """How well the detections of one image are.
+
+    Attributes:
+        file: of the image.
+        score: F1 in [0, 1].
+        found, false, missed: detections that match an object, that match none, and objects that no
+            detection matches.
+        truth, shown: (XYXY box, class index, text behind the name of the class) of the ground truth
+            and of the detections above the threshold.
+    """
+
+    file: Path
+    score: float
+    found: int
+    false: int
+    missed: int
+    truth: list[tuple[list[float], int, str]]
+    shown: list[tuple[list[float], int, str]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of one data set.
+
+    Attributes:
+        name: of the data set.
+        classes: names by ascending category id.
+        objects: (K,) objects of each class, without crowds.
+        thresholds: (T,) IoU thresholds.
+        ap: (T, K) in per cent; NaN where a class has no object.
+        recalls: (101,) recalls of ``precision``.
+        precision: (T, 101, K); NaN as above.
+        score_threshold: detections below it do not count for the images' scores.
+        images: by descending score, without images that have neither objects nor detections.
+    """
+
+    name: str
+    classes: list[str]
+    objects: np.ndarray
+    thresholds: np.ndarray
+    ap: np.ndarray
+    recalls: np.ndarray
+    precision: np.ndarray
+    score_threshold: float
+    images: list[ImageScore]
+
+
+def evaluate(data: TestSet) -> Evaluation:
+    """Evaluate the predictions again.
+
+    An image's score is F1 = 2 TP / (2 TP + FP + FN), over all classes together: matches at IoU 0.5,
+    as COCO makes them, of detections from one score threshold on, the one that makes F1 largest
+    over the whole data set.
+
+    Raises:
+        ValueError: the files do not belong together, one is damaged, or nothing was detected.
+        OSError: one cannot be read.
+    """
+    if data.predictions.read_bytes().strip() == b"[]":  # not every pycocotools reads this
+        raise ValueError(f"the last evaluation of {data.name} detected nothing")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(data.annotations))
+            predictions = truth.loadRes(str(data.predictions))
+            result = COCOeval(truth, predictions, "bbox")
+            result.evaluate()
+            result.accumulate()
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        # pycocotools asserts that every predicted image is among those of the annotations.
+        raise ValueError(
+            f"{data.predictions} does not belong to {data.annotations}, or one of them is damaged "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+    ids = sorted(truth.getCatIds())
+    precision = result.eval["precision"][:, :, :, 0, -1]
+    precision = np.where(precision > -1, precision, np.nan)
+    objects = [
+        sum(not a.get("iscrowd", 0) for a in truth.loadAnns(truth.getAnnIds(catIds=[k])))
+        for k in ids
+    ]
+    threshold, scores = _image_scores(result)
+    images = [
+        _image(truth, predictions, data.images, ids, image, threshold, counts)
+        for image, counts in scores.items()
+    ]
+    images = [i for i in images if i.found + i.false + i.missed]
+    return Evaluation(
+        data.name,
+        [truth.cats[k]["name"] for k in ids],
+        np.array(objects),
+        result.params.iouThrs,
+        100 * precision.mean(1),
+        result.params.recThrs,
+        precision,
+        threshold,
+        sorted(images, key=lambda i: (-i.score, -i.found, i.false + i.missed, str(i.file))),
+    )
+
+
+def _image_scores(result: COCOeval) -> tuple[float, dict[int, tuple[int, int, int]]]:
+    """The score threshold, and found, false and missed of each image."""
+    everything = result.params.areaRng[0]
+    calls = [c for c in result.evalImgs if c is not None and c["aRng"] == everything]
+    scores, hits, images = [], [], []
+    objects = dict.fromkeys(result.params.imgIds, 0)
+    for call in calls:
+        image = call["image_id"]
+        objects[image] += int((~np.array(call["gtIgnore"], dtype=bool)).sum())
+        for score, match, ignored in zip(
+            call["dtScores"], call["dtMatches"][0], call["dtIgnore"][0], strict=True
+        ):
+            if not ignored:
+                scores.append(score)
+                hits.append(match > 0)
+                images.append(image)
+    threshold = _best_threshold(np.array(scores), np.array(hits, dtype=bool), sum(objects.values()))
+    counts = {image: [0, 0] for image in objects}
+    for score, hit, image in zip(scores, hits, images, strict=True):
+        if score >= threshold:
+            counts[image][0 if hit else 1] += 1
+    return threshold, {
+        image: (found, false, objects[image] - found) for image, (found, false) in counts.items()
+    }
+
+
+def _best_threshold(scores: np.ndarray, hits: np.ndarray, objects: int) -> float:
+    """The score from which on detections have the largest F1; 1 without any match."""
+    if not hits.any():
+        return 1.0
+    order = np.argsort(-scores, kind="stable")
+    f1 = 2 * np.cumsum(hits[order]) / (np.arange(1, len(order) + 1) + objects)
+    last = np.append(np.diff(scores[order]) != 0, True)  # equal scores stand or fall together
+    return float(scores[order][np.argmax(np.where(last, f1, -1))])
+
+
+def _image(
+    truth: COCO,
+    predictions: COCO,
+    folder: Path,
+    ids: Sequence[int],
+    image: int,
+    threshold: float,
+    counts: tuple[int, int, int],
+) -> ImageScore:
+    found, false, missed = counts
+    labels = {category: index for index, category in enumerate(ids)}
+    drawn = [a for a in predictions.imgToAnns[image] if a["score"] >= threshold]
+    drawn = sorted(drawn, key=lambda a: -a["score"])[:_LIMIT]
+    return ImageScore(
+        folder / truth.imgs[image]["file_name"],
+        2 * found / max(2 * found + false + missed, 1),
+        found,
+        false,
+        missed,
+        [
+            (_corners(a), labels[a["category_id"]], " (crowd)" if a.get("iscrowd", 0) else "")
+            for a in truth.imgToAnns[image]
+        ],
+        [(_corners(a), labels[a["category_id"]], f" {a['score']:.0%}") for a in drawn],
+    )
+
+
+def _corners(annotation: dict[str, Any]) -> list[float]:
+    x, y, width, height = annotation["bbox"]
+    return [x, y, x + width, y + height]

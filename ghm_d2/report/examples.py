@@ -1,0 +1,69 @@
+"""The best and the worst images with their boxes, as data URIs of JPEGs."""
+
+import base64
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from detectron2.data import Metadata
+from PIL import Image
+
+from ghm_d2.deploy.setup import UnreadableError, read_image
+from ghm_d2.engine.pictures import draw_boxes
+from ghm_d2.report.evaluation import Evaluation, ImageScore
+
+__all__ = ["Example", "best_and_worst"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image of the page.
+
+    Attributes:
+        name: of the file.
+        score: the figures of the image.
+        truth, shown: data URIs of the image with ground truth and with detections.
+    """
+
+    name: str
+    score: ImageScore
+    truth: str
+    shown: str
+
+
+def best_and_worst(
+    result: Evaluation, number: int
+) -> tuple[list[Example], list[Example], list[str]]:
+    """Draw at most ``number`` of the best images, and as many of the worst ones.
+
+    Returns:
+        The best, the worst (the very worst first), and one sentence for each image that could not
+        be read. No image is in both.
+    """
+    number = min(number, -(-len(result.images) // 2))
+    best = result.images[:number]
+    worst = result.images[number:][::-1][:number]
+    unreadable: list[str] = []
+    drawn = [_draw(images, result.classes, unreadable) for images in (best, worst)]
+    return drawn[0], drawn[1], unreadable
+
+
+def _draw(images: list[ImageScore], classes: list[str], unreadable: list[str]) -> list[Example]:
+    # draw_boxes reads labels with matplotlib, to which "$" begins a formula.
+    metadata = Metadata(thing_classes=[name.replace("$", r"\$") for name in classes])
+    examples = []
+    for image in images:
+        try:
+            pixels = read_image(image.file)
+        except UnreadableError as error:
+            unreadable.append(str(error).rstrip("."))
+            continue
+        both = [_uri(draw_boxes(pixels, boxes, metadata)) for boxes in (image.truth, image.shown)]
+        examples.append(Example(image.file.name, image, *both))
+    return examples
+
+
+def _uri(pixels: np.ndarray) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
