@@ -103,7 +103,22 @@ def run_python(code, folder=ROOT, **environment):
     return done.stdout
 
 
-def test_installed_wheel_carries_the_configs(tmp_path):
+# Each installed command with a config by its name; what it says to the images that are not there.
+COMMANDS = """
+import importlib.metadata, sys
+for command in importlib.metadata.distribution("ghm_d2").entry_points:
+    sys.stderr = sys.stdout
+    sys.argv = [command.name, "--config-file", "ghm_retinanet_R_50.yaml", "--input", "gone.png"]
+    try:
+        command.load()([*sys.argv[1:], "--output", "out"])
+    except SystemExit as stop:
+        print(stop.code)
+    else:
+        print("went on")
+"""
+
+
+def test_installed_wheel_works_on_its_own(tmp_path):
     """Built from a copy, because a build writes into the checkout."""
     source = tmp_path / "source"
     source.mkdir()
@@ -127,3 +142,7 @@ def test_installed_wheel_carries_the_configs(tmp_path):
     there = {p.relative_to(root / "configs") for p in (root / "configs").rglob("*.yaml")}
     assert there == {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")}
     assert (root / "index.json").read_bytes() == PACKAGED_INDEX.read_bytes()
+    assert (tmp_path / "installed" / "ghm_d2" / "py.typed").is_file()
+    code = COMMANDS + "print(ghm_d2.engine.setup.locate_config_file('configs/ghm_faster_rcnn_R_50.yaml'))"
+    said = run_python(code.replace("import importlib", "import ghm_d2, importlib", 1), tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    print(said)

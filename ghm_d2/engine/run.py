@@ -17,7 +17,7 @@ from torch.multiprocessing import ProcessExitedException
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, register_coco_dataset
-from ghm_d2.engine.arguments import parse_arguments
+from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.record import record_training
 from ghm_d2.engine.setup import build_config, setup_ghm_logger
@@ -27,8 +27,6 @@ from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError, exits_with_one_sentence
 
 __all__ = ["load_trained_weights", "main"]
-
-_PROGRAM = "train_net.py"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr; code 1
             where the results are not those of `TEST.EXPECTED_RESULTS`.
     """
-    with exits_with_one_sentence(_PROGRAM):
+    with exits_with_one_sentence(train_program()):
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         cfg, datasets = build_config(args)
         check_all(cfg, args)
@@ -69,7 +67,7 @@ def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -
             register_coco_dataset(dataset)
     default_setup(cfg, args)
     setup_ghm_logger(cfg, comm.get_rank())
-    with exits_with_one_sentence(_PROGRAM):
+    with exits_with_one_sentence(train_program()):
         try:
             _evaluate(args, cfg) if args.eval_only else _train(args, cfg)
         except UserError:
