@@ -21,7 +21,17 @@ MINIMUM_PYTHON = (3, 10)
 # a59f0563). Its tag says Python 3.10, but its Python part runs on later versions too.
 DETECTRON2_WHEEL = "sal-detectron2==0.7.2"
 DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
-TOOLS = ("pip", "setuptools", "wheel", "pytest", "pluggy", "iniconfig", "hypothesis", "mypy", "ruff")
+TOOLS = (
+    "pip",
+    "setuptools",
+    "wheel",
+    "pytest",
+    "pluggy",
+    "iniconfig",
+    "hypothesis",
+    "mypy",
+    "ruff",
+)
 KEY_FILES = ("constraints.txt", "pyproject.toml", "setup.py", "tools/bootstrap.py")
 SITES = '[p for p in sys.path if p.rstrip("/").endswith(("site-packages", "dist-packages"))]'
 FIND_DETECTRON2 = (
