@@ -128,7 +128,9 @@ def source(file: Path, record: Record) -> str:
     """Where a section's figures come from."""
     place, versions = record.get("machine", record), record.get("versions", record)
     where = place.get("gpu") or ", ".join(
-        f"{place[key]}{unit}" for key, unit in (("cpu", ""), ("threads", " thread(s)")) if key in place
+        f"{place[key]}{unit}"
+        for key, unit in (("cpu", ""), ("threads", " thread(s)"))
+        if key in place
     )
     return (
         f"From `{file.relative_to(ROOT)}`: {where}; PyTorch {versions['torch']}; "
