@@ -57,11 +57,10 @@ def test_examples(page, tmp_path, monkeypatch):
 )
 def test_every_public_name_has_an_example_and_a_docstring(module):
     public = importlib.import_module(module)
-    examples = [
-        e.source for t in EXAMPLES.values() for e in doctest.DocTestParser().get_examples(t)
-    ]
+    parse = doctest.DocTestParser().get_examples
+    sources = [example.source for text in EXAMPLES.values() for example in parse(text)]
     # An import alone shows nothing.
-    used = "\n".join(source for source in examples if not source.startswith(("from ", "import ")))
+    used = "\n".join(x for x in sources if not x.startswith(("from ", "import ")))
     pages = "\n".join(PAGES.values())
     for name in public.__all__:
         assert re.search(rf"\b{name}\b", used), f"{module}.{name} has no example in docs/"
