@@ -17,6 +17,8 @@ author = "ghm_d2 authors"
 version = release = ghm_d2.__version__
 html_theme = "sphinx_rtd_theme"
 html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["ghm_d2.css"]
 html_theme_options = {"navigation_depth": 3}
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
