@@ -9,7 +9,7 @@ BOOTSTRAP = $(PYTHON) tools/bootstrap.py --detectron2 "$(DETECTRON2)" \
 	$(if $(filter file,$(origin PYTHON)),,--python-was-chosen)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint bench clean
+.PHONY: help setup quickstart test test-slow lint bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -29,14 +29,20 @@ test: setup ## run the tests, without the slow ones
 test-slow: setup ## run the slow tests only
 	@$(VENV_PYTHON) -m pytest -m slow $(ARGS)
 
-lint: setup ## check style and formatting
+lint: setup ## check style, formatting and the types of ghm_d2.losses
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
 
 bench: setup ## measure speed and memory of the losses
 	@test -f benchmarks/bench_losses.py || { echo "There is no benchmarks/bench_losses.py in this version." >&2; exit 1; }
 	@$(VENV_PYTHON) benchmarks/bench_losses.py $(ARGS)
 
+docs: ## build the documentation into docs/_build/html, every warning an error
+	@$(BOOTSTRAP) --docs
+	@$(VENV_PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "Documentation: docs/_build/html/index.html"
+
 clean: ## delete .venv and caches; data sets and trained models stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/_build
 	find . -name __pycache__ -type d -not -path './datasets/*' -not -path './output/*' -prune -exec rm -rf {} +

@@ -126,7 +126,8 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int:
             call()
     events = (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    # PyTorch before 2.4 counts in microseconds; events of the same one are in order already.
+    for event in sorted(events, key=lambda e: (getattr(e, "start_ns", None) or e.start_us)()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak

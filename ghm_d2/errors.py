@@ -3,8 +3,9 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-__all__ = ["USER_ERROR", "UserError", "exits_with_one_sentence"]
+__all__ = ["USER_ERROR", "UserError", "exits_with_one_sentence", "program_name"]
 
 USER_ERROR = 2  # exit code, as argparse has it
 
@@ -13,6 +14,11 @@ class UserError(ValueError):
     """A mistake in a command, config or data set; its message is one sentence with the way out."""
 
     exit_code = USER_ERROR
+
+
+def program_name(script: str, command: str) -> str:
+    """What the user runs: the ``command`` that an installation offers, or else the ``script``."""
+    return command if Path(sys.argv[0]).stem == command else script
 
 
 @contextlib.contextmanager

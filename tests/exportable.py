@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from detectors import TWO_IMAGES, batch, calibrated, small_config, small_model
 from PIL import Image
@@ -17,6 +18,12 @@ BASES = (RETINANET, FASTER_RCNN)
 OPTS = ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
         "INPUT.MIN_SIZE_TEST", 150, "INPUT.MAX_SIZE_TEST", 300)  # fmt: skip
 _SPREAD = {"cls_score": 1.0, "objectness_logits": 1.0, "bbox_pred": 0.1, "anchor_deltas": 0.1}
+
+
+def skip_where_refused(format: str) -> None:
+    """Skips a test of a format that this PyTorch cannot write (test_old_torch_is_named)."""
+    if format != "torchscript" and torch.__version__ < (2, 5):
+        pytest.skip(f"{format} needs PyTorch 2.5")
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -12,8 +12,8 @@ from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from tiny import ROOT
 
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data.anchors import Anchors, InputSize, best_shape_iou, suggest
 from ghm_d2.data.anchor_check import anchor_report, configured_anchors, log_anchor_fit
+from ghm_d2.data.anchors import Anchors, InputSize, best_shape_iou, suggest
 from ghm_d2.engine.trainer import GHMTrainer
 
 RETINANET = "configs/ghm_retinanet_R_50.yaml"

@@ -1,10 +1,18 @@
 """The command line: where options and KEY VALUE pairs may stand, and which values survive."""
 
+import sys
+
 import pytest
+from detectron2.config import get_cfg
 
+from ghm_d2.engine import main
 from ghm_d2.engine.arguments import parse_arguments
+from ghm_d2.engine.setup import locate_config_file
+from ghm_d2.engine.summary import next_command
 from ghm_d2.errors import UserError
+from ghm_d2.model_zoo import get_config_file
 
+CONFIG = ["--config-file", "f.yaml"]
 PAIRS = ["SOLVER.MAX_ITER", "2", "DATASETS.TRAIN", "('a',)"]
 
 
@@ -71,3 +79,28 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for option in ("--config-file", "--eval-only", "--resume", "--dataset", "--num-gpus", "KEY"):
         assert option in text
+
+
+@pytest.mark.parametrize(
+    ("started", "name"),
+    [("bin/ghm-d2-train", "ghm-d2-train"), ("train_net.py", "train_net.py"), ("", "train_net.py")],
+)
+def test_messages_name_what_was_run(started, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [started])
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err.startswith(f"{name}: error: ")
+    assert ("ghm-d2-train --conf" in next_command(get_cfg(), parse_arguments(CONFIG))) == (
+        name == "ghm-d2-train"
+    )
+
+
+def test_config_files_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "ghm_retinanet_R_50.yaml"
+    packaged = get_config_file(name)
+    assert locate_config_file(name) == locate_config_file(f"configs/{name}") == packaged
+    (tmp_path / name).write_text("")
+    assert locate_config_file(name) == name  # a file of the user's comes first
+    with pytest.raises(UserError, match=r"ghm_retinanet_R_5\.yaml does not exist \(similar: ghm_r"):
+        locate_config_file("ghm_retinanet_R_5.yaml")

@@ -1,75 +1,158 @@
-"""The Python blocks of docs/ run, and do what the pages say of them."""
+"""The documentation: its examples run, its commands parse, its generated parts are complete."""
 
+import doctest
+import importlib
 import re
+import runpy
+import shlex
+import sys
 
 import pytest
 import torch
-from tiny import ROOT
+from detectron2.config import get_cfg
 
-from ghm_d2.modeling import GHMRetinaNet
+from ghm_d2 import add_ghm_config
+from ghm_d2.deploy import predict_command
+from ghm_d2.engine import arguments
+from ghm_d2.engine.setup import locate_config_file, merge_config_file
+from tests.tiny import ROOT
 
-
-def blocks(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
-
-
-PAGES = ("own_detector.md", "lazy.md")
-BLOCKS = blocks("own_detector.md") + blocks("lazy.md")
-
-
-def test_every_block_is_run():
-    assert [len(blocks(page)) for page in PAGES] == [3, 1]
-
-
-def run(number):
-    names = {}
-    exec(compile(BLOCKS[number], f"docs, block {number}", "exec"), names)
-    return names
-
-
-def test_the_detector_of_torchvision():
-    names = run(0)
-    model = names["model"]
-    loss = model.head.classification_head.ghm_c
-    assert 0 < names["losses"]["classification"].item() < 100
-    anchors = 9 * (64 + 16 + 4 + 1 + 1)
-    counted = loss.acc_sum.sum().item() / (1 - loss.momentum)
-    assert 0 < counted <= anchors * 3 and counted % 3 == 0  # some are ignored, with all classes
-    conv = model.head.classification_head.conv[0][0]
-    assert conv.weight.grad.abs().sum() > 0
+DOCS = ROOT / "docs"
+PAGES = {str(p.relative_to(DOCS)): p.read_text("utf-8") for p in sorted(DOCS.rglob("*.md"))}
+PAGES = {name: text for name, text in PAGES.items() if not name.startswith(("_build", "generated"))}
+EXAMPLES = {
+    name: "\n".join(re.findall(r"^```pycon\n(.*?)^```", text, re.S | re.M))
+    for name, text in PAGES.items()
+}
+COMMANDS = [
+    (name, command)
+    for name, text in PAGES.items()
+    for block in re.findall(r"^ *```(?:bash|sh|console)\n(.*?)^ *```", text, re.S | re.M)
+    for command in block.replace("\\\n", " ").splitlines()
+    if re.match(r"(python (train_net|tools/)|ghm-d2-)", command)
+]
+PARSERS = {
+    "train_net.py": arguments._parser,
+    "ghm-d2-train": arguments._parser,
+    "tools/predict.py": predict_command._parser,
+    "ghm-d2-predict": predict_command._parser,
+}
 
 
-def test_the_levels_and_groups(capsys):
-    names = run(1)
-    detector = names["detector"]
-    assert capsys.readouterr().out.startswith("tensor(")
-    assert {x: 0 < v.item() < 1000 for x, v in names["losses"].items()} == {
-        "loss_cls": True,
-        "loss_box_reg": True,
-    }
-    assert not torch.equal(detector.ghm_c[0].acc_sum, torch.zeros(30))
-    assert len(detector.ghm_c) == len(detector.ghm_r) == 2
-    # 2 images, one positive with 4 coordinates on each of 2 levels, averaged over 3 steps.
-    assert 0 < detector.ghm_r[1].acc_sum.sum() <= 2 * 4
+@pytest.mark.parametrize("page", [name for name, text in EXAMPLES.items() if text])
+def test_examples(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GHM_D2_ZOO", raising=False)
+    torch.manual_seed(0)
+    test = doctest.DocTestParser().get_doctest(EXAMPLES[page], {}, page, page, 0)
+    report = []
+    doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert not report, "".join(report)
 
 
-def test_the_box_head():
-    assert run(2)["box_predictor"](torch.rand(5, 1024))[0].shape == (5, 4)
+@pytest.mark.parametrize(
+    "module",
+    ["ghm_d2", "ghm_d2.losses", "ghm_d2.modeling", "ghm_d2.config", "ghm_d2.model_zoo"]
+    + ["ghm_d2.data", "ghm_d2.engine"],
+)
+def test_every_public_name_has_an_example_and_a_docstring(module):
+    public = importlib.import_module(module)
+    parse = doctest.DocTestParser().get_examples
+    sources = [example.source for text in EXAMPLES.values() for example in parse(text)]
+    # An import alone shows nothing.
+    used = "\n".join(x for x in sources if not x.startswith(("from ", "import ")))
+    pages = "\n".join(PAGES.values())
+    for name in public.__all__:
+        assert re.search(rf"\b{name}\b", used), f"{module}.{name} has no example in docs/"
+        assert getattr(public, name).__doc__, f"{module}.{name} has no docstring"
+        described = re.search(rf"^.. auto\w+:: ghm_d2[\w.]*\.{name}$", pages, re.M)
+        assert described, f"{module}.{name} is not in the API reference"
 
 
-def test_the_config():
-    model = run(3)["model"]
-    assert (model._target_, model.ghm_c.bins, model.ghm_r.mu) == (GHMRetinaNet, 30, 0.02)
+def test_commands_are_found():
+    assert len(COMMANDS) >= 9
 
 
-def test_every_lazy_config_is_listed():
-    text = (ROOT / "docs" / "lazy.md").read_text()
-    for config in (ROOT / "configs" / "lazy").glob("*.py"):
-        assert f"`{config.name}`" in text
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[p for p, _ in COMMANDS])
+def test_commands(page, command, tmp_path, monkeypatch, capsys):
+    """Programs and options exist, and so do config files and keys; README.md's commands run."""
+    words = [word for word in shlex.split(command, comments=True) if word != "python"]
+    program, words = words[0], words[1:]
+    if program in PARSERS:
+        parser = PARSERS[program]()
+        text = parser.format_help()
+    else:
+        monkeypatch.setattr(sys, "argv", [program, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        text = capsys.readouterr().out
+    unknown = [w for w in words if w.startswith("--") and w.partition("=")[0] not in text]
+    assert not unknown, f"{page}: {program} has no {unknown}"
+
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    if "--config-file" in words:
+        file = words[words.index("--config-file") + 1]
+        if not file.startswith("output/"):  # of a training before
+            monkeypatch.chdir(tmp_path)
+            merge_config_file(cfg, locate_config_file(file))
+    for key, value in zip(words, words[1:], strict=False):
+        if re.fullmatch(r"(MODEL|SOLVER|INPUT|DATASETS|DATALOADER|TEST)(\.\w+)+", key):
+            cfg.merge_from_list([key, value])
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name):
-    text = (ROOT / "docs" / name).read_text()
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / "docs" / target).exists(), target
+def test_make_targets_of_the_docs_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for text in PAGES.values():
+        for target in re.findall(r"^make (\w[\w-]*)", text, re.M):
+            assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_exist(page):
+    folder = (DOCS / page).parent
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", PAGES[page]):
+        assert target.startswith("http") or (folder / target).exists(), f"{page}: {target}"
+    for path in re.findall(r"`((?:configs|tools|benchmarks|tests|docs)/[\w/.*-]+)`", PAGES[page]):
+        assert list(ROOT.glob(path)), f"{page} names {path}"
+
+
+# --- what docs/generate.py makes ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generate():
+    sys.path.insert(0, str(DOCS))
+    yield importlib.import_module("generate")
+    sys.path.remove(str(DOCS))
+
+
+def test_configuration_has_every_key(generate):
+    cfg, stock = get_cfg(), get_cfg()
+    add_ghm_config(cfg)
+    ours = set(dict(generate.leaves(cfg))) - set(dict(generate.leaves(stock)))
+    node, found = "", set()
+    for line in generate.configuration().splitlines():
+        if heading := re.fullmatch(r"## `(.+)`", line):
+            node = heading.group(1)
+        elif row := re.fullmatch(r"\| `(\w+)` \| `.*` \| .+ \|", line):
+            found.add(f"{node}.{row.group(1)}")
+    assert found == ours
+
+
+def test_a_key_without_comment_is_an_error(generate):
+    comments = generate.comments_by_target("# One.\nnode.BINS = 1\n\ncfg.MODEL.GHM.NEW = 1\n")
+    assert generate.comment_of("MODEL.GHM.RPN.CLS.BINS", comments) == "One."
+    with pytest.raises(ValueError, match="MODEL.GHM.NEW has no comment"):
+        generate.comment_of("MODEL.GHM.NEW", comments)
+
+
+def test_measurements_are_those_of_the_files(generate, tmp_path):
+    text = generate.performance(generate.RESULTS)
+    for file in generate.RESULTS.glob("bench_*.json"):
+        assert f"`benchmarks/results/{file.name}`" in text
+    assert "| retinanet | train | 1.71 s | 1.67 s | 0.977 (0.964 to 0.982) | 0.85 |" in text
+    assert generate.duration(0.0567) == "56.7 ms" and generate.duration(3.6e-5) == "36 µs"
+    for report in generate.RESULTS.glob("small_data*/*.md"):
+        assert report.read_text().splitlines()[4] in generate.small_data(generate.RESULTS)
+    assert generate.small_data(tmp_path) == generate.performance(tmp_path) == ""

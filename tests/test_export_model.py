@@ -7,7 +7,15 @@ import sys
 import pytest
 import torch
 from detectors import small_config
-from exportable import FASTER_RCNN, OPTS, RETINANET, detector, save_detector, write_pictures
+from exportable import (
+    FASTER_RCNN,
+    OPTS,
+    RETINANET,
+    detector,
+    save_detector,
+    skip_where_refused,
+    write_pictures,
+)
 from tiny import CLASSES, ROOT, forget_program, write_coco
 
 from ghm_d2.deploy import export_command
@@ -50,6 +58,7 @@ def fails(capsys):
 
 @pytest.mark.parametrize("format", ["torchscript", "onnx"])
 def test_exports_and_checks(words, format, tmp_path, capsys):
+    skip_where_refused(format)
     write_pictures(tmp_path / "images", (170, 200), (300, 260))
     file = tmp_path / "new" / "model.bin"
     argv = ["--check", tmp_path / "images", *words, "--format", format, "--output", file]
@@ -145,6 +154,7 @@ def test_image_too_small_for_torch_export(retinanet, tmp_path, fails):
 
 
 def test_missing_package_is_named(retinanet, tmp_path, fails, monkeypatch):
+    skip_where_refused("onnx")
     monkeypatch.setitem(sys.modules, "onnx", None)
     sentence = fails(*retinanet, "--format", "onnx", "--output", tmp_path / "m")
     assert "needs the package onnx: run pip install onnx onnxruntime" in sentence

@@ -103,7 +103,22 @@ def run_python(code, folder=ROOT, **environment):
     return done.stdout
 
 
-def test_installed_wheel_carries_the_configs(tmp_path):
+# A config by its name from anywhere, and what each installed command says to a missing image.
+COMMANDS = """
+import importlib.metadata, sys
+from ghm_d2.engine.setup import locate_config_file
+print(locate_config_file("configs/ghm_faster_rcnn_R_50.yaml"))
+sys.stderr = sys.stdout
+for command in importlib.metadata.distribution("ghm_d2").entry_points:
+    sys.argv = [command.name, "--config-file", "ghm_retinanet_R_50.yaml", "--input", "gone.png"]
+    try:
+        command.load()([*sys.argv[1:], "--output", "out"])
+    except SystemExit as stop:
+        print(stop.code)
+"""
+
+
+def test_installed_wheel_works_on_its_own(tmp_path):
     """Built from a copy, because a build writes into the checkout."""
     source = tmp_path / "source"
     source.mkdir()
@@ -127,3 +142,13 @@ def test_installed_wheel_carries_the_configs(tmp_path):
     there = {p.relative_to(root / "configs") for p in (root / "configs").rglob("*.yaml")}
     assert there == {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")}
     assert (root / "index.json").read_bytes() == PACKAGED_INDEX.read_bytes()
+    assert (tmp_path / "installed" / "ghm_d2" / "py.typed").is_file()
+    said = run_python(COMMANDS, tmp_path, PYTHONPATH=str(tmp_path / "installed")).splitlines()
+    assert said == [
+        str(root / "configs" / "ghm_faster_rcnn_R_50.yaml"),
+        "ghm-d2-predict: error: the input gone.png does not exist.",
+        "2",
+        "ghm-d2-train: error: unrecognized arguments: --input gone.png --output out "
+        "(--help lists the options).",
+        "2",
+    ]

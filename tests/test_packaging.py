@@ -169,7 +169,7 @@ def make(*arguments: str) -> str:
 
 def test_makefile_targets():
     listed = make()
-    for target in ("setup", "quickstart", "test", "test-slow", "lint", "bench"):
+    for target in ("setup", "quickstart", "test", "test-slow", "lint", "bench", "docs"):
         assert f"make {target} " in listed
         assert "tools/bootstrap.py" in make("--dry-run", target)
     assert "configs/quickstart/ghm_retinanet_quickstart.yaml" in make("--dry-run", "quickstart")

@@ -204,7 +204,8 @@ def test_damaged_files_are_one_sentence(tmp_path_factory, name, data):
     path = tmp_path_factory.getbasetemp() / f"damaged_{name}"
     WRITERS[name]({"model": {"w": torch.arange(4.0), "a": np.arange(3)}}, path)
     raw = bytearray(path.read_bytes())
-    place = data.draw(st.integers(0, len(raw) - 1))
+    # Some formats hold addresses, so that the length is not the same in each run.
+    place = data.draw(st.integers(0, 1 << 16)) % len(raw)
     if data.draw(st.booleans()):
         path.write_bytes(raw[:place])
         refused(path)

@@ -21,13 +21,24 @@ MINIMUM_PYTHON = (3, 10)
 # a59f0563). Its tag says Python 3.10, but its Python part runs on later versions too.
 DETECTRON2_WHEEL = "sal-detectron2==0.7.2"
 DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
-TOOLS = ("pip", "setuptools", "wheel", "pytest", "pluggy", "iniconfig", "hypothesis", "ruff")
+TOOLS = (
+    "pip",
+    "setuptools",
+    "wheel",
+    "pytest",
+    "pluggy",
+    "iniconfig",
+    "hypothesis",
+    "mypy",
+    "ruff",
+)
 KEY_FILES = ("constraints.txt", "pyproject.toml", "setup.py", "tools/bootstrap.py")
 SITES = '[p for p in sys.path if p.rstrip("/").endswith(("site-packages", "dist-packages"))]'
 FIND_DETECTRON2 = (
     "import importlib.util as u, json, sys; s = u.find_spec('detectron2');"
     "print(json.dumps({'found': bool(s and s.origin), 'sites': " + SITES + "}))"
 )
+DOCS_PRESENT = "import myst_parser, sphinx, sphinx_rtd_theme"
 ALL_PRESENT = (
     "import importlib.util as u, sys;"
     "sys.exit(not all(u.find_spec(n) for n in ('torch', 'detectron2', 'ghm_d2')))"
@@ -225,6 +236,18 @@ def install(environment: Environment, record: dict) -> None:
         install_detectron2(environment, record["requested"], pip)
 
 
+def install_docs(environment: Environment) -> None:
+    """Installs what `make docs` needs besides, unless it is there."""
+    if environment.runs(DOCS_PRESENT):
+        return
+    # Beside a Detectron2 that was found, everything stays at the version it has.
+    own = environment.path / "ghm_d2_constraints.txt"
+    limits = own if environment.record().get("detectron2") == "found" else ROOT / "constraints.txt"
+    pip = [environment.python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    command = [*pip, "install", "--no-build-isolation", "-c", str(limits), "-e", ".[docs]"]
+    run("installing what the documentation needs", command, environment.log)
+
+
 def set_up(requested: str, python_was_chosen: bool) -> None:
     """Brings `.venv` to what this checkout needs.
 
@@ -269,9 +292,12 @@ def main(arguments: list) -> str:
     parser = argparse.ArgumentParser(description="Set up .venv for ghm_d2, or bring it up to date.")
     parser.add_argument("--detectron2", default="", help="what pip installs as Detectron2")
     parser.add_argument("--python-was-chosen", action="store_true", help="refuse another's .venv")
+    parser.add_argument("--docs", action="store_true", help="install what `make docs` needs too")
     options = parser.parse_args(arguments)
     try:
         set_up(options.detectron2, options.python_was_chosen)
+        if options.docs:
+            install_docs(Environment(ROOT / ".venv"))
     except SetupError as error:
         return str(error)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from ghm_d2 import add_ghm_config
 from ghm_d2.checkpoint.mmdet import convert_from_mmdet, convert_to_mmdet
-from ghm_d2.engine.setup import merge_config_file
+from ghm_d2.engine.setup import locate_config_file, merge_config_file
 from ghm_d2.errors import exits_with_one_sentence
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _config(file: str) -> CfgNode:
     cfg = get_cfg()
     add_ghm_config(cfg)
-    merge_config_file(cfg, file)
+    merge_config_file(cfg, locate_config_file(file))
     return cfg
 
 

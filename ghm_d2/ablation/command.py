@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from ghm_d2.ablation.plot import draw_summary
 from ghm_d2.ablation.report import render_markdown, summarize
 from ghm_d2.ablation.results import Store
 from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.setup import locate_config_file
 from ghm_d2.errors import UserError, exits_with_one_sentence
 
 __all__ = ["main"]
@@ -59,8 +59,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise UserError(f"--seeds must be different numbers of at least 0, got {args.seeds}.")
-    if args.config_file and not os.path.isfile(args.config_file):
-        raise UserError(f"the config file {args.config_file} does not exist.")
+    if args.config_file:
+        args.config_file = locate_config_file(args.config_file)
     return args
 
 

@@ -168,16 +168,19 @@ def summarize(copies: Sequence[Sequence[CallStatistics]]) -> dict[str, Any]:
             many as any other copy's: one for each FPN level, or one for all.
 
     Returns:
-        examples: how many counted.
-        plain_loss: their mean binary cross entropy, cross entropy or authentic smooth L1.
-        plain_loss_positives: the mean over positives alone. Most examples are easy negatives,
-            whose loss GHM-C may well let grow while the detector gets better.
-        harmonized_loss: the loss without its weight: summed over calls, averaged over copies.
-        gradient_share_easy, ..._medium, ..._hard: of ``sum_i w_i g_i``; they add up to 1.
-        non_empty_regions: mean over the calls that saw an example.
-        largest_weight: the largest beta of any example.
-        calls: for each call, over all copies, ``counts`` (bins,) and ``gradient_share`` (bins,),
-            the part of the total gradient that this region of this call has.
+        A dictionary of
+
+        - ``examples``: how many counted.
+        - ``plain_loss``: their mean binary cross entropy, cross entropy or authentic smooth L1.
+        - ``plain_loss_positives``: the mean over positives alone. Most examples are easy negatives,
+          whose loss GHM-C may well let grow while the detector gets better.
+        - ``harmonized_loss``: the loss without its weight: summed over calls, averaged over copies.
+        - ``gradient_share_easy``, ``..._medium``, ``..._hard``: of ``sum_i w_i g_i``; they add up
+          to 1.
+        - ``non_empty_regions``: mean over the calls that saw an example.
+        - ``largest_weight``: the largest beta of any example.
+        - ``calls``: for each call, over all copies, ``counts`` (bins,) and ``gradient_share``
+          (bins,), the part of the total gradient that this region of this call has.
 
         Without any example, figures that would be 0 / 0 are None.
     """

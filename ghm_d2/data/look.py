@@ -17,9 +17,9 @@ from ghm_d2.data import (
     parse_dataset,
     register_coco_dataset,
 )
+from ghm_d2.data.anchor_check import anchor_report
 from ghm_d2.data.look_pictures import draw_grid, draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
-from ghm_d2.data.anchor_check import anchor_report
 from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError, exits_with_one_sentence

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ghm_d2.deploy.detections import check_detector
-from ghm_d2.engine.arguments import Parser
+from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser
 from ghm_d2.engine.checks import check_inference
 from ghm_d2.engine.run import load_trained_weights
 from ghm_d2.engine.setup import build_config
@@ -46,9 +46,7 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
         "all, and may stand before or after the options.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config-file", metavar="FILE", required=True, help="a YAML file of configs/, or yours"
-    )
+    parser.add_argument("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
     parser.add_argument(
         "--dataset",
         action="append",

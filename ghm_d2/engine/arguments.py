@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from detectron2.config import get_cfg
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, program_name
 
-__all__ = ["Parser", "parse_arguments"]
+__all__ = ["Parser", "parse_arguments", "train_program"]
 
+CONFIG_FILE_HELP = "a YAML file of yours, or the name of one of configs/"
 _FLAGS = ("-h", "--help", "--eval-only", "--resume")
 
 
@@ -19,16 +20,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options).")
 
 
+def train_program() -> str:
+    """What the user runs to train: the installed command or the script."""
+    return program_name("train_net.py", "ghm-d2-train")
+
+
 def _parser() -> Parser:
     parser = Parser(
-        prog="train_net.py",
+        prog=train_program(),
         usage="%(prog)s --config-file FILE [options] [KEY VALUE ...]",
         description="Train, resume or evaluate a detector. KEY VALUE pairs override the config "
         "and may stand before or after the options.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config-file", metavar="FILE", required=True, help="a YAML file of configs/, or yours")
+    add("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     add(

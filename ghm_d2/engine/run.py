@@ -16,7 +16,7 @@ from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.checkpoint.checkpointer import remove_partial_files, set_last_checkpoint_aside
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, register_coco_dataset
-from ghm_d2.engine.arguments import parse_arguments
+from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.leftovers import cut_logs
 from ghm_d2.engine.preemption import Preempted
@@ -38,8 +38,6 @@ from ghm_d2.errors import UserError, exits_with_one_sentence
 
 __all__ = ["load_trained_weights", "main"]
 
-_PROGRAM = "train_net.py"
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run train_net.py, also as one of the processes that torchrun starts.
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             where the results are not those of `TEST.EXPECTED_RESULTS`; code 75 where SIGTERM
             stopped a training, which `--resume` takes up again.
     """
-    with exits_with_one_sentence(_PROGRAM), reported_once():
+    with exits_with_one_sentence(train_program()), reported_once():
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         args.restarted = False
         if started_by_torchrun():
@@ -90,7 +88,7 @@ def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -
             register_coco_dataset(dataset)
     default_setup(cfg, args)
     setup_ghm_logger(cfg, comm.get_rank())
-    with exits_with_one_sentence(_PROGRAM), reported_once():
+    with exits_with_one_sentence(train_program()), reported_once():
         try:
             _evaluate(args, cfg) if args.eval_only else _train(args, cfg)
         except Preempted:

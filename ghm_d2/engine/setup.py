@@ -22,8 +22,15 @@ from ghm_d2.data import (
     register_coco_dataset,
 )
 from ghm_d2.errors import UserError
+from ghm_d2.model_zoo.model_zoo import find_config, similar_configs
 
-__all__ = ["build_config", "merge_arguments", "merge_config_file", "setup_ghm_logger"]
+__all__ = [
+    "build_config",
+    "locate_config_file",
+    "merge_arguments",
+    "merge_config_file",
+    "setup_ghm_logger",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +43,7 @@ def build_config(
     """Build the config that the command line asks for and register its `--dataset`s.
 
     Args:
-        args: the result of `parse_arguments`.
+        args: the result of `parse_arguments`; its `config_file` becomes the path that was found.
         log_to_file: whether the log goes to a file in OUTPUT_DIR too.
 
     Returns:
@@ -76,9 +83,23 @@ def merge_arguments(args: argparse.Namespace) -> CfgNode:
     """
     cfg = get_cfg()
     add_ghm_config(cfg)
+    args.config_file = locate_config_file(args.config_file)
     merge_config_file(cfg, args.config_file)
     _merge_pairs(cfg, args.opts)
     return cfg
+
+
+def locate_config_file(file: str) -> str:
+    """The path of a config file: that file, or else the one of this name in ``configs/``.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if os.path.isfile(file):
+        return file
+    if found := find_config(file):
+        return found
+    raise UserError(f"the config file {file} does not exist{similar_configs(file)}.")
 
 
 def setup_ghm_logger(cfg: CfgNode, rank: int) -> None:
@@ -90,10 +111,8 @@ def merge_config_file(cfg: CfgNode, file: str) -> None:
     """Merge a YAML file into `cfg`, running no code that it names.
 
     Raises:
-        UserError: the file is missing or not a valid config; the sentence names what is wrong.
+        UserError: the file is not a valid config; the sentence names what is wrong.
     """
-    if not os.path.isfile(file):
-        raise UserError(f"the config file {file} does not exist.")
     try:
         # Unsafe YAML runs whatever code the file names.
         cfg.merge_from_file(file, allow_unsafe=False)

@@ -14,6 +14,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from ghm_d2.engine.arguments import train_program
 from ghm_d2.engine.pictures import draw_predictions, plot_training
 
 __all__ = ["ap_table", "next_command", "summarize_training"]
@@ -81,13 +82,10 @@ def ap_table(results: dict[str, Any]) -> str:
 
 def next_command(cfg: CfgNode, args: argparse.Namespace) -> str:
     """The command that evaluates the final checkpoint: its config.yaml holds every KEY VALUE."""
-    words = [
-        _python(),
-        "train_net.py",
-        "--config-file",
-        os.path.join(cfg.OUTPUT_DIR, "config.yaml"),
-    ]
-    words.append("--eval-only")
+    program = train_program()
+    # An installed command starts its own Python.
+    words = [_python(), program] if program.endswith(".py") else [program]
+    words += ["--config-file", os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "--eval-only"]
     for text in args.dataset:
         if text.partition("=")[0] in cfg.DATASETS.TEST:
             words += ["--dataset", text]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,7 @@ class HarmonizedLoss(nn.Module):
     """
 
     acc_sum: Tensor
+    num_updates: Tensor
     observer: Callable[..., None] | None = None
     # What messages call the two arguments of a subclass, and what they say of a NaN in them.
     argument_names: tuple[str, str]
@@ -84,8 +85,8 @@ class HarmonizedLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as ``print(model)`` shows them."""
-        names = ("bins", "momentum", "loss_weight", "normalize_by", "decay_empty_bins")
-        names += ("bias_correction", "sync", "density")
+        names = ["bins", "momentum", "loss_weight", "normalize_by", "decay_empty_bins"]
+        names += ["bias_correction", "sync", "density"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def raise_deferred_errors(self) -> None:
@@ -157,22 +158,23 @@ class HarmonizedLoss(nn.Module):
         """
         # Sums over nothing are 0, and keep the prediction on the graph: DDP waits for all of them.
         terms = [x.sum(dtype=torch.float32) for x in inputs if not x.numel()]
-        examples = [each for each in examples if each is not None]
+        present = [each for each in examples if each is not None]
         state = counts = region_weights = None
         if self.density == "exact":
-            terms += [self.loss_weight * term for term in self._exact_terms(examples)]
+            eager = cast(list[EagerExamples], present)  # no kernel computes the exact density
+            terms += [self.loss_weight * term for term in self._exact_terms(eager)]
         else:
             counts = torch.zeros_like(self.acc_sum, dtype=torch.int64)
-            for each in examples:
+            for each in present:
                 counts += each.counts(self.bins)
             scale = self.loss_weight * self._pool(counts)
             state = self._updated(counts)
             region_weights = self._region_weights(counts, state)
             weights = region_weights * scale
-            terms += [each.weighted_sum(weights) for each in examples]
+            terms += [each.weighted_sum(weights) for each in present]
         if observe is not None:
             observe(counts, region_weights)
-        loss = sum(terms) if terms else self.acc_sum.new_zeros(())
+        loss = sum(terms[1:], start=terms[0]) if terms else self.acc_sum.new_zeros(())
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
         holds = checks.all_hold()
         checks.defer_to(self._failures)
@@ -243,7 +245,7 @@ class HarmonizedLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HarmonizedLoss":
         """Follows ``model.half()`` with everything but the counts, which pass 65504."""
         counts = self.acc_sum
-        super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.acc_sum.dtype != torch.float32:
             self.acc_sum = counts.to(self.acc_sum.device)
         return self

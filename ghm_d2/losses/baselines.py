@@ -63,7 +63,8 @@ def ohem_loss(logits: Tensor, labels: Tensor, negatives_per_positive: int = 3) -
     positives, negatives = torch.stack([positive.sum(), negative.sum()]).tolist()
     kept = min(ratio * max(positives, 1), negatives)
     hardest = rows.detach().masked_fill(~negative, -1).topk(kept, sorted=False).indices
-    return ((rows * positive).sum() + rows[hardest].sum()) / max(positives + kept, 1)
+    total: Tensor = (rows * positive).sum() + rows[hardest].sum()
+    return total / max(int(positives + kept), 1)
 
 
 def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:

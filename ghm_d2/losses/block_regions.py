@@ -71,7 +71,7 @@ class RegionFinder:
 
     def total(self, counts: list[Tensor], dropped: int) -> Tensor:
         """Adds up counts of [0, bins]; ``dropped`` examples were counted with a norm of 0."""
-        total = sum(counts)
+        total = sum(counts[1:], start=counts[0])
         total[self.bins - 1] += total[self.bins]  # the last region is closed
         total[0] -= dropped
         return total[: self.bins]

@@ -68,14 +68,14 @@ class SigmoidKernel:
         finder = region_finder(bins)
         keep = self.differentiate and self.logits.dtype == torch.float32
         kept = torch.empty_like(self.logits) if keep else None
-        norms = self._blocks.split(kept) if keep else None
+        norms = None if kept is None else self._blocks.split(kept)
 
         def work(numbers: range) -> Tensor:
             scratch_of = self._blocks.scratch(2 if keep else 3)
             total = torch.zeros(bins + 1, dtype=torch.int64)
             for i in numbers:
                 scratch = scratch_of(i)
-                norm = self._write_norm(i, norms[i] if keep else scratch.buffers[2])
+                norm = self._write_norm(i, scratch.buffers[2] if norms is None else norms[i])
                 _, self._corrections[i] = finder.find(norm, scratch)
                 total += finder.count(scratch)
             return total

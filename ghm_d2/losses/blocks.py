@@ -52,7 +52,8 @@ class Blocks:
 
     def split(self, whole: Tensor) -> Sequence[Tensor]:
         """The blocks of a tensor of ``size`` elements, as views."""
-        return whole.split(self.length)
+        blocks: Sequence[Tensor] = whole.split(self.length)
+        return blocks
 
     def cut(self, positions: Tensor) -> Sequence[Tensor]:
         """Ascending ``positions``, for each block those inside it, counted from its start."""

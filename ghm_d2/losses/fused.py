@@ -7,12 +7,11 @@ multiplies it by the incoming scalar.
 
 import importlib.util
 from functools import cache
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from . import blocked
 
@@ -36,7 +35,7 @@ class Kernel(Protocol):
 
 class _FusedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, prediction: Tensor, kernel: Kernel, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, prediction: Tensor, kernel: Kernel, weights: Tensor) -> Tensor:
         ctx.kernel, ctx.weights = kernel, weights
         loss, ctx.gradient = kernel.loss_and_gradient(weights)
         return loss
@@ -65,7 +64,8 @@ def fused_sum(prediction: Tensor, kernel: Kernel, weights: Tensor) -> Tensor:
     Returns:
         A float32 scalar. It can be differentiated once.
     """
-    return _FusedSum.apply(prediction, kernel, weights)
+    total: Tensor = _FusedSum.apply(prediction, kernel, weights)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _wants_gradient(prediction: Tensor) -> bool:
@@ -73,8 +73,8 @@ def _wants_gradient(prediction: Tensor) -> bool:
 
 
 @cache
-def _triton() -> ModuleType | None:
-    """The Triton kernels, imported when a CUDA tensor first needs them."""
+def _triton() -> Any:
+    """The module of the Triton kernels, imported when a CUDA tensor first needs it; or None."""
     if importlib.util.find_spec("triton") is None:
         return None
     from . import triton_kernels
@@ -120,7 +120,8 @@ def sigmoid_kernel(logits: Tensor, labels: Tensor, keep: Tensor | None, bins: in
         return blocked.SigmoidKernel(data, positive, ignored, differentiate)
     if labels.dim() == 2:
         return None
-    return _triton().TritonSigmoid(data, labels, keep, columns, differentiate)
+    kernel: Kernel = _triton().TritonSigmoid(data, labels, keep, columns, differentiate)
+    return kernel
 
 
 def regression_kernel(
@@ -141,4 +142,5 @@ def regression_kernel(
     if pred.device.type == "cpu":
         dropped = pred.new_empty(0).long() if keep is None else (~keep).nonzero().flatten()
         return blocked.RegressionKernel(data, target, dropped, mu, differentiate)
-    return _triton().TritonRegression(data, target, keep, mu, differentiate)
+    kernel: Kernel = _triton().TritonRegression(data, target, keep, mu, differentiate)
+    return kernel

@@ -39,9 +39,9 @@ class GHMRLoss(HarmonizedLoss):
         """
         Args:
             mu: width of the quadratic part of authentic smooth L1, above 0, in units of the deltas.
-            bins, momentum, loss_weight, normalize_by, decay_empty_bins, bias_correction, sync,
-                density: see :class:`~ghm_d2.losses.GHMCLoss`. The published code uses
-                ``loss_weight`` 10 in RetinaNet.
+            bins, momentum: see :class:`~ghm_d2.losses.GHMCLoss`.
+            loss_weight: likewise; the published code uses 10 in RetinaNet.
+            normalize_by, decay_empty_bins, bias_correction, sync, density: likewise.
 
         Raises:
             ValueError: an argument is out of range; the message names it.

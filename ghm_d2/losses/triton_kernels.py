@@ -123,16 +123,16 @@ class _TritonKernel:
         self.size, self.columns = prediction.numel(), columns
         # A bool mask of the examples, or of their rows.
         self.keep = None if keep is None else keep.contiguous().view(torch.uint8).flatten()
-        self.keep_columns = 1 if keep is None else self.size // self.keep.numel()
+        self.keep_columns = 1 if keep is None else self.size // keep.numel()
 
-    def _arguments(self) -> tuple:
+    def _arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         keep = self.other if self.keep is None else self.keep
         return self.prediction, self.other, keep
 
     def _grid(self) -> tuple[int]:
         return (max(1, min(_PROGRAMS, triton.cdiv(self.size, _TILE))),)
 
-    def _scalars(self) -> tuple:
+    def _scalars(self) -> tuple[int, int, int, float]:
         return self.size, self.columns, self.keep_columns, self.mu
 
     def counts(self, bins: int) -> Tensor:

@@ -30,6 +30,12 @@ def configs_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
 
 
+def find_config(name: str) -> str | None:
+    """The path of a config, named from inside ``configs/`` or with it; None if there is none."""
+    file = configs_folder() / name.removeprefix("configs/")
+    return str(file) if file.is_file() else None
+
+
 def get_config_file(config_path: str) -> str:
     """Returns the path to a config file of this project, or of a model in the zoo.
 
@@ -39,12 +45,13 @@ def get_config_file(config_path: str) -> str:
     Raises:
         ZooError: neither ``configs/`` nor the zoo has it.
     """
-    file = configs_folder() / config_path
-    if file.is_file():
-        return str(file)
+    if file := find_config(config_path):
+        return file
     if found := _in_zoo(config_path):
         return _trained_config(*found)
-    raise ZooError(f"{config_path} is not available in the model zoo{_similar(config_path)}.")
+    raise ZooError(
+        f"{config_path} is not available in the model zoo{similar_configs(config_path)}."
+    )
 
 
 def get_checkpoint_url(config_path: str) -> str:
@@ -137,10 +144,11 @@ def _why_not_available(config_path: str) -> str:
             f"the weights of {config_path} are not in the zoo: set {ZOO_VARIABLE} to the folder or "
             "URL of one that holds them."
         )
-    return f"trained weights of {config_path} are not available{_similar(config_path)}."
+    return f"trained weights of {config_path} are not available{similar_configs(config_path)}."
 
 
-def _similar(config_path: str) -> str:
+def similar_configs(config_path: str) -> str:
+    """Names of configs like this one, in brackets for a message; empty if there is none."""
     root = configs_folder()
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.yaml")]
     if zoo := zoo_location():

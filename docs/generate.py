@@ -1,0 +1,231 @@
+"""The parts of the documentation that are made from code and measurements, so never stale.
+
+conf.py calls :func:`write_all` before every build; the pages include what it writes.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+Record = dict[str, Any]
+
+
+def write_all(folder: Path) -> None:
+    """Writes every generated part into ``folder``."""
+    folder.mkdir(exist_ok=True)
+    (folder / "configuration.md").write_text(configuration(), encoding="utf-8")
+    (folder / "performance.md").write_text(performance(RESULTS), encoding="utf-8")
+    (folder / "small_data.md").write_text(small_data(RESULTS), encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+# --- configuration ------------------------------------------------------------------------------
+
+
+def configuration() -> str:
+    """Every key of ``ghm_d2/config.py`` with its default and the comment that stands above it.
+
+    Raises:
+        ValueError: a key has no comment.
+    """
+    from detectron2.config import get_cfg
+
+    from ghm_d2 import add_ghm_config
+
+    stock, cfg = get_cfg(), get_cfg()
+    add_ghm_config(cfg)
+    known = {key for key, _ in leaves(stock)}
+    added = [(key, value) for key, value in leaves(cfg) if key not in known]
+    comments = comments_by_target((ROOT / "ghm_d2" / "config.py").read_text(encoding="utf-8"))
+    sections: dict[str, list[tuple[str, str, str]]] = {}
+    for key, value in added:
+        node, _, name = key.rpartition(".")
+        sections.setdefault(node, []).append((name, f"`{value!r}`", comment_of(key, comments)))
+    text = ""
+    for node, rows in sections.items():
+        about = [comments.get(f"cfg.{node}"), *inherited(node, comments)]
+        text += f"## `{node}`\n\n"
+        text += "".join(f"{sentence}\n\n" for sentence in about if sentence)
+        text += table(("key", "default", "meaning"), ([f"`{n}`", d, c] for n, d, c in rows)) + "\n"
+    return text
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a config."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def comments_by_target(source: str) -> dict[str, str]:
+    """What stands above each assignment: "cfg.MODEL.GHM.SYNC" or "node.BINS" -> comment."""
+    lines = source.splitlines()
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            above = []
+            for line in reversed(lines[: node.lineno - 1]):
+                if not (comment := re.fullmatch(r"\s*# ?(.*)", line)):
+                    break
+                above.append(comment.group(1))
+            if above:
+                found[ast.unparse(node.targets[0])] = " ".join(reversed(above))
+    return found
+
+
+def inherited(key: str, comments: dict[str, str]) -> Iterator[str]:
+    """Comments in functions that make such nodes, longest name first: "node.REG.MU" fits REG.MU."""
+    parts = key.split(".")
+    for start in range(len(parts)):
+        end = ".".join(parts[start:])
+        for target, comment in comments.items():
+            variable, _, rest = target.partition(".")
+            if variable != "cfg" and rest == end:
+                yield comment
+
+
+def comment_of(key: str, comments: dict[str, str]) -> str:
+    """The comment of one key, its own or else that of the function that makes its node."""
+    comment = comments.get(f"cfg.{key}") or next(inherited(key, comments), None)
+    if comment is None:
+        raise ValueError(f"{key} has no comment above its line in ghm_d2/config.py")
+    # A name in capitals or quotes is meant to be typed.
+    comment = comment.replace("|", r"\|")
+    return re.sub(r'"[^"]*"|\b[A-Z]+[A-Z0-9]*[_.][A-Z0-9_.]*[A-Z0-9]\b', r"`\g<0>`", comment)
+
+
+# --- performance --------------------------------------------------------------------------------
+
+
+def performance(folder: Path) -> str:
+    """Tables of every measurement of speed and memory in ``folder``."""
+    renderers = {
+        "bench_losses": losses_section,
+        "bench_train_step": train_step_section,
+        "bench_layout": layout_section,
+    }
+    text = ""
+    for stem, render in renderers.items():
+        for file in sorted(folder.glob(f"{stem}*.json")):
+            text += render(file, json.loads(file.read_text(encoding="utf-8"))) + "\n"
+    return text
+
+
+def source(file: Path, record: Record) -> str:
+    """Where a section's figures come from."""
+    place, versions = record.get("machine", record), record.get("versions", record)
+    where = place.get("gpu") or ", ".join(
+        f"{place[key]}{unit}"
+        for key, unit in (("cpu", ""), ("threads", " thread(s)"))
+        if key in place
+    )
+    return (
+        f"From `{file.relative_to(ROOT)}`: {where}; PyTorch {versions['torch']}; "
+        f"commit `{record['commit'][:10]}`.\n\n"
+    )
+
+
+def losses_section(file: Path, record: Record) -> str:
+    """Time and memory of the losses."""
+    titles = {
+        "sizes": "Classification, by the number of logits",
+        "regions": "Classification, by the number of unit regions",
+        "levels": "Classification of whole images, all FPN levels",
+        "ghm_r": "Box regression, by the number of coordinates",
+    }
+    text = f"## Losses ({record['settings']['device']})\n\n{source(file, record)}"
+    text += f"{record['measured'].capitalize()}. Extra memory is the peak above what was there "
+    text += "before the call, over the bytes of the predictions.\n\n"
+    picture = file.with_suffix(".png")
+    if picture.exists():
+        text += f"![Time of the losses]({relative(picture)})\n\n"
+    for suite in dict.fromkeys(cell["suite"] for cell in record["cells"]):
+        cells = [cell for cell in record["cells"] if cell["suite"] == suite]
+        text += f"### {titles.get(suite, suite)}\n\n"
+        head = ("case", "loss", "median", "quartiles", "extra memory")
+        text += table(head, map(losses_row, cells)) + "\n"
+    return text
+
+
+def losses_row(cell: Record) -> list[str]:
+    start = [cell["case"], cell["row"]]
+    if cell["status"] != "measured":
+        return [*start, f"{cell['status']}: {cell.get('reason', '')}", "", ""]
+    quartiles = f"{duration(cell['q1_s'])} to {duration(cell['q3_s'])}"
+    return [
+        *start, duration(cell["median_s"]), quartiles, f"{cell['peak_times_predictions']:.1f}"
+    ]  # fmt: skip
+
+
+def train_step_section(file: Path, record: Record) -> str:
+    """A whole training step and inference against stock Detectron2."""
+    settings = record["settings"]
+    text = f"## Whole step ({settings['device']})\n\n{source(file, record)}"
+    height, width = settings["size"]
+    text += f"ResNet-{settings['depth']}, {settings['batch']} image(s) of {height} x {width}, "
+    text += f"{settings['rounds']} rounds of each; {record['measured']}.\n\n"
+    rows = []
+    for model, phases in record["models"].items():
+        for phase, result in phases.items():
+            ratio = result["time_ghm_over_stock"]
+            times = [duration(result[kind]["median_s"]) for kind in ("stock", "ghm")]
+            interval = f"{ratio['ratio']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+            memory = f"{result['memory_ghm_over_stock']:.2f}"
+            rows.append([model.replace("_", " "), phase, *times, interval, memory])
+    head = ("detector", "", "stock", "GHM", "time, GHM / stock (95 %)", "memory, GHM / stock")
+    return text + table(head, rows)
+
+
+def layout_section(file: Path, record: Record) -> str:
+    """What a loss that takes the logits as the network leaves them could save."""
+    return (
+        f"## Layout of the logits ({record['device']})\n\n{source(file, record)}"
+        f"Detectron2 transposes the logits ({record['logits']:,} for one image of "
+        f"{record['image'][0]} x {record['image'][1]}) on their way to the loss; that is "
+        f"{record['share_of_step']:.2%} of a training step.\n"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Three digits, in the unit that fits."""
+    for unit, factor in (("s", 1), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+# --- small data ---------------------------------------------------------------------------------
+
+
+def small_data(folder: Path) -> str:
+    """The report of every ``small_data_*`` ablation in ``folder``, with its picture."""
+    text = ""
+    for report in sorted(folder.glob("small_data*/*.md")):
+        body = report.read_text(encoding="utf-8")
+        title, _, rest = body.partition("\n")
+        name = report.parent.name.removeprefix("small_data_")
+        text += f"## {title.lstrip('# ')}: {name}\n\nFrom `{report.relative_to(ROOT)}`.\n\n"
+        # One level down, below the heading of this page.
+        text += re.sub(r"^#(?=#)", "##", rest.strip(), flags=re.M) + "\n\n"
+        picture = report.with_suffix(".png")
+        if picture.exists():
+            text += f"![{title.lstrip('# ')}: {name}]({relative(picture)})\n\n"
+    return text
+
+
+def relative(file: Path) -> str:
+    """A file of the repository as the pages in docs/ name it."""
+    return f"../{file.relative_to(ROOT).as_posix()}"

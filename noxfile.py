@@ -1,0 +1,66 @@
+"""The test suite on the versions that are promised to work: `nox`, or `nox --session oldest`.
+
+Each session downloads a PyTorch of its own (several GB in all). `nox -- ARGS` hands ARGS to pytest.
+"""
+
+import re
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+
+# As in tools/bootstrap.py: without its dependencies, whose bounds say more than it needs.
+DETECTRON2 = "sal-detectron2==0.7.2"
+PYTHON_310_WHEEL = ("--only-binary=:all:", "--python-version", "3.10")
+
+
+def constraints(session: nox.Session, *others: str) -> str:
+    """constraints.txt but for these requirements, whose versions pip's own choice must fit."""
+    names = {re.split(r"[<>=]", other)[0] for other in others}
+    lines = Path("constraints.txt").read_text().splitlines()
+    kept = [line for line in lines if line.split("==")[0].lower() not in names]
+    file = Path(session.create_tmp(), "constraints.txt")
+    file.write_text("\n".join([*kept, *(o for o in others if re.search(r"[<>=]", o)), ""]))
+    return str(file.resolve())
+
+
+def test(session: nox.Session, limits: str, check: str) -> None:
+    """Installs everything within these constraints, checks what came of it, runs the tests."""
+    session.install("-c", limits, "setuptools", "wheel")
+    extras = ".[detectron2,dev,export]"
+    session.install("--no-build-isolation", "-c", limits, "-e", extras)
+    site_packages = session.run(
+        "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True
+    )
+    target = ("--target", site_packages.strip(), "--upgrade", *PYTHON_310_WHEEL)
+    session.install("--no-deps", *target, DETECTRON2)
+    session.run("python", "-c", check)
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python="3.10")
+def oldest(session: nox.Session) -> None:
+    """PyTorch 2.3.1 and NumPy 1, with Detectron2's compiled part, which was built for them."""
+    # OpenCV and others choose the version that still takes NumPy 1.
+    pins = ("torch==2.3.1", "torchvision==0.18.1", "numpy<2", "setuptools<80", "opencv-python")
+    check = (
+        "import numpy, torch, detectron2._C; print(torch.__version__, numpy.__version__);"
+        "assert torch.__version__.startswith('2.3.1') and numpy.__version__ < '2'"
+    )
+    test(session, constraints(session, *pins), check)
+
+
+@nox.session(python="3.10")
+def numpy1(session: nox.Session) -> None:
+    """The PyTorch of constraints.txt with NumPy 1."""
+    check = "import numpy; assert numpy.__version__ < '2'"
+    test(session, constraints(session, "numpy<2", "opencv-python"), check)
+
+
+@nox.session(python="3.11")
+def newest(session: nox.Session) -> None:
+    """Everything of constraints.txt, NumPy 2 among it."""
+    check = "import numpy; assert numpy.__version__ >= '2'"
+    test(session, constraints(session), check)

@@ -1,0 +1,67 @@
+"""The Python blocks of docs/ run, and do what the pages say of them."""
+
+import re
+
+import torch
+from tiny import ROOT
+
+from ghm_d2.modeling import GHMRetinaNet
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+
+
+PAGES = ("own_detector.md", "lazy.md")
+BLOCKS = blocks("own_detector.md") + blocks("lazy.md")
+
+
+def test_every_block_is_run():
+    assert [len(blocks(page)) for page in PAGES] == [3, 1]
+
+
+def run(number):
+    names = {}
+    exec(compile(BLOCKS[number], f"docs, block {number}", "exec"), names)
+    return names
+
+
+def test_the_detector_of_torchvision():
+    names = run(0)
+    model = names["model"]
+    loss = model.head.classification_head.ghm_c
+    assert 0 < names["losses"]["classification"].item() < 100
+    anchors = 9 * (64 + 16 + 4 + 1 + 1)
+    counted = loss.acc_sum.sum().item() / (1 - loss.momentum)
+    assert 0 < counted <= anchors * 3 and counted % 3 == 0  # some are ignored, with all classes
+    conv = model.head.classification_head.conv[0][0]
+    assert conv.weight.grad.abs().sum() > 0
+
+
+def test_the_levels_and_groups(capsys):
+    names = run(1)
+    detector = names["detector"]
+    assert capsys.readouterr().out.startswith("tensor(")
+    assert {x: 0 < v.item() < 1000 for x, v in names["losses"].items()} == {
+        "loss_cls": True,
+        "loss_box_reg": True,
+    }
+    assert not torch.equal(detector.ghm_c[0].acc_sum, torch.zeros(30))
+    assert len(detector.ghm_c) == len(detector.ghm_r) == 2
+    # 2 images, one positive with 4 coordinates on each of 2 levels, averaged over 3 steps.
+    assert 0 < detector.ghm_r[1].acc_sum.sum() <= 2 * 4
+
+
+def test_the_box_head():
+    assert run(2)["box_predictor"](torch.rand(5, 1024))[0].shape == (5, 4)
+
+
+def test_the_config():
+    model = run(3)["model"]
+    assert (model._target_, model.ghm_c.bins, model.ghm_r.mu) == (GHMRetinaNet, 30, 0.02)
+
+
+def test_every_lazy_config_is_listed():
+    text = (ROOT / "docs" / "lazy.md").read_text()
+    for config in (ROOT / "configs" / "lazy").glob("*.py"):
+        assert f"`{config.name}`" in text
