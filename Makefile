@@ -9,7 +9,7 @@ BOOTSTRAP = $(PYTHON) tools/bootstrap.py --detectron2 "$(DETECTRON2)" \
 	$(if $(filter file,$(origin PYTHON)),,--python-was-chosen)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint bench docs clean
+.PHONY: help setup quickstart test test-slow lint bench soak docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ lint: setup ## check style, formatting and the types of ghm_d2.losses
 bench: setup ## measure speed and memory of the losses
 	@test -f benchmarks/bench_losses.py || { echo "There is no benchmarks/bench_losses.py in this version." >&2; exit 1; }
 	@$(VENV_PYTHON) benchmarks/bench_losses.py $(ARGS)
+
+soak: setup ## kill 50 short trainings at random moments and resume them (about 25 minutes)
+	@$(VENV_PYTHON) tools/soak.py $(ARGS)
 
 docs: ## build the documentation into docs/_build/html, every warning an error
 	@$(BOOTSTRAP) --docs

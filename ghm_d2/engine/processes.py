@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
 
 Result = TypeVar("Result")
 
+_ANSWER = timedelta(seconds=5)  # within which a living store answers
 _SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
@@ -74,7 +76,8 @@ def join_torchrun(args: argparse.Namespace, device: str) -> None:
             f"and the job has {world}."
         )
     args.num_gpus, args.num_machines = here, world // here
-    args.machine_rank, args.dist_url = int(os.environ["RANK"]) // here, "env://"
+    rank = int(os.environ["RANK"])
+    args.machine_rank, args.dist_url = rank // here, "env://"
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         if here > torch.cuda.device_count():
@@ -84,8 +87,41 @@ def join_torchrun(args: argparse.Namespace, device: str) -> None:
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if world > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+        backend = "nccl" if on_gpu else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            place = {"store": _new_store(rank, world), "rank": rank, "world_size": world}
+        else:
+            place = {}
+        dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT, **place)
         comm.create_local_process_group(here)
+
+
+def _new_store(rank: int, world: int) -> dist.TCPStore:
+    """A store that ends with process 0.
+
+    The one that torchrun offers outlives a restart and holds the addresses of the processes that
+    have ended (https://github.com/pytorch/pytorch/issues/135712). Here it only tells the port of
+    the new one. That may be an old port still; nobody answers there, so it is read again.
+    """
+    host, key = os.environ["MASTER_ADDR"], "ghm_d2/port"
+    lasting = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), timeout=DEFAULT_TIMEOUT)
+    if rank == 0:
+        store = dist.TCPStore(
+            host, 0, world, is_master=True, timeout=DEFAULT_TIMEOUT, wait_for_workers=False
+        )
+        lasting.set(key, str(store.port))
+        return store
+    deadline = time.monotonic() + DEFAULT_TIMEOUT.total_seconds()
+    while True:
+        port = int(lasting.get(key))
+        try:
+            store = dist.TCPStore(host, port, world, timeout=_ANSWER, wait_for_workers=False)
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            continue
+        store.set_timeout(DEFAULT_TIMEOUT)
+        return store
 
 
 def main_first(prepare: Callable[[], Result]) -> Result:

@@ -20,7 +20,7 @@ import ghm_d2
 from ghm_d2.data import parse_dataset
 from ghm_d2.hardware import processor_name
 
-__all__ = ["RECORD_FILE", "record_training"]
+__all__ = ["RECORD_FILE", "commit", "record_training"]
 
 RECORD_FILE = "training.json"
 
@@ -53,7 +53,7 @@ def record_training(cfg: CfgNode, args: argparse.Namespace) -> None:
             "numpy": np.__version__,
             "ghm_d2": ghm_d2.__version__,
         },
-        "commit": _commit(),
+        "commit": commit(),
     }
     with open(os.path.join(cfg.OUTPUT_DIR, RECORD_FILE), "w", encoding="utf-8") as stream:
         json.dump(record, stream, indent=2)
@@ -68,7 +68,7 @@ def _hardware(cfg: CfgNode) -> str:
     return f"{processor_name()}, {times}{threads} thread{'s' if threads > 1 else ''}"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this code runs from, "-dirty" with changes; None outside."""
     root = Path(ghm_d2.__file__).resolve().parents[1]
 
