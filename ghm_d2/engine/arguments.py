@@ -9,7 +9,7 @@ from ghm_d2.errors import UserError
 
 __all__ = ["Parser", "parse_arguments"]
 
-_FLAGS = ("-h", "--help", "--eval-only", "--resume")
+_FLAGS = ("-h", "--help", "--eval-only", "--resume", "--trust-checkpoint")
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +31,11 @@ def _parser() -> Parser:
     add("--config-file", metavar="FILE", required=True, help="a YAML file of configs/, or yours")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add(
+        "--trust-checkpoint",
+        action="store_true",
+        help="open checkpoints that could run code (only files of people you trust)",
+    )
     add(
         "--dataset",
         action="append",
