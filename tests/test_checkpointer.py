@@ -1,5 +1,6 @@
 """RestrictedCheckpointer: what Detectron2's loads, it loads alike; code and misfits are refused."""
 
+import argparse
 import errno
 import logging
 import os
@@ -140,6 +141,45 @@ def test_weights_that_fit_nowhere(model, tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         RestrictedCheckpointer(model).load(str(path))
     assert "tools/convert_mmdet.py" in str(error.value) and str(path) in str(error.value)
+
+
+OTHER_MODELS = {
+    "classes": ["MODEL.RETINANET.NUM_CLASSES", 5],
+    "regions": ["MODEL.GHM.RETINANET.CLS.BINS", 20],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_classes_and_regions(blank, tmp_path, caplog, monkeypatch, name):
+    """As weights to start from, what fits nowhere is named; a training is not resumed with them."""
+    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
+    other = small_model(RETINANET, *OTHER_MODELS[name])
+    path, part = tmp_path / "x.pth", {"classes": "head.cls_score", "regions": "ghm_c.0.acc_sum"}
+    torch.save({"model": other.state_dict(), "trainer": {}}, path)
+    model = blank()
+    counts = model.ghm_c[0].acc_sum.clone()
+    RestrictedCheckpointer(model).load(str(path))
+    assert part[name] in caplog.text and torch.equal(model.ghm_c[0].acc_sum, counts)
+    resumed = RestrictedCheckpointer(blank(), trainer=argparse.Namespace(state_dict=dict))
+    with pytest.raises(UserError, match=part[name] + ".*resume with the config"):
+        resumed.load(str(path))
+
+
+def test_weights_of_another_architecture_are_named(tmp_path, caplog, monkeypatch):
+    """What both have is taken, as a start; the rest is listed."""
+    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
+    path = tmp_path / "x.pth"
+    torch.save(small_model("ghm_r_faster_rcnn_R_50", seed=5).state_dict(), path)
+    RestrictedCheckpointer(small_model(RETINANET)).load(str(path))
+    assert "head.cls_score" in caplog.text and "roi_heads.box_predictor" in caplog.text
+
+
+def test_truncated_files(model, tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save(model.state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match="damaged one"):
+        RestrictedCheckpointer(model).load(str(path))
 
 
 def test_pycls_without_its_entry(model, tmp_path):

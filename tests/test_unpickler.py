@@ -216,3 +216,31 @@ def test_damaged_files_are_one_sentence(tmp_path_factory, name, data):
             load_file(path)
         except UserError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("flags", [1, 8, 63, 255])
+def test_a_dtype_cannot_claim_to_hold_objects(tmp_path, flags):
+    """NumPy believes the flags, and would take the numbers for pointers."""
+    state = (3, "<", None, None, None, -1, -1, flags)
+
+    class Lie:
+        def __reduce__(self):
+            return np.dtype, ("i8", False, True), state
+
+    path = tmp_path / "x.pkl"
+    array = np.arange(3), Lie()
+    path.write_bytes(pickle.dumps(array))
+    numbers, dtype = load_file(path)
+    assert np.array_equal(numbers, [0, 1, 2]) and dtype == np.int64 and not dtype.hasobject
+
+
+def test_a_trusted_file_may_run_code(tmp_path):
+    for name, save in (("x.pkl", WRITERS["plain.pkl"]), ("x.pth", torch.save)):
+        made = tmp_path / f"made_{name}"
+        save(Call(os.mkdir, str(made)), tmp_path / name)
+        assert "--trust-checkpoint" in refused(tmp_path / name) and not made.exists()
+        load_file(tmp_path / name, trusted=True)
+        assert made.exists()
+    (tmp_path / "x.pth").write_bytes(b"PK")
+    with pytest.raises(UserError, match="damaged"):
+        load_file(tmp_path / "x.pth", trusted=True)

@@ -53,8 +53,10 @@ def _check_tensors(model: dict[str, Any], file: str) -> None:
 class _RestrictedTorchLoad(Checkpointer):
     """Stands behind DetectionCheckpointer, which leaves everything but .pkl and .pyth to it."""
 
+    trusted = False  # whether files may run code; an instance sets it
+
     def _load_file(self, f: str) -> dict[str, Any]:
-        return _mapping(load_file(f), f)
+        return _mapping(load_file(f, trusted=self.trusted), f)
 
 
 def newest_checkpoint(folder: str) -> tuple[str | None, list[str]]:
@@ -136,6 +138,12 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     """
 
     _filename = "the checkpoint"  # for messages
+    _resumes = False
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Detectron2's; with the state of a training, all of its tensors must fit."""
+        self._resumes = checkpointables is None and bool(self.checkpointables)
+        return super().load(path, checkpointables)
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Detectron2's, written whole or not at all.
@@ -209,7 +217,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._filename = filename
         if filename.endswith(".pkl"):
-            data = _mapping(load_file(filename), filename)
+            data = _mapping(load_file(filename, trusted=self.trusted), filename)
             if "model" in data and "__author__" in data:
                 return data
             # Caffe2 and Detectron1: detectors have "blobs", ImageNet models do not.
@@ -217,7 +225,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             model = {k: v for k, v in blobs.items() if not str(k).endswith("_momentum")}
             return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):
-            data = _mapping(load_file(filename), filename)
+            data = _mapping(load_file(filename, trusted=self.trusted), filename)
             state = _mapping(data.get("model_state"), filename)
             model = {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
             return {"model": model, "__author__": "pycls", "matching_heuristics": True}
@@ -233,5 +241,12 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         if not incompatible.incorrect_shapes and parameters <= set(incompatible.missing_keys):
             raise UserError(
                 f"none of the tensors of {self._filename} has a name of this model: {_WAY_OUT}"
+            )
+        if self._resumes and (wrong := incompatible.incorrect_shapes):
+            name, found, expected = wrong[0]
+            raise UserError(
+                f"{self._filename} is not of this model: {name} has the shape {found} instead of "
+                f"{expected} ({len(wrong)} such tensors): resume with the config, and the number "
+                f"of classes, of the training, or start anew with MODEL.WEIGHTS {self._filename}."
             )
         super()._log_incompatible_keys(incompatible)

@@ -92,6 +92,17 @@ def _dtype(code: str, *_: Any) -> np.dtype:
     return np.dtype(code, False, True)  # a copy: __setstate__ writes the byte order into it
 
 
+def _dtype_state(dtype: np.dtype, state: Any) -> tuple:
+    """What `dtype` may be given: a flag of objects among its items would crash the process."""
+    order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+    order = order.decode("latin1") if isinstance(order, bytes) else order
+    if order not in ("<", ">", "|", "="):
+        raise _Refused("a NumPy type without a byte order")
+    text = dtype.kind in "SU"  # the others know their size
+    size, alignment = (dtype.itemsize, dtype.alignment) if text else (-1, -1)
+    return (3, order, None, None, None, size, alignment, 0)
+
+
 def _scalar(dtype: np.dtype, data: bytes | str) -> np.generic:
     return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype)[0]
 
@@ -157,7 +168,19 @@ _ALLOWED: dict[str, Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Python's own: in C, what BUILD does to an object cannot be looked at."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        """BUILD. A NumPy dtype takes its byte order alone: its flags would be believed."""
+        if isinstance(self.stack[-2], np.dtype):
+            self.stack[-1] = _dtype_state(self.stack[-2], self.stack[-1])
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def __init__(self, file: IO[bytes], **kwargs: Any) -> None:
         super().__init__(file, **kwargs)
         self._inert: dict[str, type] = {}
@@ -193,11 +216,12 @@ def _load_torch(file: IO[bytes]) -> Any:
     return torch.load(file, map_location="cpu", pickle_module=_PICKLE_MODULE, weights_only=False)
 
 
-def load_file(path: str | os.PathLike) -> Any:
+def load_file(path: str | os.PathLike, *, trusted: bool = False) -> Any:
     """Opens a checkpoint: a pickle where the name ends in .pkl, else a file of ``torch.save``.
 
     Args:
         path: a local file.
+        trusted: whether the file may run code, as one that its user wrote may.
 
     Returns:
         What the file holds; tensors are on the CPU. Text that Python 2 pickled is read as Latin-1,
@@ -210,13 +234,18 @@ def load_file(path: str | os.PathLike) -> Any:
     path = os.fspath(path)
     try:
         with open(path, "rb") as file:
+            if trusted:
+                if path.endswith(".pkl"):
+                    return pickle.load(file, encoding="latin1")
+                return torch.load(file, map_location="cpu", weights_only=False)
             if path.endswith(".pkl"):
                 return _load(file, encoding="latin1")
             return _load_torch(file)
     except _Refused as error:
         raise UserError(
             f"{path} holds {error}, which is not weights and could run code, so the file was not "
-            "opened: save its weights alone with the software that wrote it."
+            "opened: save its weights alone with the software that wrote it, or, where you trust "
+            "who wrote it with this machine, give --trust-checkpoint to train_net.py."
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error

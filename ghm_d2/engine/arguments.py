@@ -10,7 +10,7 @@ from ghm_d2.errors import UserError, program_name
 __all__ = ["Parser", "parse_arguments", "train_program"]
 
 CONFIG_FILE_HELP = "a YAML file of yours, or the name of one of configs/"
-_FLAGS = ("-h", "--help", "--eval-only", "--resume")
+_FLAGS = ("-h", "--help", "--eval-only", "--resume", "--trust-checkpoint")
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +37,11 @@ def _parser() -> Parser:
     add("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add(
+        "--trust-checkpoint",
+        action="store_true",
+        help="open checkpoints that could run code (only files of people you trust)",
+    )
     add(
         "--dataset",
         action="append",

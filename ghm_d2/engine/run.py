@@ -102,6 +102,7 @@ def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
     if comm.is_main_process():
         remove_partial_files(cfg.OUTPUT_DIR)
     trainer = GHMTrainer(cfg)
+    trainer.checkpointer.trusted = args.trust_checkpoint
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter >= trainer.max_iter:
         if args.restarted:  # it failed in its evaluation
@@ -121,20 +122,23 @@ def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     model = GHMTrainer.build_model(cfg)
-    load_trained_weights(cfg, model, args.resume)
+    load_trained_weights(cfg, model, args.resume, args.trust_checkpoint)
     results = GHMTrainer.test(cfg, model)
     # Without ground truth there is nothing that TEST.EXPECTED_RESULTS could be compared with.
     if comm.is_main_process() and not report_submissions(cfg, results):
         verify_results(cfg, results)
 
 
-def load_trained_weights(cfg: CfgNode, model: torch.nn.Module, resume: bool = False) -> None:
+def load_trained_weights(
+    cfg: CfgNode, model: torch.nn.Module, resume: bool = False, trusted: bool = False
+) -> None:
     """Load `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`, into a model.
 
     Raises:
         UserError: the file cannot be loaded, or holds weights of other shapes.
     """
     checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.trusted = trusted
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
 
 
