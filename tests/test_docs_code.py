@@ -33,7 +33,8 @@ def test_the_detector_of_torchvision():
     assert 0 < names["losses"]["classification"].item() < 100
     anchors = 9 * (64 + 16 + 4 + 1 + 1)
     counted = loss.acc_sum.sum().item() / (1 - loss.momentum)
-    assert 0 < counted <= anchors * 3 and counted % 3 == 0  # some are ignored, with all classes
+    # Background counts; some anchors are ignored, with all their classes.
+    assert anchors * 3 / 2 < counted <= anchors * 3 and round(counted) % 3 == 0
     conv = model.head.classification_head.conv[0][0]
     assert conv.weight.grad.abs().sum() > 0
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from detectron2.config import get_cfg
 from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
@@ -101,3 +102,8 @@ def _work(args: argparse.Namespace, plan: Plan) -> None:
                 # mistake, this lets the main one report it alone.
                 time.sleep(10)
             raise
+    if comm.get_world_size() > 1:
+        # While the interpreter still runs, and not before all have arrived: at its exit, gloo's
+        # threads were seen to abort the process.
+        comm.synchronize()
+        dist.destroy_process_group()
