@@ -105,6 +105,12 @@ def test_rare_classes_and_long_tables():
     assert "... and 11 rarer classes" in text
 
 
+def test_hostile_names_are_drawn(tmp_path):
+    data = write_coco(tmp_path / "data", content=coco_content(classes=(r"$\frac{", "$", "<b>")))
+    look("--dataset", f"$m$={data}", "--output", tmp_path / "out", "--images", "1")
+    assert (tmp_path / "out" / "_m__images.png").is_file()
+
+
 def test_hostile_names_and_one_box_make_a_picture(tmp_path):
     data = count_data("$x_{", [boxes(((0, 0, 10, 10), 0))], (r"$\frac{", "b" * 300))
     draw_histograms(data, tmp_path / "a.png")

@@ -129,6 +129,7 @@ def input_size(cfg: CfgNode) -> InputSize:
 
 def _box_sizes(records: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, int]:
     """Widths and heights of boxes (N, 2), those of their images (N, 2), and the step in images."""
+    records = [r for r in records if "width" in r and "height" in r]  # a loader may leave them out
     total = sum(len(record.get("annotations", ())) for record in records)
     every = -(-total // _MOST_BOXES) or 1
     boxes, images = [], []

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -47,7 +47,7 @@ class LabelledImage:
     file: Path
     width: int
     height: int
-    objects: tuple[VocObject, ...] = field(default=())
+    objects: tuple[VocObject, ...] = ()
 
 
 def read_xml(file: Path) -> Element:

@@ -88,7 +88,10 @@ def draw_boxes(
     names = metadata.get("thing_classes")
     drawing.overlay_instances(
         boxes=np.array([box for box, _, _ in items], dtype=float).reshape(-1, 4) * scale,
-        labels=[(names[k] if names else str(k)) + text for _, k, text in items],
+        # Matplotlib draws them, to which "$" begins a formula.
+        labels=[
+            ((names[k] if names else str(k)) + text).replace("$", r"\$") for _, k, text in items
+        ],
         assigned_colors=[_COLOURS[k % len(_COLOURS)] for _, k, _ in items],
     )
     return drawing.output.get_image()

@@ -49,8 +49,7 @@ def best_and_worst(
 
 
 def _draw(images: list[ImageScore], classes: list[str], unreadable: list[str]) -> list[Example]:
-    # draw_boxes reads labels with matplotlib, to which "$" begins a formula.
-    metadata = Metadata(thing_classes=[name.replace("$", r"\$") for name in classes])
+    metadata = Metadata(thing_classes=classes)
     examples = []
     for image in images:
         try:

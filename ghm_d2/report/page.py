@@ -107,7 +107,8 @@ def _headline(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
     for key, value in run.results.items():
         name, _, figure = key.rpartition("bbox/")
         if figure in _HEADLINE:
-            sets.setdefault(name.rstrip("/"), {})[figure] = "–" if value is None else f"{value:.1f}"
+            shown = f"{value:.1f}" if isinstance(value, int | float) else "–"
+            sets.setdefault(name.rstrip("/"), {})[figure] = shown
     return [(name, [(f, row[f]) for f in _HEADLINE if f in row]) for name, row in sets.items()]
 
 

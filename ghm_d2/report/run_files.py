@@ -209,8 +209,8 @@ def _locate(
         return datasets[name]
     recorded = run.record.get("datasets")
     if isinstance(recorded, dict) and name in recorded:
-        file, images = recorded[name]
-        return Path(file), Path(images)
+        file, images = map(Path, recorded[name])
+        return file, images
     metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
     if metadata is None or not metadata.get("json_file"):
         return None, None
