@@ -2,20 +2,18 @@
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from detectron2.config import get_cfg
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessExitedException
 
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import register_coco_dataset
 from ghm_d2.engine.arguments import Parser
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.engine.processes import launch_processes, leave_process_group, reported_once
+from ghm_d2.errors import exits_with_one_sentence
 
 from .config import load_config
 from .plan import Plan, apply_plan, make_plan
@@ -68,19 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exits_with_one_sentence(_PROGRAM):
         args = _parse(sys.argv[1:] if argv is None else argv)
         plan = make_plan(load_config(args.config_file, args.overrides), args)
-        try:
-            launch(
-                _work,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args, plan),
-            )
-        except ProcessExitedException as error:
-            if error.exit_code < 0:  # a signal
-                raise
-            sys.exit(error.exit_code)  # the process has said why
+        launch_processes(_work, args, plan)
 
 
 def _work(args: argparse.Namespace, plan: Plan) -> None:
@@ -89,21 +75,10 @@ def _work(args: argparse.Namespace, plan: Plan) -> None:
         add_ghm_config(get_cfg())  # a spawned process has registered nothing yet
         for dataset in plan.datasets:
             register_coco_dataset(dataset)
-    with exits_with_one_sentence(_PROGRAM):
+    with exits_with_one_sentence(_PROGRAM), reported_once():
         cfg = load_config(args.config_file, args.overrides)
         apply_plan(cfg, plan)
         default_setup(cfg, args)
         setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="ghm_d2")
-        try:
-            (evaluate_only if args.eval_only else train)(cfg, resume=args.resume)
-        except UserError:
-            if not comm.is_main_process():
-                # The first process to leave ends the others: where all of them found the same
-                # mistake, this lets the main one report it alone.
-                time.sleep(10)
-            raise
-    if comm.get_world_size() > 1:
-        # While the interpreter still runs, and not before all have arrived: at its exit, gloo's
-        # threads were seen to abort the process.
-        comm.synchronize()
-        dist.destroy_process_group()
+        (evaluate_only if args.eval_only else train)(cfg, resume=args.resume)
+    leave_process_group()
