@@ -194,6 +194,9 @@ def test_a_crowded_image_is_refused_and_fewer_boxes_train():
     found = Findings().add(annotation_problems(content))
     assert found.kinds("stops") == ["crowded image"]
     assert "image 1 (0.png) has 50000 boxes" in found.examples["crowded image"][0]
+    content["annotations"] = content["annotations"][:1001]
+    found = Findings().add(annotation_problems(content))
+    assert not found.kinds("stops") and found.examples["many boxes"] == ["image 1 (0.png) has 1001"]
     corner = torch.rand(checks.MAX_BOXES, 2) * 100
     boxes = torch.cat([corner, corner + 1 + torch.rand(checks.MAX_BOXES, 2) * 27], 1)
     losses, _ = step(small_model("ghm_retinanet_R_50"), batch(boxes.tolist()))
