@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "files beside their images, as labelImg writes them.",
         epilog="Pixels count from 1 and xmax, ymax are inside the box, as in VOC and in "
         "Detectron2's loader. labelImg and some other tools write corners from 0: with "
-        "--zero-based their boxes are exact, without it the left and upper sides are a pixel off.",
+        "--zero-based their boxes are exact, without it left and upper sides are a pixel off.",
     )
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="VOC_DIR", help="one folder, or several together")
