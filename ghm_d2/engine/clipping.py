@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer
 
-__all__ = ["CLIP_TYPES", "build_clipping_optimizer"]
+__all__ = ["CLIP_TYPES", "build_clipping_optimizer", "clip_gradients"]
 
 CLIP_TYPES = ("value", "norm", "full_model")  # the last one is ours
 
@@ -24,8 +24,7 @@ def build_clipping_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.opti
         model: the model whose parameters are optimised.
 
     Returns:
-        The optimizer. It clips at the start of `step()`, which under mixed precision is after the
-        gradients have been unscaled, and under DistributedDataParallel after their average.
+        The optimizer; see :func:`clip_gradients` for when it clips.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
@@ -36,9 +35,23 @@ def build_clipping_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.opti
     stock.SOLVER.CLIP_GRADIENTS.ENABLED = False
     optimizer = build_optimizer(stock, model)
 
+    clip_gradients(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
+    return optimizer
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float) -> None:
+    """Limits one norm over all gradients together at the start of every ``optimizer.step()``.
+
+    That is after mixed precision has unscaled them, and after DistributedDataParallel's average.
+
+    Args:
+        optimizer: changed in place.
+        max_norm: limit of the norm, above 0.
+        norm_type: p of the p-norm.
+    """
+
     def clip_all(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
 
     optimizer.register_step_pre_hook(clip_all)
-    return optimizer

@@ -26,6 +26,8 @@ from ghm_d2.model_zoo.model_zoo import find_config, similar_configs
 
 __all__ = [
     "build_config",
+    "choose_device",
+    "choose_splits",
     "locate_config_file",
     "merge_arguments",
     "merge_config_file",
@@ -58,7 +60,7 @@ def build_config(
             setup_ghm_logger(cfg, comm.get_rank())
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written ({error}).") from error
-    _choose_device(cfg, args)
+    choose_device(cfg, args)
 
     datasets = [parse_dataset(text) for text in args.dataset]
     names = [dataset.name for dataset in datasets]
@@ -70,7 +72,7 @@ def build_config(
         register_coco_dataset(dataset)
     if datasets:
         given = set(args.opts[::2])
-        _choose_splits(cfg, names, given, args.eval_only)
+        choose_splits(cfg, names, given, args.eval_only)
         _set_num_classes(cfg, datasets[0], given)
     return cfg, datasets
 
@@ -167,7 +169,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
-def _choose_device(cfg: CfgNode, args: argparse.Namespace) -> None:
+def choose_device(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Fall back to the CPU, and to full precision there, with one warning for what changed."""
     changes = []
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -181,7 +183,7 @@ def _choose_device(cfg: CfgNode, args: argparse.Namespace) -> None:
         logger.warning("; ".join(changes))
 
 
-def _choose_splits(cfg: CfgNode, names: list[str], given: set[str], eval_only: bool) -> None:
+def choose_splits(cfg: CfgNode, names: list[str], given: set[str], eval_only: bool) -> None:
     """Set DATASETS.TRAIN and TEST where the command line does not.
 
     A config file's choice counts if it names the data sets of the command line and nothing else, as

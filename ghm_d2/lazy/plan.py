@@ -72,7 +72,7 @@ def make_plan(cfg: DictConfig, args: argparse.Namespace) -> Plan:
             f"train.output_dir {cfg.train.output_dir} cannot be written ({error})."
         ) from error
     view = stock_view(cfg)
-    setup._choose_device(view, args)
+    setup.choose_device(view, args)
     datasets = [parse_dataset(text) for text in args.dataset]
     names = [dataset.name for dataset in datasets]
     if len(set(names)) < len(names):
@@ -85,7 +85,7 @@ def make_plan(cfg: DictConfig, args: argparse.Namespace) -> Plan:
     if datasets:
         splits = {"DATASETS.TRAIN": _TRAIN, "DATASETS.TEST": _TEST}
         chosen = {yaml for yaml, key in splits.items() if key in given}
-        setup._choose_splits(view, names, chosen, args.eval_only)
+        setup.choose_splits(view, names, chosen, args.eval_only)
         num_classes = len(datasets[0].classes)
         _check_given_classes(cfg, given, datasets[0])
         view.MODEL.ROI_HEADS.NUM_CLASSES = num_classes

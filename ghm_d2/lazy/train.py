@@ -22,6 +22,7 @@ from torch import nn
 
 from ghm_d2.analysis.hook import FILE, GradientStatistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.engine.clipping import clip_gradients
 from ghm_d2.engine.pictures import plot_training
 from ghm_d2.engine.run import load_trained_weights
 from ghm_d2.engine.submission import report_submissions
@@ -30,7 +31,7 @@ from ghm_d2.errors import UserError
 
 from .plan import stock_view, test_sets
 
-__all__ = ["clip_gradients", "evaluate", "evaluate_only", "train"]
+__all__ = ["evaluate", "evaluate_only", "train"]
 
 
 def train(cfg: DictConfig, *, resume: bool) -> None:
@@ -101,19 +102,6 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
         if comm.is_main_process():
             print_csv_format(results[name])
     return results if len(names) != 1 else results[names[0]]
-
-
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float) -> None:
-    """Limits one norm over all gradients together at the start of every ``optimizer.step()``.
-
-    That is after mixed precision has unscaled them, and after DistributedDataParallel's average.
-    """
-
-    def clip_all(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
-
-    optimizer.register_step_pre_hook(clip_all)
 
 
 def _build(node: DictConfig, key: str) -> Any:
