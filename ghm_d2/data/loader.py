@@ -105,7 +105,9 @@ class TrainLoader:
         self._dataset = _Samples(DatasetFromList(records, copy=False), mapper)
 
     def _draw_seeds(self) -> None:
-        self._seeds = numpy_state()
+        # Samplers share what the main process draws, so its state is everybody's. Whether to draw
+        # again must be the same answer in all processes: they talk to each other while they do.
+        self._seeds = comm.all_gather(numpy_state())[0]
         self._sampler = self._build_sampler()
         self._augmentation_seed = comm.shared_random_seed()
 

@@ -5,10 +5,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +33,6 @@ __all__ = [
 
 Result = TypeVar("Result")
 
-_ANSWER = timedelta(seconds=5)  # within which a living store answers
 _SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
@@ -115,13 +114,13 @@ def _new_store(rank: int, world: int) -> dist.TCPStore:
     while True:
         port = int(lasting.get(key))
         try:
-            store = dist.TCPStore(host, port, world, timeout=_ANSWER, wait_for_workers=False)
-        except RuntimeError:
+            with socket.create_connection((host, port), timeout=5):
+                break
+        except OSError:
             if time.monotonic() > deadline:
                 raise
-            continue
-        store.set_timeout(DEFAULT_TIMEOUT)
-        return store
+            time.sleep(0.2)
+    return dist.TCPStore(host, port, world, timeout=DEFAULT_TIMEOUT, wait_for_workers=False)
 
 
 def main_first(prepare: Callable[[], Result]) -> Result:
