@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
@@ -153,14 +154,13 @@ def test_crowds_and_empty_boxes_do_not_count_and_many_boxes_are_sampled():
 
 
 def test_training_says_it_before_it_starts(monkeypatch, caplog):
-    """The trainer asks, with the records that it trains on."""
+    """The loader asks, with the records that it loads."""
     cfg = config(RETINANET, "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 1)
-    cfg.DATASETS.TRAIN = ("ghm_synthetic_train",)
-    seen = []
-    monkeypatch.setattr(
-        "ghm_d2.engine.trainer.get_detection_dataset_dicts",
-        lambda names, **kept: seen.append((names, kept)) or records((7, 7)),
-    )
-    GHMTrainer.build_train_loader(cfg)
+    cfg.DATASETS.TRAIN = ("small_boxes",)
+    monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
+    DatasetCatalog.register("small_boxes", lambda: [r | {"file_name": ""} for r in records((7, 7))])
+    try:
+        GHMTrainer.build_train_loader(cfg)
+    finally:
+        DatasetCatalog.remove("small_boxes")
     assert "Most boxes have no anchor that fits" in caplog.text
-    assert seen[0][0] == ("ghm_synthetic_train",) and seen[0][1]["filter_empty"] is True

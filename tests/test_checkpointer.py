@@ -291,7 +291,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, damage, caplo
     monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
     damage(folder / "model_0000008.pth")
     assert resumed(folder) == 5
-    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("ghm_d2")]
+    (warning,) = {r.getMessage() for r in caplog.records if r.name.startswith("ghm_d2")}
     assert "model_0000008.pth" in warning and warning.endswith("going back to model_0000005.pth")
     assert newest_checkpoint(str(folder))[0] == "model_0000005.pth"
 

@@ -125,7 +125,8 @@ def test_spread_over_the_data():
 
 def test_unreadable_images_are_counted(tmp_path, capsys):
     data = write_coco(tmp_path / "data")
-    (tmp_path / "data" / "images" / "2.png").write_text("no image")
+    image = tmp_path / "data" / "images" / "2.png"
+    image.write_bytes(image.read_bytes()[:80])  # the header alone, which is what is checked
     look("--dataset", f"m={data}", "--output", tmp_path / "o")
     text = capsys.readouterr().out
     assert "2.png cannot be read as an image" in text

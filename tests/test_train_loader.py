@@ -41,10 +41,10 @@ def cfg(tmp_path):
 
 @pytest.fixture
 def warnings(caplog, monkeypatch):
-    """What ghm_d2 has warned of."""
+    """What the loader has warned of."""
     monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
     caplog.set_level(logging.WARNING, "ghm_d2")
-    return lambda: [r.getMessage() for r in caplog.records if r.name.startswith("ghm_d2")]
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "ghm_d2.data.loader"]
 
 
 def names(batches):

@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from ghm_d2.losses.base import HarmonizedLoss
+from ghm_d2.modeling import DenseLoss
 
 __all__ = ["Diagnosis", "Row", "describe_images", "diagnose"]
 
@@ -239,7 +240,8 @@ def _watch_losses(model: nn.Module) -> Iterator[list[Row]]:
     """A row for each call of a harmonised loss; one that raises gives NaN, and the rest follow."""
     rows: list[Row] = []
     losses = {n: m for n, m in model.named_modules() if isinstance(m, HarmonizedLoss)}
-    by_level = getattr(model, "ghm_scope", None) == "level"
+    dense = [m for m in model.modules() if isinstance(m, DenseLoss) and m.ghm_scope == "level"]
+    by_level = {loss for each in dense for loss in each}
     levels = [str(name).upper() for name in getattr(model, "head_in_features", ())]
 
     def watch(name: str, loss: HarmonizedLoss) -> Any:
@@ -247,7 +249,7 @@ def _watch_losses(model: nn.Module) -> Iterator[list[Row]]:
 
         def forward_pooled(predictions: Any, targets: Any, weights: Any = None) -> Tensor:
             nonlocal calls
-            level = f" {levels[calls % len(levels)]}" if by_level and levels else ""
+            level = f" {levels[calls % len(levels)]}" if loss in by_level and levels else ""
             calls += 1
             try:
                 value = original(predictions, targets, weights)
