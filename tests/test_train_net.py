@@ -291,6 +291,13 @@ def test_mistakes_in_the_config_file(tmp_path, fails, text, sentence):
     assert sentence in error and str(file) in error
 
 
+def test_masks_need_segmentations(base, data, fails, plan):
+    masks = ["MODEL.MASK_ON", "True"]
+    error = fails([*base, "--dataset", data["first"], *masks])
+    assert "12 objects of the data set first have no segmentation" in error
+    plan([*base, "--eval-only", "--dataset", data["first"], *masks, "MODEL.WEIGHTS", ""])
+
+
 def test_mistakes_in_the_data(base, data, fails, tmp_path):
     write_coco(tmp_path, "broken", coco_content() | {"annotations": []})
     paths = f"{tmp_path / 'broken.json'},{tmp_path / 'images'}"

@@ -44,6 +44,7 @@ class CocoDataset:
         classes: category names by ascending category id; empty until the file has been checked.
         evaluable: whether pycocotools can evaluate the file as it is. If not, Detectron2 converts
             the loaded data into a file that it can.
+        without_mask: number of objects, crowd regions left out, that have no segmentation.
     """
 
     name: str
@@ -51,6 +52,7 @@ class CocoDataset:
     image_root: str
     classes: tuple[str, ...] = ()
     evaluable: bool = True
+    without_mask: int = 0
 
 
 def parse_dataset(text: str) -> CocoDataset:
@@ -77,7 +79,7 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
         labelled: False: a file without the key "annotations" will do, as a test set's has none.
 
     Returns:
-        The data set with `classes` and `evaluable` filled in.
+        The data set with `classes`, `evaluable` and `without_mask` filled in.
 
     Raises:
         UserError: the data cannot be trained on; the message names the file and the reason.
@@ -105,6 +107,7 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
         dataset,
         classes=tuple(category["name"] for category in ordered),
         evaluable=all(map(_evaluable, annotations)),
+        without_mask=sum(not (a.get("segmentation") or a.get("iscrowd", 0)) for a in annotations),
     )
 
 
@@ -188,7 +191,10 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
     DatasetCatalog.register(name, lambda: _load(dataset))
     metadata = MetadataCatalog.get(name)
     metadata.set(
-        image_root=dataset.image_root, evaluator_type="coco", thing_classes=list(dataset.classes)
+        image_root=dataset.image_root,
+        evaluator_type="coco",
+        thing_classes=list(dataset.classes),
+        without_mask=dataset.without_mask,
     )
     if dataset.evaluable:  # without json_file, COCOEvaluator converts what `_load` returns
         metadata.json_file = dataset.json_file

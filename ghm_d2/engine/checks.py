@@ -136,6 +136,8 @@ def _check_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
     for name in dict.fromkeys(train + test):
         _check_dataset_files(name)
         _check_class_count(cfg, name)
+    for name in train:
+        _check_masks(cfg, name)
     for name in test:
         _check_evaluator(name)
     _check_class_names(dict.fromkeys(train + test))
@@ -160,6 +162,15 @@ def _check_dataset_files(name: str) -> None:
                 "DETECTRON2_DATASETS to the folder that holds it, or train on your own data with "
                 "--dataset."
             )
+
+
+def _check_masks(cfg: CfgNode, name: str) -> None:
+    without = MetadataCatalog.get(name).get("without_mask", 0)
+    if cfg.MODEL.MASK_ON and without:
+        raise UserError(
+            f"MODEL.MASK_ON is True, but {without} objects of the data set {name} have no "
+            "segmentation: annotate them, or give MODEL.MASK_ON False to train on boxes alone."
+        )
 
 
 def _class_count_key(cfg: CfgNode) -> str | None:
