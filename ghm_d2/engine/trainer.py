@@ -79,11 +79,11 @@ class GHMTrainer(DefaultTrainer):
         ddp = _ddp_without_device_ids() if on_cpu else contextlib.nullcontext()
         with ddp, _restricted_checkpointer():
             super().__init__(cfg)
-        self._finite = FiniteCheck(cfg, self._trainer, self.checkpointer.get_checkpoint_file)
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, behind the gradient statistics and a look at the weights."""
+        self._finite = FiniteCheck(self.cfg, self._trainer, self.checkpointer.get_checkpoint_file)
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
         statistics = build_gradient_statistics(self.cfg, self.model)
         weights = FiniteWeights(self.cfg.SOLVER.CHECKPOINT_PERIOD)
         return [statistics, weights, *super().build_hooks()]
