@@ -223,6 +223,9 @@ def test_an_image_that_breaks_is_replaced_in_training_and_black_in_a_test(tmp_pa
     assert "odd.png cannot be used (image file is truncated" in text
     assert "another one replaces it; 1 of " in text and "tested as a black one; 1 of 4" in text
     assert "bbox" in training._last_eval_results
+    tested = [x for batch in training.build_test_loader(training.cfg, "odd") for x in batch]
+    assert [x["image_id"] for x in tested] == [1, 2, 3, 4, 5, 6]  # none of them twice
+    assert [bool(x["image"].any()) for x in tested] == [True] * 3 + [False] + [True] * 2
 
 
 def test_an_image_too_flat_to_resize_is_skipped(tmp_path, caplog):

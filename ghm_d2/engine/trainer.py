@@ -81,8 +81,6 @@ class GHMTrainer(DefaultTrainer):
         ddp = _ddp_without_device_ids() if on_cpu else contextlib.nullcontext()
         with ddp, _restricted_checkpointer():
             super().__init__(cfg)
-        self._finite = FiniteCheck(cfg, self._trainer, self.checkpointer.get_checkpoint_file)
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, those around its checkpoints, and the gradient statistics."""
@@ -94,6 +92,8 @@ class GHMTrainer(DefaultTrainer):
         stop = StopOnSigterm(self.checkpointer, states)
         stock.insert(place, states)
         stock.insert(place + 1 + comm.is_main_process(), stop)
+        self._finite = FiniteCheck(self.cfg, self._trainer, self.checkpointer.get_checkpoint_file)
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
         statistics = build_gradient_statistics(self.cfg, self.model)
         return [statistics, FiniteWeights(self.cfg.SOLVER.CHECKPOINT_PERIOD), *stock]
 
