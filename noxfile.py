@@ -15,14 +15,17 @@ nox.options.reuse_existing_virtualenvs = True
 DETECTRON2 = "sal-detectron2==0.7.2"
 PYTHON_310_WHEEL = ("--only-binary=:all:", "--python-version", "3.10")
 
+# The last versions that take NumPy 1.
+NUMPY_1 = ("numpy<2", "opencv-python<4.12", "ml_dtypes<0.6")
+
 
 def constraints(session: nox.Session, *others: str) -> str:
-    """constraints.txt but for these requirements, whose versions pip's own choice must fit."""
+    """constraints.txt with these requirements in place of its own."""
     names = {re.split(r"[<>=]", other)[0] for other in others}
     lines = Path("constraints.txt").read_text().splitlines()
     kept = [line for line in lines if line.split("==")[0].lower() not in names]
     file = Path(session.create_tmp(), "constraints.txt")
-    file.write_text("\n".join([*kept, *(o for o in others if re.search(r"[<>=]", o)), ""]))
+    file.write_text("\n".join([*kept, *others, ""]))
     return str(file.resolve())
 
 
@@ -43,8 +46,7 @@ def test(session: nox.Session, limits: str, check: str) -> None:
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
     """PyTorch 2.3.1 and NumPy 1, with Detectron2's compiled part, which was built for them."""
-    # OpenCV and others choose the version that still takes NumPy 1.
-    pins = ("torch==2.3.1", "torchvision==0.18.1", "numpy<2", "setuptools<80", "opencv-python")
+    pins = ("torch==2.3.1", "torchvision==0.18.1", "setuptools<80", *NUMPY_1)
     check = (
         "import numpy, torch, detectron2._C; print(torch.__version__, numpy.__version__);"
         "assert torch.__version__.startswith('2.3.1') and numpy.__version__ < '2'"
@@ -56,7 +58,7 @@ def oldest(session: nox.Session) -> None:
 def numpy1(session: nox.Session) -> None:
     """The PyTorch of constraints.txt with NumPy 1."""
     check = "import numpy; assert numpy.__version__ < '2'"
-    test(session, constraints(session, "numpy<2", "opencv-python"), check)
+    test(session, constraints(session, *NUMPY_1), check)
 
 
 @nox.session(python="3.11")
