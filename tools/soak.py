@@ -120,6 +120,7 @@ class Campaign:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rng = folder, random.Random()
+        self.hit = False  # whether the last trial met a training at work
         self.data = write_data(folder)
         self.whole: dict[str, tuple[Path, float]] = {}
 
@@ -138,6 +139,7 @@ class Campaign:
         whole, seconds = self.undisturbed("one", TRAINER)
         job = Job(TRAINER, self.data, output)
         time.sleep(self.rng.uniform(0.05, 1) * seconds)
+        self.hit = job.process.poll() is None
         job.kill()
         return self.finish(output, whole)
 
@@ -147,6 +149,7 @@ class Campaign:
         job = Job(TORCHRUN, self.data, output)
         time.sleep(self.rng.uniform(0.3, 1) * seconds)
         workers = children(job.process.pid)
+        self.hit = bool(workers)
         if workers:
             os.kill(self.rng.choice(workers), signal.SIGKILL)
         code = job.wait()
@@ -159,7 +162,9 @@ class Campaign:
         while job.process.poll() is None and not (output / "metrics.json").exists():
             time.sleep(0.02)
         time.sleep(self.rng.uniform(0, 0.3) * seconds)
-        for worker in children(job.process.pid):
+        workers = children(job.process.pid)
+        self.hit = bool(workers)
+        for worker in workers:
             os.kill(worker, signal.SIGKILL)
         if job.wait() is None:
             return "the training hung"
@@ -172,8 +177,10 @@ class Campaign:
         output.mkdir()
         mount("-t", "tmpfs", "-o", f"size={int(room) + 200_000}", "tmpfs", str(output))
         try:
-            if Job(TRAINER, self.data, output).wait() is None:
+            code = Job(TRAINER, self.data, output).wait()
+            if code is None:
                 return "the training hung"
+            self.hit = code != 0
             mount("-o", "remount,size=64m", str(output))
             return self.finish(output, whole)
         finally:
@@ -222,15 +229,21 @@ def plan(kills: int, seed: int) -> list[str]:
 
 def report(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = ["| disturbed by | trials | resumed to bit-equal checkpoints | failed | left out |"]
-    lines.append("|---|---|---|---|---|")
+    lines = [
+        "| disturbed by | trials | disturbed at work | of these bit-equal after the resume "
+        "| failed | left out |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind in ("trainer", "torchrun", "loader", "disk"):
-        states = [t["result"] for t in results["trials"] if t["kind"] == kind]
-        if states:
-            fine, skipped = states.count(""), states.count("left out: not root")
-            failed = len(states) - fine - skipped
-            what = " ".join(getattr(Campaign, kind).__doc__.split()).rstrip(".")
-            lines.append(f"| {what} | {len(states)} | {fine} | {failed} | {skipped} |")
+        trials = [t for t in results["trials"] if t["kind"] == kind]
+        if not trials:
+            continue
+        skipped = sum(t["result"].startswith("left out") for t in trials)
+        failed = sum(t["result"] != "" for t in trials) - skipped
+        hit = [t for t in trials if t["disturbed"]]
+        fine = sum(t["result"] == "" for t in hit)
+        what = " ".join(getattr(Campaign, kind).__doc__.split()).rstrip(".")
+        lines.append(f"| {what} | {len(trials)} | {len(hit)} | {fine} | {failed} | {skipped} |")
     about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
     return "\n".join(
         ["# Kills survived", "", *lines, "", f"`{results['command']}`: {about}; commit"]
@@ -272,7 +285,8 @@ def main() -> None:
         output = folder / f"{number}_{kind}"
         can = kind != "disk" or os.geteuid() == 0
         result = getattr(campaign, kind)(output) if can else "left out: not root"
-        results["trials"].append({"kind": kind, "result": result})
+        hit = can and campaign.hit
+        results["trials"].append({"kind": kind, "disturbed": hit, "result": result})
         file.write_text(json.dumps(results, indent=1) + "\n")
         (args.output / "soak.md").write_text(report(results))
         if result and can:
