@@ -174,6 +174,11 @@ def test_a_gradient_stops_without_amp_and_is_left_to_the_scaler_with_it(make, mo
     check._scaled = False
     with pytest.raises(NotFiniteError):
         check.after_backward()
+    weight.grad.fill_(3e38)
+    with pytest.raises(NotFiniteError, match="overflow when they are added up"):
+        check.after_backward()
+    weight.grad.fill_(1e25)  # its square is infinite
+    check.after_backward()
 
 
 def test_under_amp_the_check_knows_it(make):

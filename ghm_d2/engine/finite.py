@@ -134,7 +134,7 @@ class FiniteCheck(HookBase):
         return torch.isfinite(torch.stack([x.detach().float() for x in self._losses.values()]))
 
     def _gradient_norms(self) -> list[Tensor]:
-        # The sum of absolute values: of finite ones it is finite, where squares would overflow.
+        # Sums of absolute values: squares overflow above 10^19, where clipping could still help.
         found = [torch.linalg.vector_norm(p.grad, 1) for p in self._with_gradient()]
         return found or [torch.zeros(())]
 
@@ -153,6 +153,8 @@ class FiniteCheck(HookBase):
             if p.grad is not None and not torch.isfinite(p.grad).all()
         ]
         values = ", ".join(f"{name} {x.item():.4g}" for name, x in self._losses.items())
+        if not bad:
+            return f"the gradients overflow when they are added up, though the losses are {values}"
         return (
             f"{len(bad)} gradients are not finite, the first that of {bad[0]}, though the losses "
             f"are ({values})"
