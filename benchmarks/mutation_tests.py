@@ -142,9 +142,7 @@ def _measure(items: Sequence[pytest.Item], package: Path) -> tuple[dict, dict]:
         failed = run_items(items, [item.nodeid])
         seconds[item.nodeid] = round(time.process_time() - start, 4)
         if failed:
-            raise SystemExit(
-                f"{failed} fails on the unchanged code: nothing can be said of mutants"
-            )
+            raise SystemExit(f"{failed} fails on the unchanged code: no mutant can be judged")
     cover.stop()
     data = cover.get_data()
     lines: dict[str, dict[str, list[str]]] = {}
