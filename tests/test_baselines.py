@@ -111,6 +111,8 @@ def test_asl1_is_the_sum_of_the_oracle(evaluate, weight):
         (lambda: ohem_loss(torch.zeros(3, 2), torch.zeros(3)), r"labels must be integers.*\(3,\)"),
         (lambda: ohem_loss(torch.zeros(3, 2), torch.zeros(2).long()), "labels must be integers"),
         (lambda: ohem_loss(torch.zeros(1, 2), torch.tensor([3])), r"labels must lie in \[-1, 2\]"),
+        (lambda: ohem_loss(torch.zeros(3, 2), [0, 1, 2]), r"shape \(3,\), got list"),
+        (lambda: cross_entropy_loss(torch.zeros(1, 2), torch.tensor([-2])), "labels must lie in"),
         (lambda: ohem_loss(torch.zeros(1, 2), torch.tensor([0]), 0), "negatives_per_positive must"),
         (lambda: OHEMLoss(negatives_per_positive=1.5), "negatives_per_positive must be a whole"),
         (lambda: CrossEntropyLoss(-1.0), "loss_weight must be"),

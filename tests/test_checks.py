@@ -63,3 +63,44 @@ def test_compiled_misuse_gives_nan_and_writes_nothing():
     assert call(compiled, bad=True).isnan()
     assert torch.equal(module.acc_sum, before)
     assert not module._failures
+
+
+def test_conditions_on_a_device_are_kept_and_joined():
+    checks = ValueChecks()
+    assert checks.all_hold() is None
+    on_device = torch.ones((), dtype=torch.bool, device="meta")
+    checks.require(on_device, "not asked for its value")
+    assert checks.all_hold() is on_device
+    failures = {}
+    checks.defer_to(failures)
+    assert list(failures) == ["not asked for its value"]
+
+
+def test_while_compiling_conditions_are_joined_and_no_tensor_is_kept(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    checks, failures = ValueChecks(), {}
+    checks.require(torch.tensor(True), "a")
+    assert checks.all_hold().item() is True
+    checks.require(torch.tensor(False), "b")
+    checks.require(torch.tensor(True), "c")
+    assert checks.all_hold().item() is False
+    checks.defer_to(failures)
+    assert not failures
+
+
+def test_a_failure_stays_until_it_is_raised(deferred):
+    failures = {}
+    for holds in (True, False, True):
+        checks = ValueChecks()
+        checks.require(torch.tensor(holds), "a")
+        checks.defer_to(failures)
+    assert failures["a"].item() is True
+    with pytest.raises(ValueError, match="^a$"):
+        raise_first(failures)
+    raise_first(failures)
+
+
+def test_failures_that_do_not_apply_are_forgotten():
+    failures = {"a": torch.tensor(False)}
+    raise_first(failures)
+    assert not failures

@@ -132,3 +132,42 @@ def test_eval_mode_equals_training_mode():
 def test_excludes_what_needs_unit_regions(make, name, value):
     with pytest.raises(ValueError, match=name):
         make(density="exact", **{"momentum": 0.0, name: value})
+
+
+def test_refuses_a_window_wider_than_the_range():
+    with pytest.raises(ValueError, match=r"epsilon must lie in \(0, 1\], got 1.01"):
+        exact_gradient_density(torch.tensor([0.5]), 1.01)
+    assert exact_gradient_density(torch.tensor([0.5]), 1).tolist() == [1.0]
+
+
+def test_both_ends_of_the_range_are_gradient_norms():
+    # -0.0 and 0.0 are one value, although their bit patterns sort apart
+    g = torch.tensor([0.0, 1.0, -0.0, 1.0, 0.5])
+    expected = ref.exact_density(g.numpy(), 0.2)
+    np.testing.assert_allclose(exact_gradient_density(g, 0.2).numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_density_is_float32_at_least(dtype):
+    g = torch.rand(50).to(dtype)
+    density = exact_gradient_density(g, 0.25)
+    assert density.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = exact_gradient_density(g if dtype == torch.float64 else g.float(), 0.25)
+    assert torch.equal(density, wide)
+
+
+def test_norms_that_are_not_valid_count_nowhere_and_may_be_anything():
+    g = np.random.default_rng(6).random((8, 5))
+    valid = np.random.default_rng(7).random((8, 5)) > 0.3
+    spoiled = torch.from_numpy(np.where(valid, g, np.nan))
+    density = exact_gradient_density(spoiled, 0.1, torch.from_numpy(valid)).numpy()
+    np.testing.assert_allclose(density[valid], ref.exact_density(g[valid], 0.1), rtol=1e-6)
+    assert (density[~valid] == 1).all()
+
+
+def test_pooling_nothing_with_the_exact_density_is_zero():
+    assert GHMCLoss(momentum=0, density="exact").forward_pooled([], []).item() == 0
+    logits = torch.zeros(0, 3, requires_grad=True)
+    loss = GHMCLoss(momentum=0, density="exact")(logits, torch.zeros(0).long())
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.shape == (0, 3)

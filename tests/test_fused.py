@@ -1,5 +1,7 @@
 """The fused kernels against the eager path, which the oracle's tests hold to the formulas."""
 
+import threading
+
 import pytest
 import torch
 
@@ -220,6 +222,35 @@ def test_blocks_cover_everything_once(threads):
         cut = blocks.cut(positions[:: max(size // 1000, 1)])
         found = [part + number * blocks.length for number, part in enumerate(cut)]
         assert torch.equal(torch.cat(found), positions[:: max(size // 1000, 1)])
+
+
+# size: (length, number of blocks, threads) with one thread and with two
+CUTS = {
+    0: ((1, 0, 1), (1, 0, 1)),
+    1: ((1, 1, 1), (1, 1, 1)),
+    100_000: ((50_000, 2, 1), (25_000, 4, 1)),  # few: below the 2^15 that PyTorch deals itself
+    1 << 17: ((1 << 16, 2, 1), (26_215, 5, 1)),
+    (1 << 17) + 1: ((43_691, 3, 1), (43_691, 3, 1)),  # at least 2^16, but for equal lengths
+    2 * BLOCK - 1: ((116_509, 9, 1), (116_509, 9, 1)),  # not worth a second thread
+    2 * BLOCK: ((1 << 17, 8, 1), (1 << 16, 16, 2)),  # eight for each thread
+    2_000_001: ((222_223, 9, 1), (111_112, 18, 2)),
+    10 * BLOCK: ((BLOCK, 10, 1), (BLOCK * 5 // 8, 16, 2)),  # at most BLOCK
+}
+
+
+@pytest.mark.parametrize("size", CUTS)
+def test_length_of_the_blocks(size, threads):
+    blocks = Blocks(size)
+    assert (blocks.length, blocks.number, blocks.threads) == CUTS[size][threads - 1]
+
+
+def test_long_tensors_alone_are_dealt_to_the_pool(threads):
+    def work(numbers):
+        return threading.current_thread().name.startswith("ghm_d2"), torch.is_grad_enabled()
+
+    assert Blocks(4 * BLOCK).map(work) == [(threads == 2, False)] * threads
+    assert Blocks(1 << 17).map(work) == [(False, False)]
+    assert torch.get_num_threads() == threads and torch.is_grad_enabled()
 
 
 def test_without_gradient_the_loss_is_the_same():

@@ -280,3 +280,86 @@ def test_one_bad_tensor_refuses_the_whole_pool():
     with refuses("labels"):
         loss_fn.forward_pooled([torch.zeros(2, 3)] * 2, [good, bad])
     assert not loss_fn.acc_sum.any()
+
+
+@MODULES
+@pytest.mark.parametrize("name", ["decay_empty_bins", "bias_correction", "sync"])
+@pytest.mark.parametrize("value", [1, 0, None, "yes"])
+def test_switches_are_true_or_false(make, name, value):
+    with refuses(name):
+        make(**{name: value})
+
+
+@MODULES
+@pytest.mark.parametrize("value", [math.inf, True, "1"])
+def test_loss_weight_is_a_finite_number(make, value):
+    with refuses("loss_weight"):
+        make(loss_weight=value)
+
+
+@pytest.mark.parametrize("value", [math.inf, True, "1"])
+def test_mu_is_a_finite_number(value):
+    with refuses("mu"):
+        GHMRLoss(mu=value)
+
+
+@MODULES
+def test_momentum_is_a_number(make):
+    for value in (False, "0"):
+        with refuses("momentum"):
+            make(momentum=value)
+
+
+@MODULES
+def test_the_ends_of_each_range_are_allowed(make):
+    loss_fn = make(bins=1, momentum=0, loss_weight=0)
+    assert (loss_fn.bins, loss_fn.momentum, loss_fn.loss_weight) == (1, 0.0, 0.0)
+
+
+def test_what_is_no_tensor():
+    logits, labels = torch.zeros(2, 3), torch.tensor([0, 3])
+    with pytest.raises(ValueError, match="logits must be a floating-point tensor, got list"):
+        GHMCLoss()([[0.0] * 3] * 2, labels)
+    with pytest.raises(ValueError, match="labels must be a tensor, got list"):
+        GHMCLoss()(logits, [0, 3])
+    with pytest.raises(ValueError, match="weight must be a tensor or None, got list"):
+        GHMCLoss()(logits, labels, [1.0, 1.0])
+    with pytest.raises(ValueError, match="pred must be a floating-point tensor, got ndarray"):
+        GHMRLoss()(logits.numpy(), logits)
+
+
+def test_messages_say_what_came_and_what_is_allowed():
+    logits, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    cases = [
+        (logits, labels[:2], None, r"labels must have shape \(4,\) or \(4, 3\), got \(2,\)"),
+        (logits, labels[:, None], None, r"shape \(4,\) or \(4, 3\), got \(4, 1\)"),
+        (logits, labels + 4, None, r"lie in \[-1, 3\] \(-1 = ignored, 3 = background\)"),
+        (logits, labels, torch.ones(3), r"weight must have shape \(4,\) or \(4, 3\), got \(3,\)"),
+    ]
+    for *call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            GHMCLoss()(*call)
+    softmax = GHMCLoss(activation="softmax")
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\), got \(2,\)"):
+        softmax(logits, labels[:2])
+    with pytest.raises(ValueError, match=r"lie in \[-1, 2\] \(-1 = ignored, 2 = background\)"):
+        softmax(logits, labels + 3)
+    with pytest.raises(ValueError, match=r"weight must have shape \(4,\), got \(3,\)"):
+        softmax(logits, labels, torch.ones(3))
+    with pytest.raises(ValueError, match=r"as many as preds \(2\), got 1 and 2"):
+        GHMRLoss().forward_pooled([logits] * 2, [logits])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_integer_labels_of_any_width(dtype):
+    logits = torch.randn(4, 3)
+    labels = torch.tensor([0, 3, 1, 2])
+    for activation, index in (("sigmoid", labels), ("softmax", labels.clamp(max=2))):
+        expected = GHMCLoss(activation=activation)(logits, index)
+        assert torch.equal(GHMCLoss(activation=activation)(logits, index.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_labels_of_rows_are_integers(dtype):
+    for activation in ("sigmoid", "softmax"):
+        assert_refused("labels", *classification(activation, labels=torch.zeros(4).to(dtype)))

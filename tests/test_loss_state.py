@@ -8,7 +8,8 @@ import pytest
 import reference as ref
 import torch
 
-from ghm_d2.losses import GHMCLoss, GHMRLoss
+from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
+from ghm_d2.losses.functional import count_unit_regions
 
 
 def cls_call(rng, rows=30, bins=30, activation="sigmoid"):
@@ -250,3 +251,100 @@ def test_counts_of_logits_are_exact_above_two_to_the_24():
         logits = torch.full((n, 1), -5.0)
         loss_fn(logits, torch.ones(1, dtype=torch.int64).expand(n))
     assert loss_fn.acc_sum.tolist() == [n / 4, 0.0]
+
+
+@pytest.mark.parametrize("density", ["unit_region", "exact"])
+def test_the_observer_sees_arguments_counts_and_weights_of_each_call(density):
+    momentum = 0.0 if density == "exact" else 0.5
+    loss_fn = GHMCLoss(bins=4, momentum=momentum, loss_weight=7.0, density=density)
+    seen = []
+    loss_fn.observer = lambda *args: seen.append(args)
+    logits, labels = torch.tensor([[0.0], [-9.0], [-9.0]]), torch.tensor([1, 1, 1])
+    loss_fn.forward_pooled([logits], [labels])
+    ((module, predictions, targets, weights, counts, region_weights),) = seen
+    assert module is loss_fn and predictions[0] is logits and targets[0] is labels
+    assert weights == [None]
+    if density == "exact":
+        assert counts is None and region_weights is None
+    else:  # S = R / 2, two regions are filled; without loss_weight
+        assert counts.tolist() == [2, 0, 1, 0] and counts.dtype == torch.int64
+        assert region_weights.tolist() == [0.5, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_counts_kept_without_bias_correction_load_as_steady_averages(decay):
+    plain = GHMRLoss(momentum=0.5)
+    plain(*ends(8, 0))
+    loss_fn = GHMRLoss(momentum=0.5, bias_correction=True, decay_empty_bins=decay)
+    loss_fn.load_state_dict(plain.state_dict())
+    # 4 examples on average in region 0 and none in the last, which starts from nothing
+    pred, target = ends(4, 2)
+    loss_fn(pred, target)
+    expected = torch.zeros(10)
+    expected[0], expected[-1] = 4.0, 1.0
+    assert torch.equal(loss_fn.acc_sum, expected)
+    weights = []
+    loss_fn.observer = lambda *args: weights.append(args[-1])
+    loss_fn.eval()(pred, target)
+    # region 0: S = 4 as it stands; the last one: S = 0.5 * 1 + 0.5 * 2 after two updates
+    assert weights[0][0].item() == pytest.approx(1 / (4 * 2))
+    assert weights[0][-1].item() == pytest.approx(1 / (1.5 / 0.75 * 2))
+
+
+def test_counts_with_bias_correction_load_with_their_number_of_updates():
+    first = GHMRLoss(momentum=0.5, bias_correction=True)
+    first(*ends(8, 2))
+    second = GHMRLoss(momentum=0.5, bias_correction=True)
+    second.load_state_dict(first.state_dict())
+    assert second.num_updates.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert second.num_updates.dtype == torch.int64
+
+
+def test_region_counts_without_bincount():
+    # what a CUDA device and torch.compile do
+    region = torch.tensor([[0, 3, 3], [4, 2, 3]])  # 4: does not count
+    expected = count_unit_regions(region, 4)
+    assert expected.tolist() == [1, 0, 1, 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        counts = count_unit_regions(region, 4)
+    assert counts.tolist() == [1, 0, 1, 3] and counts.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "text"),
+    [
+        (
+            GHMCLoss(),
+            "activation='sigmoid', bins=30, momentum=0.75, loss_weight=1.0, "
+            "normalize_by='valid_bins', decay_empty_bins=False, bias_correction=False, "
+            "sync=False, density='unit_region'",
+        ),
+        (
+            GHMRLoss(0.05, 7, 0, 10, sync=False, density="exact"),
+            "mu=0.05, bins=7, momentum=0.0, loss_weight=10.0, normalize_by='valid_bins', "
+            "decay_empty_bins=False, bias_correction=False, sync=False, density='exact'",
+        ),
+        (CrossEntropyLoss(), "loss_weight=1.0"),
+        (OHEMLoss(), "loss_weight=1.0, negatives_per_positive=3"),
+        (ASL1Loss(), "mu=0.02, loss_weight=1.0"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_printing_a_loss_shows_its_settings(loss_fn, text):
+    assert repr(loss_fn) == f"{type(loss_fn).__name__}({text})"
+
+
+@KINDS
+def test_a_second_process_with_the_same_examples_doubles_the_counts_alone(make, call, monkeypatch):
+    alone, synced, unsynced = make(), make(sync=True), make()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.mul_(2))
+    inputs = call(np.random.default_rng(9))
+    expected = alone(*inputs)
+    assert torch.equal(unsynced(*inputs), expected)
+    # every region is twice as full, and each process returns twice its share
+    torch.testing.assert_close(synced(*inputs), expected, rtol=1e-6, atol=0)
+    assert torch.equal(unsynced.acc_sum, alone.acc_sum)
+    assert torch.equal(synced.acc_sum, 2 * alone.acc_sum)

@@ -73,7 +73,7 @@ def _wants_gradient(prediction: Tensor) -> bool:
 
 
 @cache
-def _triton() -> Any:
+def _triton() -> Any:  # CUDA only
     """The module of the Triton kernels, imported when a CUDA tensor first needs it; or None."""
     if importlib.util.find_spec("triton") is None:
         return None
@@ -85,7 +85,7 @@ def _triton() -> Any:
 def _has_kernel(prediction: Tensor, bins: int) -> bool:
     if prediction.dtype not in _DTYPES or torch.compiler.is_compiling():
         return False
-    if prediction.device.type == "cuda":
+    if prediction.device.type == "cuda":  # CUDA only
         return (triton := _triton()) is not None and bins <= triton.MAX_BINS
     return prediction.device.type == "cpu"
 
@@ -118,10 +118,10 @@ def sigmoid_kernel(logits: Tensor, labels: Tensor, keep: Tensor | None, bins: in
             dropped = (~keep).expand(-1, columns).flatten().nonzero().flatten()
             ignored = torch.cat([ignored, dropped]).unique()  # ascending
         return blocked.SigmoidKernel(data, positive, ignored, differentiate)
-    if labels.dim() == 2:
+    if labels.dim() == 2:  # CUDA only
         return None
-    kernel: Kernel = _triton().TritonSigmoid(data, labels, keep, columns, differentiate)
-    return kernel
+    kernel: Kernel = _triton().TritonSigmoid(data, labels, keep, columns, differentiate)  # CUDA only
+    return kernel  # CUDA only
 
 
 def regression_kernel(
@@ -142,5 +142,5 @@ def regression_kernel(
     if pred.device.type == "cpu":
         dropped = pred.new_empty(0).long() if keep is None else (~keep).nonzero().flatten()
         return blocked.RegressionKernel(data, target, dropped, mu, differentiate)
-    kernel: Kernel = _triton().TritonRegression(data, target, keep, mu, differentiate)
-    return kernel
+    kernel: Kernel = _triton().TritonRegression(data, target, keep, mu, differentiate)  # CUDA only
+    return kernel  # CUDA only
