@@ -120,7 +120,8 @@ def sigmoid_kernel(logits: Tensor, labels: Tensor, keep: Tensor | None, bins: in
         return blocked.SigmoidKernel(data, positive, ignored, differentiate)
     if labels.dim() == 2:  # CUDA only
         return None
-    kernel: Kernel = _triton().TritonSigmoid(data, labels, keep, columns, differentiate)  # CUDA only
+    triton: Any = _triton()  # CUDA only
+    kernel: Kernel = triton.TritonSigmoid(data, labels, keep, columns, differentiate)  # CUDA only
     return kernel  # CUDA only
 
 
