@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny import ROOT, forget_program, tiny_pairs, unregister_all, write_coco
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer, finite
 from ghm_d2.engine.finite import NotFiniteError
+from ghm_d2.engine.preemption import Preempted, StopOnSigterm
 from ghm_d2.engine.replay import load_replay
 from ghm_d2.errors import exits_with_one_sentence
 
@@ -297,3 +299,18 @@ def test_two_processes_stop_together(tmp_path, where):
     saved = sorted(file.name for file in (tmp_path / "out" / "not_finite").iterdir())
     assert saved[-1] == "iteration_0000002_process_1.pth"
     assert len(saved) == (1 if where == "image" else 2)
+
+
+def test_sigterm_saves_no_weights_that_are_not_finite():
+    checkpointer, states = Mock(), Mock()
+    hook = StopOnSigterm(checkpointer, states)
+    hook.trainer = Mock(model=torch.nn.Linear(2, 2), iter=3, max_iter=9)
+    torch.nn.init.constant_(hook.trainer.model.bias, float("nan"))
+    hook._note(15, None)
+    with pytest.raises(NotFiniteError, match="the first bias"):
+        hook.after_step()
+    assert not checkpointer.save.called
+    torch.nn.init.zeros_(hook.trainer.model.bias)
+    with pytest.raises(Preempted):
+        hook.after_step()
+    assert checkpointer.save.called

@@ -24,7 +24,13 @@ from ghm_d2.engine.replay import ForwardState, Replay, save_replay
 from ghm_d2.errors import UserError
 from ghm_d2.losses.base import HarmonizedLoss
 
-__all__ = ["FiniteCheck", "FiniteWeights", "NotFiniteError", "WithoutTracebacks"]
+__all__ = [
+    "FiniteCheck",
+    "FiniteWeights",
+    "NotFiniteError",
+    "WithoutTracebacks",
+    "require_finite_weights",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -267,17 +273,29 @@ class FiniteWeights(HookBase):
         done = self.trainer.iter + 1
         if done % self._period and done < self.trainer.max_iter:
             return
-        state = self.trainer.model.state_dict()
-        values = {name: x for name, x in state.items() if x.is_floating_point()}
-        sums = torch.stack([torch.linalg.vector_norm(x.float(), 1) for x in values.values()])
-        bad = [n for n, good in zip(values, torch.isfinite(sums).tolist(), strict=True) if not good]
-        if bad:
-            raise NotFiniteError(
-                f"iteration {self.trainer.iter}: the step left {len(bad)} weights or buffers that "
-                f"are not finite, the first {bad[0]}, though losses and gradients were; no "
-                "checkpoint was written: go on from the last one with --resume and a smaller "
-                "SOLVER.BASE_LR."
-            )
+        require_finite_weights(self.trainer.model, self.trainer.iter)
+
+
+def require_finite_weights(model: nn.Module, iteration: int) -> None:
+    """Stands before every checkpoint.
+
+    Args:
+        model: what would be saved.
+        iteration: the one that is done, from 0.
+
+    Raises:
+        NotFiniteError: it holds a NaN or an infinity.
+    """
+    state = model.state_dict()
+    values = {name: x for name, x in state.items() if x.is_floating_point()}
+    sums = torch.stack([torch.linalg.vector_norm(x.float(), 1) for x in values.values()])
+    bad = [n for n, good in zip(values, torch.isfinite(sums).tolist(), strict=True) if not good]
+    if bad:
+        raise NotFiniteError(
+            f"iteration {iteration}: the step left {len(bad)} weights or buffers that are not "
+            f"finite, the first {bad[0]}, though losses and gradients were; no checkpoint was "
+            "written: go on from the last one with --resume and a smaller SOLVER.BASE_LR."
+        )
 
 
 class WithoutTracebacks(logging.Filter):

@@ -12,6 +12,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ghm_d2.engine.agreement import any_process
+from ghm_d2.engine.finite import require_finite_weights
 from ghm_d2.engine.process_states import ProcessStates
 
 __all__ = ["PREEMPTED", "Preempted", "StopOnSigterm"]
@@ -62,10 +63,12 @@ class StopOnSigterm(HookBase):
 
         Raises:
             Preempted: the checkpoint is written.
+            NotFiniteError: the weights are not finite; none is written.
         """
         iteration = self.trainer.iter
         if not any_process(self._asked) or iteration + 1 >= self.trainer.max_iter:
             return
+        require_finite_weights(self.trainer.model, iteration)
         self._states.collect()
         if comm.is_main_process():
             name = f"model_{iteration:07d}"  # as PeriodicCheckpointer has it
