@@ -6,6 +6,7 @@ from ghm_d2.data.registration import (
     check_same_classes,
     parse_dataset,
     register_coco_dataset,
+    register_datasets,
 )
 from ghm_d2.data.synthetic import register_synthetic
 
@@ -15,6 +16,7 @@ __all__ = [
     "check_same_classes",
     "parse_dataset",
     "register_coco_dataset",
+    "register_datasets",
     "register_synthetic",
 ]
 

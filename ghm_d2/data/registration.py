@@ -26,6 +26,7 @@ __all__ = [
     "parse_dataset",
     "read_annotations",
     "register_coco_dataset",
+    "register_datasets",
 ]
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,30 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
     if dataset.evaluable:  # without json_file, COCOEvaluator converts what `_load` returns
         metadata.json_file = dataset.json_file
     _registered_here.add(name)
+
+
+def register_datasets(texts: Sequence[str], *, labelled: bool = True) -> list[CocoDataset]:
+    """Parse, check and register all that a command line gives by `--dataset`.
+
+    Args:
+        texts: NAME=annotations.json,image_dir, each.
+        labelled: see :func:`check_coco_dataset`.
+
+    Returns:
+        The checked data sets, which every other process registers too.
+
+    Raises:
+        UserError: one of them is wrong, or two of them do not go together.
+    """
+    datasets = [parse_dataset(text) for text in texts]
+    names = [dataset.name for dataset in datasets]
+    if len(set(names)) < len(names):
+        raise UserError(f"--dataset gives the same name twice: {', '.join(names)}.")
+    datasets = [check_coco_dataset(dataset, labelled=labelled) for dataset in datasets]
+    check_same_classes(datasets)
+    for dataset in datasets:
+        register_coco_dataset(dataset)
+    return datasets
 
 
 def _load(dataset: CocoDataset) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from detectron2.config import get_cfg
 
 from ghm_d2.errors import UserError, program_name
 
-__all__ = ["Parser", "parse_arguments", "train_program"]
+__all__ = ["Parser", "add_process_options", "parse_arguments", "train_program"]
 
 CONFIG_FILE_HELP = "a YAML file of yours, or the name of one of configs/"
 _FLAGS = ("-h", "--help", "--eval-only", "--resume", "--trust-checkpoint")
@@ -50,11 +50,17 @@ def _parser() -> Parser:
         help="register COCO-format data; the first is trained on and the others are tested on, "
         "unless DATASETS.TRAIN and DATASETS.TEST say otherwise (repeatable)",
     )
+    add_process_options(parser)
+    return parser
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """The options of Detectron2's launcher."""
+    add = parser.add_argument
     add("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (1)")
     add("--num-machines", type=int, default=1, metavar="N", help="number of machines (1)")
     add("--machine-rank", type=int, default=0, metavar="R", help="number of this machine (0)")
     add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0 (auto)")
-    return parser
 
 
 def _split(

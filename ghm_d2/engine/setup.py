@@ -14,13 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data import (
-    CocoDataset,
-    check_coco_dataset,
-    check_same_classes,
-    parse_dataset,
-    register_coco_dataset,
-)
+from ghm_d2.data import CocoDataset, register_datasets
 from ghm_d2.errors import UserError
 from ghm_d2.model_zoo.model_zoo import find_config, similar_configs
 
@@ -62,14 +56,8 @@ def build_config(
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written ({error}).") from error
     choose_device(cfg, args)
 
-    datasets = [parse_dataset(text) for text in args.dataset]
+    datasets = register_datasets(args.dataset, labelled=not args.eval_only)
     names = [dataset.name for dataset in datasets]
-    if len(set(names)) < len(names):
-        raise UserError(f"--dataset gives the same name twice: {', '.join(names)}.")
-    datasets = [check_coco_dataset(x, labelled=not args.eval_only) for x in datasets]
-    check_same_classes(datasets)
-    for dataset in datasets:
-        register_coco_dataset(dataset)
     if datasets:
         given = set(args.opts[::2])
         choose_splits(cfg, names, given, args.eval_only)

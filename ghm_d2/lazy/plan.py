@@ -15,13 +15,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data import (
-    CocoDataset,
-    check_coco_dataset,
-    check_same_classes,
-    parse_dataset,
-    register_coco_dataset,
-)
+from ghm_d2.data import CocoDataset, register_datasets
 from ghm_d2.engine import setup
 from ghm_d2.engine.checks import check_all
 from ghm_d2.errors import UserError
@@ -73,14 +67,8 @@ def make_plan(cfg: DictConfig, args: argparse.Namespace) -> Plan:
         ) from error
     view = stock_view(cfg)
     setup.choose_device(view, args)
-    datasets = [parse_dataset(text) for text in args.dataset]
+    datasets = register_datasets(args.dataset, labelled=not args.eval_only)
     names = [dataset.name for dataset in datasets]
-    if len(set(names)) < len(names):
-        raise UserError(f"--dataset gives the same name twice: {', '.join(names)}.")
-    datasets = [check_coco_dataset(x, labelled=not args.eval_only) for x in datasets]
-    check_same_classes(datasets)
-    for dataset in datasets:
-        register_coco_dataset(dataset)
     num_classes = None
     if datasets:
         splits = {"DATASETS.TRAIN": _TRAIN, "DATASETS.TEST": _TEST}

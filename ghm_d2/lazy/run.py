@@ -11,7 +11,7 @@ from detectron2.utils.logger import setup_logger
 
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import register_coco_dataset
-from ghm_d2.engine.arguments import Parser
+from ghm_d2.engine.arguments import Parser, add_process_options
 from ghm_d2.engine.processes import launch_processes, leave_process_group, reported_once
 from ghm_d2.errors import exits_with_one_sentence
 
@@ -46,10 +46,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="register COCO-format data; the first is trained on and the others are tested on, "
         "unless dataloader.{train,test}.dataset.names say otherwise (repeatable)",
     )
-    add("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (1)")
-    add("--num-machines", type=int, default=1, metavar="N", help="number of machines (1)")
-    add("--machine-rank", type=int, default=0, metavar="R", help="number of this machine (0)")
-    add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0 (auto)")
+    add_process_options(parser)
     add("overrides", nargs="*", metavar="KEY=VALUE", help="change the config")
     return parser.parse_intermixed_args(argv)
 
