@@ -8,7 +8,8 @@ is collected once; each mutant is a forked process whose function gets the mutat
 costs little beyond its tests. What runs at import (defaults, constants, decorators) is imported
 again in its process. Outcomes are appended to ``DIR/outcomes.jsonl`` as they come, and after a kill
 the same command goes on; a survivor is tried again once a test file has changed, everything of a
-source file once that has changed.
+source file once that has changed. Survivors that no test can kill have their reason in
+``mutation_reasons.json`` beside the results. Needs Linux and Python 3.11.
 
 Hypothesis draws few examples and does not shrink; left out are tests of torch.compile, of several
 processes, of the CUDA kernels, and of whole models.
@@ -114,7 +115,8 @@ def run_source(
         replace_module(source, path)
         plugin = Collected(lambda items: run_items(items, tests))
         status = pytest.main(pytest_arguments(), plugins=[plugin])
-        return plugin.result if plugin.collected else f"at import ({status.name})"
+        broken = not plugin.collected or status == pytest.ExitCode.INTERNAL_ERROR
+        return f"at import ({status.name})" if broken else plugin.result
 
     outcome = run_forked(work, limit + (0 if collected else 60))
     return {**outcome, "number_of_tests": len(tests)}
@@ -127,6 +129,10 @@ def run_mutant(mutant: Mutant, collected: Collected | None, baseline: Baseline) 
     if not tests:
         return {"outcome": "survived", "by": None, "seconds": 0.0, "number_of_tests": 0}
     source = mutated_source(path.read_text(), mutant)
+    try:
+        compile(source, str(path), "exec")
+    except SyntaxError:  # such as ** for the * before keyword-only parameters
+        return {"outcome": "invalid", "by": None, "seconds": 0.0, "number_of_tests": 0}
     limit = 20 + 5 * sum(baseline.seconds[test] for test in tests)
     return run_source(source, path, mutant.scope, tests, collected, limit)
 
@@ -218,7 +224,7 @@ def main() -> None:
             run_all(mutants, Collected.of(items), baseline, outcomes)
 
         run_forked(lambda: collect_and_call(pytest_arguments(), functions), None)
-        outcomes = Outcomes(args.work / "outcomes.jsonl")
+        outcomes = Outcomes(args.work / "outcomes.jsonl")  # with what that process wrote
         run_all(mutants, None, baseline, outcomes)
     records = [outcomes.of(mutant) for mutant in mutants]
     write_report(args, machine, len(population), [r for r in records if r], args.results)

@@ -23,7 +23,8 @@ _INTRODUCTION = """\
 and {crashed} by a crash; {survived} survived, {explained} of these for a reason given below. The
 {tried} are {of} {population} places that cosmic-ray's operators change, one replacement for each,
 chosen by the seed; annotations and the Triton kernels are left out, and an operator is replaced by
-one of its own kind. A mutant is tried on the loss tests that run its line, until one fails.
+one of its own kind; {invalid} more were no Python. A mutant is tried on the loss tests that run its
+line, until one fails.
 """
 
 
@@ -40,16 +41,19 @@ def write_report(
     for record in records:
         if record["outcome"] == "survived":
             record["reason"] = reasons.get(record["key"])
+    invalid = sum(record["outcome"] == "invalid" for record in records)
+    records = [record for record in records if record["outcome"] != "invalid"]
     records.sort(key=lambda record: (record["key"].split(" | ")[0], record["line"]))
     outcomes = Counter(record["outcome"] for record in records)
     survivors = [record for record in records if record["outcome"] == "survived"]
     command = f"python benchmarks/mutation.py --sample {args.sample} --seed {args.seed}"
-    wanted = min(args.sample, population)
+    wanted = min(args.sample, population) - invalid
     summary = {
         "command": command,
         **machine,
         "population": population,
         "wanted": wanted,
+        "invalid": invalid,
         "tried": len(records),
         "outcomes": dict(outcomes),
         "killed_share": round(1 - len(survivors) / len(records), 4) if records else None,
@@ -88,6 +92,7 @@ def _text(summary: Record, records: list[Record], survivors: list[Record]) -> st
         explained=sum(bool(record["reason"]) for record in survivors),
         of="a sample of the" if wanted < summary["population"] else "all",
         population=summary["population"],
+        invalid=summary["invalid"],
     )
     if tried < wanted:
         text += f"\n{wanted - tried} of the {wanted} wanted have not been tried yet.\n"

@@ -171,3 +171,10 @@ def test_pooling_nothing_with_the_exact_density_is_zero():
     loss = GHMCLoss(momentum=0, density="exact")(logits, torch.zeros(0).long())
     loss.backward()
     assert loss.item() == 0 and logits.grad.shape == (0, 3)
+
+
+def test_a_window_is_closed_below_and_open_above():
+    # [0, 0.5) holds 0.25 alone, [0.25, 0.75) both; both are 0.5 long
+    for dtype in (torch.float32, torch.float64):
+        density = exact_gradient_density(torch.tensor([0.25, 0.5], dtype=dtype), 0.5)
+        assert density.tolist() == [2.0, 4.0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss, fused
+from ghm_d2.losses.block_regions import region_finder
 from ghm_d2.losses.blocks import BLOCK, Blocks
 from ghm_d2.losses.functional import (
     count_unit_regions,
@@ -231,10 +232,10 @@ CUTS = {
     100_000: ((50_000, 2, 1), (25_000, 4, 1)),  # few: below the 2^15 that PyTorch deals itself
     1 << 17: ((1 << 16, 2, 1), (26_215, 5, 1)),
     (1 << 17) + 1: ((43_691, 3, 1), (43_691, 3, 1)),  # at least 2^16, but for equal lengths
-    2 * BLOCK - 1: ((116_509, 9, 1), (116_509, 9, 1)),  # not worth a second thread
-    2 * BLOCK: ((1 << 17, 8, 1), (1 << 16, 16, 2)),  # eight for each thread
+    (1 << 20) - 1: ((116_509, 9, 1), (116_509, 9, 1)),  # not worth a second thread
+    1 << 20: ((1 << 17, 8, 1), (1 << 16, 16, 2)),  # eight for each thread
     2_000_001: ((222_223, 9, 1), (111_112, 18, 2)),
-    10 * BLOCK: ((BLOCK, 10, 1), (BLOCK * 5 // 8, 16, 2)),  # at most BLOCK
+    10 << 19: ((1 << 19, 10, 1), (327_680, 16, 2)),  # at most BLOCK
 }
 
 
@@ -311,3 +312,8 @@ def test_triton_regression_equals_eager(triton_kernels, bins):
     expected = count_unit_regions(region, bins), total.detach(), x.grad
     kernel = triton_kernels.TritonRegression(*on_device(pred, target, keep), MU, True)
     check(kernel, expected, weights, pred.dtype, off_by=9 if bins == 1000 else 0)
+
+
+def test_the_quick_way_to_a_region_is_taken_where_it_is_exact():
+    # a product with a power of two is; 17/20 * 20 is rounded up from below
+    assert region_finder(16).floor_is_exact and not region_finder(20).floor_is_exact

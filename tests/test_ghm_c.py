@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghm_d2.losses import GHMCLoss
+from ghm_d2.losses import GHMCLoss, sigmoid_examples
 
 ACTIVATIONS = ["sigmoid", "softmax"]
 seeds = st.integers(0, 2**32 - 1)
@@ -302,3 +302,10 @@ def test_linear_in_loss_weight(evaluate, activation, seed, loss_weight):
     scaled, scaled_grad = evaluate(scaled_fn, x, labels)
     assert scaled == pytest.approx(loss_weight * loss, rel=1e-5)
     np.testing.assert_allclose(scaled_grad, loss_weight * grad, rtol=1e-5, atol=1e-9)
+
+
+def test_large_logits_keep_the_digits_of_float64():
+    # softplus returns its argument above a threshold of 20
+    x, labels = np.array([[20.5, -20.5], [3.0, 30.0]]), np.array([2, 0])
+    loss, _ = sigmoid_examples(torch.from_numpy(x), torch.from_numpy(labels))
+    np.testing.assert_allclose(loss.numpy(), ref.sigmoid_examples(x, labels).loss, rtol=1e-15)

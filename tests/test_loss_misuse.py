@@ -348,6 +348,8 @@ def test_messages_say_what_came_and_what_is_allowed():
         softmax(logits, labels, torch.ones(3))
     with pytest.raises(ValueError, match=r"as many as preds \(2\), got 1 and 2"):
         GHMRLoss().forward_pooled([logits] * 2, [logits])
+    with pytest.raises(ValueError, match=r"as many as preds \(2\), got 1 and 1"):
+        GHMRLoss().forward_pooled([logits] * 2, [logits], [None])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
@@ -363,3 +365,25 @@ def test_integer_labels_of_any_width(dtype):
 def test_labels_of_rows_are_integers(dtype):
     for activation in ("sigmoid", "softmax"):
         assert_refused("labels", *classification(activation, labels=torch.zeros(4).to(dtype)))
+
+
+@pytest.mark.parametrize("by", ["label", "weight"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_dropped_examples_need_not_be_finite_without_a_kernel(by, value):
+    # float64 takes the eager path, where 0 times NaN must not happen
+    clean, kept = torch.randn(4, 3, dtype=torch.float64), torch.tensor([True, True, False, True])
+    logits = clean.clone()
+    logits[2] = value
+    logits.requires_grad_()
+    labels, weight = torch.tensor([0, 1, 1, 3]), kept.float()
+    if by == "label":
+        labels[2], weight = -1, None
+    loss = GHMCLoss()(logits, labels, weight)
+    loss.backward()
+    expected = GHMCLoss()(clean[kept], labels[kept])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.isfinite(logits.grad).all() and not logits.grad[2].any()
+    if by == "weight":
+        boxes = GHMRLoss()(logits.detach(), torch.zeros_like(clean), weight)
+        expected = GHMRLoss()(clean[kept], torch.zeros_like(clean[kept]))
+        assert boxes.item() == pytest.approx(expected.item(), rel=1e-12)
