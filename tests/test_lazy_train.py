@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from detectron2.config import LazyConfig
-from tiny import ROOT, coco_content, forget_program, write_coco
+from tiny import ROOT, coco_content, forget_program, one_sentence, write_coco
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.errors import UserError
@@ -64,17 +64,7 @@ def base(tmp_path, config):
 def fails(capsys):
     """Run main, expect exit code 2 and one sentence on stderr; return the sentence."""
 
-    def run(argv):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in argv])
-        captured = capsys.readouterr()
-        assert stop.value.code == 2
-        assert captured.err.startswith("lazy_train_net.py: error: ")
-        assert captured.err.count("\n") == 1
-        assert "Traceback" not in captured.err + captured.out
-        return captured.err
-
-    return run
+    return lambda argv: one_sentence(main, argv, capsys, "lazy_train_net.py")
 
 
 def rows(file):

@@ -11,7 +11,16 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from foreign import Call
-from tiny import CLASSES, RETINANET, ROOT, coco_content, forget_program, tiny_pairs, write_coco
+from tiny import (
+    CLASSES,
+    RETINANET,
+    ROOT,
+    coco_content,
+    forget_program,
+    one_sentence,
+    tiny_pairs,
+    write_coco,
+)
 
 from ghm_d2.engine import main
 
@@ -37,17 +46,7 @@ def base(tmp_path):
 def fails(capsys):
     """Run main, expect exit code 2 and one sentence on stderr; return the sentence."""
 
-    def run(argv):
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in argv])
-        captured = capsys.readouterr()
-        assert stop.value.code == 2
-        assert captured.err.startswith("train_net.py: error: ")
-        assert captured.err.count("\n") == 1
-        assert "Traceback" not in captured.err + captured.out
-        return captured.err
-
-    return run
+    return lambda argv: one_sentence(main, argv, capsys, "train_net.py")
 
 
 def metrics(folder):

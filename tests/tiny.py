@@ -2,10 +2,12 @@
 
 import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from PIL import Image
@@ -99,3 +101,15 @@ def tiny_pairs(**changes: Any) -> list[str]:
     """KEY VALUE pairs of the tiny detector; "__" in a changed name stands for "."."""
     pairs = TINY | {key.replace("__", "."): value for key, value in changes.items()}
     return [str(word) for pair in pairs.items() for word in pair]
+
+
+def one_sentence(main: Callable[..., None], argv: Sequence[Any], capsys: Any, program: str) -> str:
+    """The sentence on stderr with which ``main`` must end, with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.startswith(f"{program}: error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err

@@ -6,10 +6,9 @@
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import exits_with_one_sentence
 from ghm_d2.model_zoo.index import PACKAGED_INDEX, read_index, write_index
 from ghm_d2.model_zoo.table import add_models, model_zoo_page
 
@@ -22,13 +21,10 @@ def main() -> None:
     )
     parser.add_argument("--add", nargs="+", default=[], type=Path, metavar="ZOO", help="folders")
     args = parser.parse_args()
-    try:
+    with exits_with_one_sentence(parser.prog):
         index = read_index(PACKAGED_INDEX)
         added = sum(add_models(index, read_index(zoo / "index.json")["models"]) for zoo in args.add)
         write_index(PACKAGED_INDEX, index)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
     PAGE.write_text(model_zoo_page(index))
     print(f"{PAGE}: {len(index['models'])} models of our own, {added} of them new")
 
