@@ -1,21 +1,17 @@
 """A resumed training is the training that was stopped, bit for bit; whatever it was stopped by."""
 
-import json
 import os
 import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny import RETINANET, ROOT, coco_content, forget_program, tiny_pairs
+from tiny import RETINANET, ROOT, forget_program, tiny_pairs, write_shapes
 
 from ghm_d2.engine import GHMTrainer, main
 from ghm_d2.engine.preemption import PREEMPTED
 
 RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50.yaml")
-SIZES = [(64, 48), (48, 64), (64, 64), (72, 40), (40, 72), (64, 32), (56, 40)]  # width, height
 # A stock RetinaNet divides by a running number of positives.
 STOCK = ["MODEL.META_ARCHITECTURE", "RetinaNet", "DATALOADER.ASPECT_RATIO_GROUPING", "False"]
 STOCK += ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
@@ -34,16 +30,7 @@ def clean_up(monkeypatch):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """NAME=annotations,folder of images that are wide, high and square."""
-    folder = tmp_path_factory.mktemp("data")
-    content = coco_content(len(SIZES))
-    for i, (width, height) in enumerate(SIZES):
-        content["images"][i].update(width=width, height=height)
-        pixels = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    for annotation in content["annotations"]:
-        annotation["bbox"] = [4.0, 3.0, 28.0, 26.0]
-    (folder / "data.json").write_text(json.dumps(content))
-    return f"resumed={folder / 'data.json'},{folder}"
+    return f"resumed={write_shapes(tmp_path_factory.mktemp('data'))}"
 
 
 @pytest.fixture

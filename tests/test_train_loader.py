@@ -1,6 +1,5 @@
 """The training data as a numbered stream: Detectron2's order, found again from any batch."""
 
-import json
 import logging
 
 import numpy as np
@@ -9,26 +8,16 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, build_detection_train_loader
 from PIL import Image
-from tiny import coco_content, unregister_all
+from tiny import unregister_all, write_shapes
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.data.loader import TrainLoader, build_train_loader
 from ghm_d2.randomness import get_random_state
 
-SIZES = [(64, 48), (48, 64), (64, 64), (72, 40), (40, 72), (64, 32), (56, 40)]  # width, height
-
 
 @pytest.fixture
 def cfg(tmp_path):
-    content = coco_content(len(SIZES))
-    for i, (width, height) in enumerate(SIZES):
-        content["images"][i].update(width=width, height=height)
-        pixels = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    for annotation in content["annotations"]:
-        annotation["bbox"] = [4.0, 3.0, 28.0, 26.0]
-    (tmp_path / "data.json").write_text(json.dumps(content))
-    dataset = parse_dataset(f"loaded={tmp_path / 'data.json'},{tmp_path}")
+    dataset = parse_dataset(f"loaded={write_shapes(tmp_path)}")
     register_coco_dataset(check_coco_dataset(dataset))
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = ("loaded",)
@@ -73,7 +62,7 @@ def test_the_order_is_that_of_detectron2(cfg, grouping, sampler):
         np.random.seed(5)
         found.append(names(take(build(cfg), 20)))
     assert found[0] == found[1]
-    assert len({name for batch in found[0] for name in batch}) == len(SIZES)
+    assert len({name for batch in found[0] for name in batch}) == 7
 
 
 @pytest.mark.parametrize("grouping", [True, False])

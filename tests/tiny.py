@@ -78,6 +78,20 @@ def write_coco(folder: Path, name: str = "train", content: Any = None, images: i
     return f"{file},{folder / 'images'}"
 
 
+def write_shapes(folder: Path) -> str:
+    """As write_coco, with images that are wide, high and square."""
+    sizes = [(64, 48), (48, 64), (64, 64), (72, 40), (40, 72), (64, 32), (56, 40)]  # width, height
+    content = coco_content(len(sizes))
+    for i, (width, height) in enumerate(sizes):
+        content["images"][i].update(width=width, height=height)
+        pixels = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [4.0, 3.0, 28.0, 26.0]
+    (folder / "data.json").write_text(json.dumps(content))
+    return f"{folder / 'data.json'},{folder}"
+
+
 def unregister_all() -> None:
     """Forget every data set that register_coco_dataset has registered."""
     for name in registration._registered_here & set(DatasetCatalog):
