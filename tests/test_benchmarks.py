@@ -21,7 +21,6 @@ import cases  # noqa: E402
 import check_oracle  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
-import supercategories  # noqa: E402
 import table  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -301,26 +300,3 @@ def test_a_loss_that_differs_from_the_oracle_fails(monkeypatch, capsys):
 def test_a_missing_gpu_is_one_sentence(script):
     with pytest.raises(UserError, match="no CUDA device"):
         script.main(["--device", "cuda"])
-
-
-def test_boxes_take_the_supercategory_as_class():
-    names = {7: ("cat", "animal"), 3: ("car", "vehicle"), 5: ("dog", "animal")}
-    content = {
-        "images": [{"id": 1, "file_name": "a.png"}],
-        "categories": [
-            {"id": i, "name": name, "supercategory": group} for i, (name, group) in names.items()
-        ],
-        "annotations": [
-            {"id": n, "image_id": 1, "category_id": i, "bbox": [n, 0, 2, 2]}
-            for n, i in enumerate((5, 3, 7, 3))
-        ],
-    }
-    grouped = supercategories.group_by_supercategory(content)
-    assert grouped["images"] == content["images"]
-    assert grouped["categories"] == [{"id": 1, "name": "animal"}, {"id": 2, "name": "vehicle"}]
-    assert [box["category_id"] for box in grouped["annotations"]] == [1, 2, 1, 2]
-    assert [box["bbox"][0] for box in grouped["annotations"]] == [0, 1, 2, 3]
-    assert content["annotations"][0]["category_id"] == 5, "the given content is left as it was"
-    content["categories"][1].pop("supercategory")
-    with pytest.raises(UserError, match="class 'car' has no supercategory"):
-        supercategories.group_by_supercategory(content)
