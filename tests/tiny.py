@@ -17,6 +17,7 @@ from ghm_d2.data import registration
 ROOT = Path(__file__).resolve().parents[1]
 RETINANET = str(ROOT / "configs" / "ghm_retinanet_R_50.yaml")
 CLASSES = ("disc", "bar", "cup")
+SHAPES = [(64, 48), (48, 64), (64, 64), (72, 40), (40, 72), (64, 32), (56, 40)]  # width, height
 
 TINY = {
     "MODEL.WEIGHTS": "",
@@ -80,9 +81,8 @@ def write_coco(folder: Path, name: str = "train", content: Any = None, images: i
 
 def write_shapes(folder: Path) -> str:
     """As write_coco, with images that are wide, high and square."""
-    sizes = [(64, 48), (48, 64), (64, 64), (72, 40), (40, 72), (64, 32), (56, 40)]  # width, height
-    content = coco_content(len(sizes))
-    for i, (width, height) in enumerate(sizes):
+    content = coco_content(len(SHAPES))
+    for i, (width, height) in enumerate(SHAPES):
         content["images"][i].update(width=width, height=height)
         pixels = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
