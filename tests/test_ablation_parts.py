@@ -52,7 +52,7 @@ def test_paired_interval_by_hand():
         ([-1.0, -1.1, -0.9], "worse"),
         ([0.0, 0.0], "undecided"),
         ([5.0], "undecided"),
-        ([], "undecided"),
+        ([], "not measured"),
         # The interval, not the signs, decides: mean 2, half width 2.48.
         ([1.0, 4.0, 1.0], "undecided"),
     ],
@@ -196,13 +196,20 @@ def test_identity_is_what_decides_the_result(tmp_path):
     assert not {"MODEL.DEVICE", "OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD"} & one.config.keys()
     default = plan(tmp_path / "a", "MODEL.GHM.SYNC", "False")[0]
     assert default.id == ident
+    off = ("MODEL.GHM.RETINANET.REG.ENABLED", False)
+    without = plan(tmp_path / "a", *off)[0]
+    assert plan(tmp_path / "a", *off, "MODEL.GHM.RETINANET.REG.MU", 0.5)[0].id == without.id
+    assert "MODEL.GHM.RETINANET.REG.ENABLED" in without.config
+    assert "MODEL.GHM.RETINANET.REG.MU" not in without.config
     other = [
         plan(tmp_path / "a", seeds=(2,))[0].id,
         plan(tmp_path / "a", "SOLVER.BASE_LR", 0.02)[0].id,
         plan(tmp_path / "a", row=ROW | {"overrides": {}})[0].id,
         plan(tmp_path / "c", images=5)[0].id,
+        plan(tmp_path / "a", "MODEL.GHM.RETINANET.REG.MU", 0.5)[0].id,
+        without.id,
     ]
-    assert len({ident, *other}) == 5
+    assert len({ident, *other}) == 7
 
 
 def test_plan_is_what_train_net_gets(tmp_path):
@@ -320,7 +327,7 @@ def test_report_says_what_was_measured(summary):
     assert third == "| none | 0 |  |  |  |  |  |  |"
     # Differences 1.0, 1.1, 0.9: deviation 0.1, half width 0.248.
     assert "| GHM-R | +1.00 | +0.75 ... +1.25 | 3 | better |" in text
-    assert "| none |  |  | 0 | undecided |" in text
+    assert "| none |  |  | 0 | not measured |" in text
     assert "- GHM-R: mu 0.02" in text and "Published: COCO; not measured here" in text
     assert "- none, seed 1: no lamp" in text and "1 not done: none, seed 2." in text
     assert "4 runs were cut off" in text and "commit 0123456789" in text

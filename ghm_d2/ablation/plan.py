@@ -23,7 +23,7 @@ from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError
 
-__all__ = ["Run", "plan_runs"]
+__all__ = ["Run", "effective", "plan_runs"]
 
 # Keys that decide where and how a run is kept, not what comes out of it. The device is among them:
 # seeds already stand for the last digits, and the figures of a GPU shall be found without one.
@@ -44,7 +44,7 @@ class Run:
         argv: arguments of train_net.py, without OUTPUT_DIR and --resume.
         overrides: what the grid, the row and the command line changed in the config file.
         config: the merged config, keys to plain values, without what is said in ``data``,
-            ``weights`` and machine-dependent paths.
+            ``weights`` and machine-dependent paths, and without what :func:`effective` leaves out.
         data: split ("train", "test") to data set name to hash of its files.
         weights: name and SHA-256 of MODEL.WEIGHTS where that is a file here.
         iterations: SOLVER.MAX_ITER.
@@ -134,7 +134,7 @@ def _run(
     args: argparse.Namespace,
     fingerprints: "_Fingerprints",
 ) -> Run:
-    config = flat(cfg)
+    config = effective(flat(cfg))
     data = {
         split: {name: fingerprints.of(name) for name in cfg.DATASETS[split.upper()]}
         for split in ("train", "test")
@@ -171,6 +171,24 @@ def flat(cfg: CfgNode) -> dict[str, Any]:
     """The leaves of a config as JSON has them, without the keys that change no result."""
     leaves = {key.replace("/", "."): value for key, value in flatten_results_dict(cfg).items()}
     return json.loads(json.dumps({k: v for k, v in leaves.items() if k not in _NO_INFLUENCE}))
+
+
+def effective(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the settings of losses that are not enabled: they decide nothing of a run.
+
+    Args:
+        config: keys to values, as of :func:`flat`.
+    """
+    disabled = tuple(
+        key.removesuffix("ENABLED")
+        for key, value in config.items()
+        if key.startswith("MODEL.GHM.") and key.endswith(".ENABLED") and not value
+    )
+    return {
+        key: value
+        for key, value in config.items()
+        if not key.startswith(disabled) or key.endswith(".ENABLED")
+    }
 
 
 @functools.cache

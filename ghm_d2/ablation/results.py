@@ -12,7 +12,7 @@ from typing import Any
 
 from ghm_d2 import __file__ as _package
 from ghm_d2.ablation.files import read_json, write_json
-from ghm_d2.ablation.plan import SPLITS, Run
+from ghm_d2.ablation.plan import SPLITS, Run, effective
 
 __all__ = ["Store", "last_step"]
 
@@ -100,7 +100,7 @@ class Store:
 def _difference(run: Run, found: dict[str, Any]) -> str:
     """What makes a stored run of the same identity another one; "" where nothing does."""
     # Keys that are newer than the file are at their defaults, or the identity would differ.
-    for key, value in found["config"].items():
+    for key, value in effective(found["config"]).items():
         if key not in SPLITS and run.config.get(key) != value:
             return f"{key} {value!r} instead of {run.config.get(key)!r}"
     hashes = {found["weights"].get("sha256"), run.weights.get("sha256")} - {None}

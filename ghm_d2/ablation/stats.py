@@ -43,7 +43,12 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" where the interval leaves out 0, else "undecided"."""
+        """ "better" or "worse" where the interval leaves out 0, else "undecided".
+
+        "not measured" without a pair.
+        """
+        if not self.seeds:
+            return "not measured"
         if self.low is None or self.high is None:
             return "undecided"
         if self.low > 0:
