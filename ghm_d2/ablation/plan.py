@@ -44,7 +44,7 @@ class Run:
         argv: arguments of train_net.py, without OUTPUT_DIR and --resume.
         overrides: what the grid, the row and the command line changed in the config file.
         config: the merged config, keys to plain values, without what is said in ``data``,
-            ``weights`` and machine-dependent paths, and without what :func:`effective` leaves out.
+            ``weights``, machine-dependent paths and settings of disabled losses.
         data: split ("train", "test") to data set name to hash of its files.
         weights: name and SHA-256 of MODEL.WEIGHTS where that is a file here.
         iterations: SOLVER.MAX_ITER.
@@ -134,7 +134,7 @@ def _run(
     args: argparse.Namespace,
     fingerprints: "_Fingerprints",
 ) -> Run:
-    config = effective(flat(cfg))
+    config = flat(cfg)
     data = {
         split: {name: fingerprints.of(name) for name in cfg.DATASETS[split.upper()]}
         for split in ("train", "test")
@@ -170,14 +170,15 @@ def _run(
 def flat(cfg: CfgNode) -> dict[str, Any]:
     """The leaves of a config as JSON has them, without the keys that change no result."""
     leaves = {key.replace("/", "."): value for key, value in flatten_results_dict(cfg).items()}
-    return json.loads(json.dumps({k: v for k, v in leaves.items() if k not in _NO_INFLUENCE}))
+    kept = {k: v for k, v in leaves.items() if k not in _NO_INFLUENCE}
+    return json.loads(json.dumps(effective(kept)))
 
 
 def effective(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out the settings of losses that are not enabled: they decide nothing of a run.
 
     Args:
-        config: keys to values, as of :func:`flat`.
+        config: keys to values; also of an older file, which has them still.
     """
     disabled = tuple(
         key.removesuffix("ENABLED")
