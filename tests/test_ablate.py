@@ -270,7 +270,7 @@ def test_report_only_runs_nothing(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setattr(scheduler, "CHILD", ("false",))
     argv = ["--grid", str(write_grid(tmp_path)), "--output", str(tmp_path / "out"), *data]
     main([*argv, "--seeds", "7", "--report-only", "MODEL.WEIGHTS", "not/here.pth"])
-    assert "2 not done: focal, seed 7; M = 5, seed 7." in capsys.readouterr().out
+    assert "2 not done: focal (seed 7); M = 5 (seed 7)." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

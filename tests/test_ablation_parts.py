@@ -280,7 +280,7 @@ def summary(tmp_path):
     content = GOOD | {
         "rows": rows,
         "reference": "SL1",
-        "columns": ["AP", "AP90"],
+        "columns": ["AP", "AP50", "AP90"],
         "published_on": "COCO",
         "title": "Boxes",
     }
@@ -293,7 +293,7 @@ def summary(tmp_path):
             ident = f"{row}{seed}"
             runs.append(type(base)(**{**vars(base), "id": ident, "row": row, "seed": seed}))
             results[ident] = {
-                "metrics": {"AP": value, "AP90": None},
+                "metrics": {"AP": value, "AP50": 2 * value, "AP90": None},
                 "nothing_detected": False,
                 SPEED: 0.1 * seed,
                 "peak_rss_mb": 700.0 + seed,
@@ -319,17 +319,18 @@ def test_report_says_what_was_measured(summary):
     assert "# Boxes" in text
     header, _, first, second, third = [x for x in text.splitlines() if x.startswith("|")][:5]
     assert header == (
-        "|  | seeds | AP | AP90 | s/iteration | peak memory (MB) | AP, published | "
+        "|  | seeds | AP | AP50 | AP90 | s/iteration | peak memory (MB) | AP, published | "
         "s/iteration, published |"
     )
-    assert first == "| SL1 | 3 | 32.0 ± 2.0 |  | 0.200 ± 0.100 | 703 | 35.8 | 0.5 |"
-    assert second == "| GHM-R | 3 | 33.0 ± 2.0 |  | 0.200 ± 0.100 | 703 | 36.4 |  |"
-    assert third == "| none | 0 |  |  |  |  |  |  |"
+    assert first == "| SL1 | 3 | 32.0 ± 2.0 | 64.0 ± 4.0 |  | 0.200 ± 0.100 | 703 | 35.8 | 0.5 |"
+    assert second == "| GHM-R | 3 | 33.0 ± 2.0 | 66.0 ± 3.9 |  | 0.200 ± 0.100 | 703 | 36.4 |  |"
+    assert third == "| none | 0 |  |  |  |  |  |  |  |"
     # Differences 1.0, 1.1, 0.9: deviation 0.1, half width 0.248.
-    assert "| GHM-R | +1.00 | +0.75 ... +1.25 | 3 | better |" in text
-    assert "| none |  |  | 0 | not measured |" in text
+    assert "|  | pairs | difference in AP (95 % interval) | verdict | AP50 | AP90 |" in text
+    assert "| GHM-R | 3 | +1.00 (+0.75 ... +1.25) | better | +2.00 (+1.50 ... +2.50) |  |" in text
+    assert "| none | 0 |  | not measured |  |  |" in text
     assert "- GHM-R: mu 0.02" in text and "Published: COCO; not measured here" in text
-    assert "- none, seed 1: no lamp" in text and "1 not done: none, seed 2." in text
+    assert "- none, seed 1: no lamp" in text and "1 not done: none (seed 2)." in text
     assert "4 runs were cut off" in text and "commit 0123456789" in text
     assert json.loads(json.dumps(summary))["comparisons"][0]["verdict"] == "better"
 

@@ -37,7 +37,7 @@ def summarize(
         "rows": rows,
         "comparisons": _comparisons(grid, rows),
         "failed": {run.name: failed[run.id] for run in runs if run.id in failed},
-        "missing": [r.name for r in runs if r.id not in results and r.id not in failed],
+        "missing": _missing([r for r in runs if r.id not in results and r.id not in failed]),
         "circumstances": _circumstances([results[r.id] for r in runs if r.id in results]),
     }
 
@@ -81,6 +81,13 @@ def _comparisons(grid: Grid, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
                 {"row": name, "column": column, **asdict(difference), "verdict": difference.verdict}
             )
     return found
+
+
+def _missing(runs: Sequence[Run]) -> dict[str, list[int]]:
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        seeds.setdefault(run.row, []).append(run.seed)
+    return seeds
 
 
 def _circumstances(found: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -128,7 +135,8 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         lines = [f"- {name}: {reason}" for name, reason in failed.items()]
         parts.append("\n".join([f"{len(failed)} failed:", "", *lines]))
     if missing := summary["missing"]:
-        parts.append(f"{len(missing)} not done: {'; '.join(missing)}.")
+        told = [f"{row} (seed {_list(seeds)})" for row, seeds in missing.items()]
+        parts.append(f"{sum(map(len, missing.values()))} not done: {'; '.join(told)}.")
     parts.append(_told(summary["circumstances"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -168,27 +176,29 @@ def _spread(figure: Mapping[str, float | None], digits: int) -> str:
 
 
 def _comparison_table(summary: Mapping[str, Any]) -> str:
-    first = summary["columns"][0]
-    shown = [c for c in summary["comparisons"] if c["column"] == first]
-    if not shown:
+    if not summary["comparisons"]:
         return ""
-    lines = [
-        f"## Compared with {summary['reference']}",
-        "",
-        f"| | difference in {first} | 95 % interval | pairs | verdict |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for item in shown:
-        mean = "" if item["mean"] is None else f"{item['mean']:+.2f}"
-        interval = "" if item["low"] is None else f"{item['low']:+.2f} ... {item['high']:+.2f}"
-        cells = [item["row"], mean, interval, str(len(item["seeds"])), item["verdict"]]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Differences are paired by seed, with Student's t-interval for each row alone (not "
-        "corrected for their number).",
-    ]
-    return "\n".join(lines)
+    first, *others = summary["columns"]
+    found = {(c["row"], c["column"]): c for c in summary["comparisons"]}
+    header = ["", "pairs", f"difference in {first} (95 % interval)", "verdict", *others]
+    lines = [header, ["---"] * len(header)]
+    for row in dict.fromkeys(name for name, _ in found):
+        item = found[row, first]
+        cells = [row, str(len(item["seeds"])), _interval(item), item["verdict"]]
+        lines.append(cells + [_interval(found[row, column]) for column in others])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    told = (
+        "Differences are paired by seed, with Student's t-interval for each alone (not corrected "
+        "for their number)."
+    )
+    return f"## Compared with {summary['reference']}\n\n{table}\n\n{told}"
+
+
+def _interval(item: Mapping[str, Any]) -> str:
+    if item["mean"] is None:
+        return ""
+    interval = "" if item["low"] is None else f" ({item['low']:+.2f} ... {item['high']:+.2f})"
+    return f"{item['mean']:+.2f}{interval}"
 
 
 def _told(circumstances: Mapping[str, list[Any]]) -> str:
