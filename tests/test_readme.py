@@ -110,6 +110,32 @@ def test_named_configs_exist(path):
     assert (ROOT / path).is_file()
 
 
+def cells_by_row(lines):
+    """First cell of a Markdown table's row to the others; rows of one name are joined."""
+    rows = {}
+    for line in lines:
+        name, *cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        rows.setdefault(name, []).extend(cells)
+    return rows
+
+
+REPORTED = re.split(r"\]\((benchmarks/results/small_data[\w/]*\.md)\)", TEXT)
+
+
+@pytest.mark.parametrize(
+    ("report", "after"),
+    [pytest.param(r, text, id=r) for r, text in zip(REPORTED[1::2], REPORTED[2::2], strict=True)],
+)
+def test_figures_are_those_of_the_report(report, after):
+    """The table behind a link to a report has rows of that report, cell by cell."""
+    table = re.search(r"(?:^\|.*\n)+", after, re.M).group().splitlines()
+    written = cells_by_row(table[2:])
+    reported = cells_by_row(line for line in (ROOT / report).read_text().splitlines() if "|" in line)
+    assert len(written) >= 3
+    for name, cells in written.items():
+        assert [cell for cell in cells if cell not in reported[name]] == [], name
+
+
 @pytest.mark.slow
 def test_quick_start_whole(tmp_path):
     """The command of the quick start, from a fresh clone to its summary, with the promised AP."""
