@@ -6,6 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ghm_d2.plotting import save_figure
+
 __all__ = ["write_figure", "write_table"]
 
 Summary = dict[str, Any]
@@ -131,11 +133,7 @@ def write_figure(result: Summary, stem: Path) -> list[Path]:
         _panel(axes, snapshots, *panel)
     for axes in (grid[0], grid[4]):  # the first of each part names the lines of all
         axes.legend(fontsize="small")
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for file in files:
-        # Without a date, the same data gives the same file.
-        figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return files
+    return save_figure(figure, stem, dpi=110)
 
 
 def _panel(

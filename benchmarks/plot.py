@@ -12,6 +12,8 @@ from cases import EAGER, EXACT, FLOOR, FUSED, MMDET
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ghm_d2.plotting import save_figure
+
 __all__ = ["draw"]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
@@ -58,10 +60,7 @@ def draw(result: dict[str, Any], stem: Path) -> list[Path]:
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread(s)"
     figure.suptitle(f"{where}, PyTorch {result['versions']['torch']}", fontsize="medium")
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return files
+    return save_figure(figure, stem, dpi=150)
 
 
 def _panel(axis: Axes, cells: list[dict[str, Any]], key: str) -> None:

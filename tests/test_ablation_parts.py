@@ -337,5 +337,7 @@ def test_report_says_what_was_measured(summary):
 
 def test_picture_in_both_formats(summary, tmp_path):
     files = draw_summary(summary, tmp_path / "plot")
+    again = draw_summary(summary, tmp_path / "again")
+    assert [f.read_bytes() for f in files] == [f.read_bytes() for f in again]
     assert [f.suffix for f in files] == [".png", ".svg"]
     assert files[0].read_bytes().startswith(b"\x89PNG") and b"<svg" in files[1].read_bytes()

@@ -130,7 +130,9 @@ def test_figures_are_those_of_the_report(report, after):
     """The table behind a link to a report has rows of that report, cell by cell."""
     table = re.search(r"(?:^\|.*\n)+", after, re.M).group().splitlines()
     written = cells_by_row(table[2:])
-    reported = cells_by_row(line for line in (ROOT / report).read_text().splitlines() if "|" in line)
+    reported = cells_by_row(
+        line for line in (ROOT / report).read_text().splitlines() if "|" in line
+    )
     assert len(written) >= 3
     for name, cells in written.items():
         assert [cell for cell in cells if cell not in reported[name]] == [], name

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ghm_d2.ablation.grid import SPEED
+from ghm_d2.plotting import save_figure
 
 __all__ = ["draw_summary"]
 
@@ -46,10 +47,7 @@ def draw_summary(summary: Mapping[str, Any], stem: Path) -> list[Path]:
     figure.suptitle(summary["title"], fontsize="medium")
     if axes[0].get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return files
+    return save_figure(figure, stem, dpi=150)
 
 
 def _measured(axis: Axes, summary: Mapping[str, Any], column: str) -> None:

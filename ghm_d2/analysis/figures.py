@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
+
+from ghm_d2.plotting import save_figure
 
 from .collect import PartDistributions
 from .distributions import regression_gradients
@@ -66,9 +67,9 @@ def write_figures(part: PartDistributions, folder: Path, caption: str) -> list[P
         axes.set_title(f"({letter}) {axes.get_title()}")
         single = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         table = draw(single.subplots(), part)
-        files += _save(single, folder / name)
+        files += save_figure(single, folder / name, _DPI)
         files.append(_write_csv(folder / f"{name}.csv", table))
-    return files + _save(overview, folder / "overview")
+    return files + save_figure(overview, folder / "overview", _DPI)
 
 
 def _explain(axes: Axes, part: PartDistributions) -> None:
@@ -167,15 +168,6 @@ def _finish(axes: Axes) -> None:
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-
-
-def _save(figure: Figure, stem: Path) -> list[Path]:
-    FigureCanvasAgg(figure)
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for file in files:
-        # Without a date, the same data gives the same file.
-        figure.savefig(file, dpi=_DPI, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return files
 
 
 def _write_csv(file: Path, table: Table) -> Path:
