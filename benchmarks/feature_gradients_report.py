@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ghm_d2.markdown import markdown_table
 from ghm_d2.plotting import save_figure
 
 __all__ = ["write_figure", "write_table"]
@@ -89,12 +90,8 @@ def write_table(result: Summary, file: Path) -> None:
 
 
 def _table(rows: dict[str, Summary], columns: dict[str, Any]) -> list[str]:
-    head = ["loss of", *columns]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for name, summary in rows.items():
-        cells = [name, *(show(summary) for show in columns.values())]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+    cells = ([name, *(show(s) for show in columns.values())] for name, s in rows.items())
+    return [markdown_table(["loss of", *columns], cells), ""]
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; lines and markers differ as well.

@@ -6,9 +6,11 @@ conf.py calls :func:`write_all` before every build; the pages include what it wr
 import ast
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ghm_d2.markdown import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,12 +24,6 @@ def write_all(folder: Path) -> None:
     (folder / "configuration.md").write_text(configuration(), encoding="utf-8")
     (folder / "performance.md").write_text(performance(RESULTS), encoding="utf-8")
     (folder / "small_data.md").write_text(small_data(RESULTS), encoding="utf-8")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 # --- configuration ------------------------------------------------------------------------------
@@ -57,7 +53,8 @@ def configuration() -> str:
         about = [comments.get(f"cfg.{node}"), *inherited(node, comments)]
         text += f"## `{node}`\n\n"
         text += "".join(f"{sentence}\n\n" for sentence in about if sentence)
-        text += table(("key", "default", "meaning"), ([f"`{n}`", d, c] for n, d, c in rows)) + "\n"
+        cells = ([f"`{name}`", default, meaning] for name, default, meaning in rows)
+        text += markdown_table(("key", "default", "meaning"), cells) + "\n\n"
     return text
 
 
@@ -156,7 +153,7 @@ def losses_section(file: Path, record: Record) -> str:
         cells = [cell for cell in record["cells"] if cell["suite"] == suite]
         text += f"### {titles.get(suite, suite)}\n\n"
         head = ("case", "loss", "median", "quartiles", "extra memory")
-        text += table(head, map(losses_row, cells)) + "\n"
+        text += markdown_table(head, map(losses_row, cells)) + "\n\n"
     return text
 
 
@@ -186,7 +183,7 @@ def train_step_section(file: Path, record: Record) -> str:
             memory = f"{result['memory_ghm_over_stock']:.2f}"
             rows.append([model.replace("_", " "), phase, *times, interval, memory])
     head = ("detector", "", "stock", "GHM", "time, GHM / stock (95 %)", "memory, GHM / stock")
-    return text + table(head, rows)
+    return text + markdown_table(head, rows) + "\n"
 
 
 def layout_section(file: Path, record: Record) -> str:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 __all__ = ["save_figure"]
@@ -17,7 +16,6 @@ def save_figure(figure: Figure, stem: Path, dpi: int) -> list[Path]:
         stem: path without its extension; its folder exists.
         dpi: pixels per inch of the PNG.
     """
-    FigureCanvasAgg(figure)
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     # Without a date, and with ids that are not drawn by chance, an SVG tells the data alone.
     with rc_context({"svg.hashsalt": "ghm_d2"}):

@@ -7,6 +7,7 @@ from typing import Any
 from ghm_d2.ablation.grid import SPEED, Grid, Row
 from ghm_d2.ablation.plan import Run
 from ghm_d2.ablation.stats import mean_and_deviation, paired_difference
+from ghm_d2.markdown import markdown_table
 
 __all__ = ["render_markdown", "summarize"]
 
@@ -147,7 +148,7 @@ def _table(summary: Mapping[str, Any]) -> str:
     names = {SPEED: "s/iteration"}
     header = ["", "seeds", *columns, "s/iteration", "peak memory (MB)"]
     header += [f"{names.get(c, c)}, published" for c in published]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in rows:
         cells = [row["name"], str(len(row["seeds_done"]))]
         cells += [_spread(row["figures"][c], 1) for c in columns]
@@ -155,7 +156,7 @@ def _table(summary: Mapping[str, Any]) -> str:
         cells += [_spread(row[SPEED], 3), "" if peak is None else f"{peak:.0f}"]
         cells += [f"{row['published'][c]:g}" if c in row["published"] else "" for c in published]
         lines.append(cells)
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = markdown_table(header, lines)
     text += f"\n\nMean ± standard deviation over the seeds; planned: {_list(summary['seeds'])}."
     of = {row["peak_memory_of"] for row in rows if row["peak_memory_mb"] is not None}
     if of:
@@ -181,12 +182,12 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
     first, *others = summary["columns"]
     found = {(c["row"], c["column"]): c for c in summary["comparisons"]}
     header = ["", "pairs", f"difference in {first} (95 % interval)", "verdict", *others]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in dict.fromkeys(name for name, _ in found):
         item = found[row, first]
         cells = [row, str(len(item["seeds"])), _interval(item), item["verdict"]]
         lines.append(cells + [_interval(found[row, column]) for column in others])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = markdown_table(header, lines)
     told = (
         "Differences are paired by seed, with Student's t-interval for each alone (not corrected "
         "for their number)."

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ghm_d2.errors import UserError
+from ghm_d2.markdown import markdown_table
 from ghm_d2.model_zoo.index import weights_file
 
 __all__ = ["add_models", "model_zoo_page"]
@@ -123,5 +124,4 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 def _table(rows: Any) -> str:
     rows = list(rows)
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(list(rows[0]), (list(row.values()) for row in rows))

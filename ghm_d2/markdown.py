@@ -1,0 +1,15 @@
+"""Tables of the reports, as Markdown has them."""
+
+from collections.abc import Iterable, Sequence
+
+__all__ = ["markdown_table"]
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, without a line break at its end.
+
+    Args:
+        head: a title for each column.
+        rows: the cells of each row, as many as there are titles.
+    """
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
