@@ -19,8 +19,9 @@ from ghm_d2.data import CocoDataset, register_coco_dataset
 from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.leftovers import cut_logs
-from ghm_d2.engine.preemption import Preempted
 from ghm_d2.engine.processes import (
+    end_process,
+    exit_code_of,
     is_restarted,
     join_torchrun,
     launch_processes,
@@ -47,17 +48,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr; code 1
-            where the results are not those of `TEST.EXPECTED_RESULTS`; code 75 where SIGTERM
-            stopped a training, which `--resume` takes up again.
+            where the results are not those of `TEST.EXPECTED_RESULTS`; code 3 where something was
+            not finite; code 75 where SIGTERM stopped a training, which `--resume` takes up again.
+            A process that torchrun has started ends with that code instead.
     """
-    with exits_with_one_sentence(train_program()), reported_once():
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
-        args.restarted = False
-        if started_by_torchrun():
-            _join(args)
-            _work(args, *main_first(lambda: _prepare(args)))
-        else:
+    if not started_by_torchrun():
+        with exits_with_one_sentence(train_program()):
+            args = _parse(argv)
             launch_processes(_work, args, *_prepare(args))
+    elif code := exit_code_of(lambda: _work_in_torchrun(argv)):
+        end_process(code)
+    else:
+        leave_process_group()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    args.restarted = False
+    return args
+
+
+def _work_in_torchrun(argv: Sequence[str] | None) -> None:
+    with exits_with_one_sentence(train_program()), reported_once():
+        args = _parse(argv)
+        _join(args)
+        _work(args, *main_first(lambda: _prepare(args)))
 
 
 def _prepare(args: argparse.Namespace) -> tuple[CfgNode, list[CocoDataset]]:
@@ -89,12 +104,8 @@ def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -
     default_setup(cfg, args)
     setup_ghm_logger(cfg, comm.get_rank())
     with exits_with_one_sentence(train_program()), reported_once():
-        try:
-            _evaluate(args, cfg) if args.eval_only else _train(args, cfg)
-        except Preempted:
-            leave_process_group()
-            raise
-    leave_process_group()
+        _evaluate(args, cfg) if args.eval_only else _train(args, cfg)
+    comm.synchronize()  # process 0 holds the store that the others use
 
 
 def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
