@@ -287,7 +287,7 @@ def test_two_processes_stop_together(tmp_path, where):
     write_coco(tmp_path)
     context = torch.multiprocessing.spawn(worker, (tmp_path, where), nprocs=2, join=False)
     for process in context.processes:
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0, "a process hangs or died"
     first, second = ((tmp_path / f"{where}_{rank}.txt").read_text() for rank in (0, 1))
     if where == "other":

@@ -152,7 +152,7 @@ def worker(rank, folder, spec):
 def test_a_forward_pass_of_one_process_meets_no_other(data, tmp_path):
     context = torch.multiprocessing.spawn(worker, (tmp_path, data), nprocs=2, join=False)
     for process in context.processes:
-        process.join(120)
+        process.join(600)
     codes = [process.exitcode for process in context.processes]
     for process in context.processes:
         process.kill()
