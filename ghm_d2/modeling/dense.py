@@ -70,6 +70,7 @@ class DenseLoss(nn.ModuleList):
         """As the constructor, but None for None."""
         return None if loss is None else cls(loss, **settings)
 
+    @torch.jit.unused
     def forward(
         self,
         predictions: Sequence[Tensor],
