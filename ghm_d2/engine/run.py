@@ -4,7 +4,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -12,7 +11,7 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.checkpointer import remove_partial_files, set_last_checkpoint_aside
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, register_coco_dataset
@@ -37,7 +36,7 @@ from ghm_d2.engine.summary import summarize_training
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError, exits_with_one_sentence
 
-__all__ = ["load_trained_weights", "main"]
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,30 +137,3 @@ def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     # Without ground truth there is nothing that TEST.EXPECTED_RESULTS could be compared with.
     if comm.is_main_process() and not report_submissions(cfg, results):
         verify_results(cfg, results)
-
-
-def load_trained_weights(
-    cfg: CfgNode, model: torch.nn.Module, resume: bool = False, trusted: bool = False
-) -> None:
-    """Load `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`, into a model.
-
-    Raises:
-        UserError: the file cannot be loaded, or holds weights of other shapes.
-    """
-    checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.trusted = trusted
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-
-
-class _EvaluationCheckpointer(RestrictedCheckpointer):
-    """Refuses weights that do not fit, where training would start these layers afresh."""
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        super()._log_incompatible_keys(incompatible)
-        if wrong := incompatible.incorrect_shapes:
-            name, found, expected = wrong[0]
-            raise UserError(
-                f"the weights do not fit the model: {name} has the shape {found} instead of "
-                f"{expected} ({len(wrong)} such parameters); evaluate with the config, and the "
-                "number of classes, of the training."
-            )

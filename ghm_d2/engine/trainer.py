@@ -23,7 +23,7 @@ from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.data.loader import build_train_loader
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.engine.agreement import of_main_process
-from ghm_d2.engine.clipping import build_clipping_optimizer
+from ghm_d2.engine.clipping import build_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.engine.finite import FiniteCheck, FiniteWeights, WithoutTracebacks
 from ghm_d2.engine.preemption import StopOnSigterm
@@ -124,8 +124,8 @@ class GHMTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's optimizer; see :func:`build_clipping_optimizer`."""
-        return build_clipping_optimizer(cfg, model)
+        """Detectron2's optimizer; see :func:`build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def test(

@@ -89,6 +89,13 @@ class HarmonizedLoss(nn.Module):
         names += ["bias_correction", "sync", "density"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
+    def reset_parameters(self) -> None:
+        """Sets the running counts to 0, as in a new module; also after ``to_empty``."""
+        with torch.no_grad():
+            self.acc_sum.zero_()
+            if self.bias_correction:
+                self.num_updates.zero_()
+
     def raise_deferred_errors(self) -> None:
         """Raises the ValueError of an earlier call on a CUDA device, if there is one; synchronises.
 

@@ -74,6 +74,7 @@ class GHMCLoss(HarmonizedLoss):
         """The settings, as ``print(model)`` shows them."""
         return f"activation={self.activation!r}, {super().extra_repr()}"
 
+    @torch.jit.unused
     def forward(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
         """
         Args:
