@@ -186,7 +186,12 @@ def test_summary_names_files_and_the_next_command(data, tmp_path, capsys, monkey
     write_metrics(out / "metrics.json", [{"iteration": 1, "total_loss": 1.0}])
     for name in ("model_final.pth", "config.yaml"):
         (out / name).touch()
-    command = summary.next_command("train_net.py", out, [CocoDataset(data, "a b.json", "images")])
+    command = summary.next_command(
+        "train_net.py",
+        f"{out}/config.yaml",
+        ["MODEL.WEIGHTS", f"{out}/model_final.pth"],
+        [CocoDataset(data, "a b.json", "images")],
+    )
 
     def draw(file):
         file.parent.mkdir()

@@ -18,8 +18,8 @@ from detectron2.evaluation.testing import flatten_results_dict
 from ghm_d2.ablation.grid import Grid, Row
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset
-from ghm_d2.engine.arguments import parse_arguments
 from ghm_d2.engine.checks import check_all
+from ghm_d2.engine.processes import Processes
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError
 
@@ -86,7 +86,7 @@ def plan_runs(grid: Grid, args: argparse.Namespace, scratch: Path) -> list[Run]:
     base = Path(args.config_file) if args.config_file else grid.config_file
     pairs = [*_words(grid.overrides), *args.opts]
     # The first config registers the data and finds the splits, which all rows then share.
-    first, datasets, _ = _build(base, pairs, args, scratch, args.dataset)
+    first, datasets = _build(base, pairs, scratch, args.dataset)
     shared = []
     if datasets:
         shared = _words({key: _leaf(first, key) for key in (*SPLITS, *_NUM_CLASSES)})
@@ -98,9 +98,10 @@ def plan_runs(grid: Grid, args: argparse.Namespace, scratch: Path) -> list[Run]:
         own = [*pairs, *_words(row.overrides)]
         file = row.config_file or base
         with _named(f"row {row.name!r}"):
-            cfg, _, parsed = _build(file, [*own, *shared, *device], args, scratch, [])
+            words = [*own, *shared, *device]
+            cfg, _ = _build(file, words, scratch)
             if not args.report_only:
-                check_all(cfg, parsed)
+                check_all(cfg, set(words[::2]), Processes(args.num_gpus))
             if not cfg.DATASETS.TEST:
                 raise UserError(
                     "DATASETS.TEST is empty, and an ablation compares evaluations: give a second "
@@ -114,14 +115,9 @@ def plan_runs(grid: Grid, args: argparse.Namespace, scratch: Path) -> list[Run]:
 
 
 def _build(
-    file: Path, pairs: Sequence[str], args: argparse.Namespace, scratch: Path, datasets: list[str]
-) -> tuple[CfgNode, list[CocoDataset], argparse.Namespace]:
-    argv = ["--config-file", str(file), "--num-gpus", str(args.num_gpus)]
-    for text in datasets:
-        argv += ["--dataset", text]
-    parsed = parse_arguments([*argv, *pairs, "OUTPUT_DIR", str(scratch)])
-    cfg, registered = build_config(parsed)
-    return cfg, registered, parsed
+    file: Path, pairs: Sequence[str], scratch: Path, datasets: Sequence[str] = ()
+) -> tuple[CfgNode, list[CocoDataset]]:
+    return build_config(str(file), [*pairs, "OUTPUT_DIR", str(scratch)], datasets)
 
 
 def _run(

@@ -12,7 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 from ghm_d2.files import whole_file
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# Whatever restoring an optimizer, a schedule or a hook from wrong values raises.
+_DAMAGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 _WAY_OUT = (
     "where it comes from torchvision or mmdetection, convert it with tools/convert_torchvision.py "
@@ -119,7 +122,18 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Detectron2's; with the state of a training, all of its tensors must fit."""
         self._resumes = checkpointables is None and bool(self.checkpointables)
-        rest = super().load(path, checkpointables)
+        try:
+            rest = super().load(path, checkpointables)
+        except UserError:
+            raise
+        except _DAMAGED as error:
+            if not self._resumes:
+                raise
+            raise UserError(
+                f"{path} cannot be resumed, its training state is damaged or of another version "
+                f"({type(error).__name__}: {reason(error)}): write the name of another checkpoint "
+                f"into {LAST_CHECKPOINT}, or start anew with MODEL.WEIGHTS {path}."
+            ) from error
         self.origin = read_origin(rest)
         return rest
 
@@ -217,6 +231,12 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         return super()._load_file(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if self._resumes and (missing := self.checkpointables.keys() - checkpoint.keys()):
+            raise UserError(
+                f"{self._filename} holds no state of a training ({', '.join(sorted(missing))}), "
+                "only weights: leave --resume out and start anew with MODEL.WEIGHTS "
+                f"{self._filename}."
+            )
         _check_tensors(_mapping(checkpoint["model"], self._filename), self._filename)
         return super()._load_model(checkpoint)
 

@@ -18,7 +18,8 @@ from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.deploy.detections import check_detector
 from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser
 from ghm_d2.engine.checks import check_inference
-from ghm_d2.engine.setup import build_config
+from ghm_d2.engine.settings import read_settings
+from ghm_d2.engine.setup import build_config, given_keys
 from ghm_d2.errors import UserError
 
 __all__ = [
@@ -54,8 +55,6 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
         metavar="NAME=annotations.json,image_dir",
         help="COCO-format data that the detector was trained for: gives the names of the classes",
     )
-    # What build_config asks of train_net.py's command line.
-    parser.set_defaults(eval_only=True, num_gpus=1)
     return parser
 
 
@@ -67,11 +66,14 @@ def build_detector(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
     """
     for name in ("fvcore", "detectron2", "ghm_d2"):  # they tell what weights were left out
         setup_logger(name=name)
-    cfg, _ = build_config(args, log_to_file=False)
-    check_inference(cfg, args)
+    cfg, _ = build_config(
+        args.config_file, args.opts, args.dataset, eval_only=True, log_to_file=False
+    )
+    check_inference(cfg, given_keys(args.config_file, args.opts))
     model = build_model(cfg).eval()
     check_detector(model)
-    load_trained_weights(cfg, model)
+    settings = read_settings(cfg)
+    load_trained_weights(model, settings.weights, datasets=settings.test)
     return cfg, model
 
 
