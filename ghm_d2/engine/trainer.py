@@ -167,7 +167,10 @@ class GHMTrainer(DefaultTrainer):
         if kind == "coco":
             # A cached conversion would outlive a change of the data.
             return AllThresholdsCOCOEvaluator(
-                dataset_name, output_dir=folder, allow_cached_coco=False
+                dataset_name,
+                output_dir=folder,
+                allow_cached_coco=False,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
         if kind == "lvis":
             return LVISEvaluator(dataset_name, output_dir=folder)
