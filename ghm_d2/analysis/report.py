@@ -11,9 +11,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from ..checkpoint import load_trained_weights
 from ..engine.arguments import Parser, parse_arguments
 from ..engine.checks import check_all
-from ..engine.run import load_trained_weights
 from ..engine.setup import build_config
 from ..engine.trainer import GHMTrainer
 from ..errors import UserError

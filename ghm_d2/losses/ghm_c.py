@@ -111,6 +111,7 @@ class GHMCLoss(HarmonizedLoss):
                 text += f", {name.lstrip('_')}={value!r}"
         return text
 
+    @torch.jit.unused
     def forward(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
         """
         Args:

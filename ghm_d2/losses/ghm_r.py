@@ -1,5 +1,6 @@
 """GHM-R: gradient-harmonised box regression."""
 
+import torch
 from torch import Tensor
 
 from .base import Arguments, HarmonizedLoss, example_mask
@@ -61,6 +62,7 @@ class GHMRLoss(HarmonizedLoss):
         """The settings, as ``print(model)`` shows them."""
         return f"mu={self.mu!r}, {super().extra_repr()}"
 
+    @torch.jit.unused
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """
         Args:
