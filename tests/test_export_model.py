@@ -17,12 +17,12 @@ from exportable import (
     skip_where_refused,
     write_pictures,
 )
+from ghm_d2.deploy.export_command import main
 from tiny import CLASSES, ROOT, forget_program, write_coco
 
 from ghm_d2.deploy import export_command
 from ghm_d2.deploy.detections import Detections, detect
 from ghm_d2.deploy.export import METADATA_KEY, load_exported
-from ghm_d2.deploy.export_command import main
 
 
 @pytest.fixture(autouse=True)
