@@ -17,12 +17,12 @@ from detectron2.utils.file_io import PathManager
 
 from ghm_d2.checkpoint.checkpointer import newest_checkpoint
 from ghm_d2.checkpoint.files import fetch
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.data.keypoints import check_keypoints
 from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.processes import started_by_torchrun
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
 from ghm_d2.errors import UserError, similar_names
+from ghm_d2.modeling import validate_ghm_config
 
 __all__ = ["check_all", "check_inference"]
 
