@@ -19,9 +19,8 @@ LAYERS = (
     ("data", "checkpoint"),
     ("modeling",),
     ("engine",),
-    ("lazy",),
     ("analysis", "model_zoo", "deploy"),
-    ("report", "ablation"),
+    ("report", "ablation", "lazy"),
     ("cli",),
     ("__main__",),
 )
