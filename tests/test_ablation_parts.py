@@ -87,7 +87,7 @@ SAME = {
     ("classification", "GHM-C"): "ghm_c_sl1_retinanet_R_50",
     ("regression", "GHM-C + SL1"): "ghm_c_sl1_retinanet_R_50",
     ("regression", "GHM-C + ASL1"): "ghm_c_asl1_retinanet_R_50",
-    ("regression", "GHM-C + GHM-R"): "ghm_c_ghm_r_retinanet_R_50",
+    ("regression", "GHM-C + GHM-R"): "../ghm_retinanet_R_50",
     ("two_stage", "SL1"): "sl1_faster_rcnn_R_50",
     ("two_stage", "GHM-R in the box head"): "ghm_r_box_head_faster_rcnn_R_50",
     ("two_stage", "GHM-R in the RPN"): "ghm_r_rpn_faster_rcnn_R_50",
