@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ghm_d2.hardware import processor_name
+from ghm_d2.provenance import processor_name
 
 __all__ = [
     "available_bytes",

@@ -26,8 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ghm_d2.engine.record import commit
-from ghm_d2.hardware import processor_name
+from ghm_d2.provenance import commit, processor_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train_net.py")

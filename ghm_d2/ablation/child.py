@@ -22,7 +22,7 @@ import torchvision
 
 from ghm_d2.ablation.files import read_json, write_json
 from ghm_d2.engine import main
-from ghm_d2.hardware import processor_name
+from ghm_d2.provenance import processor_name
 
 _PERIOD = 5.0  # seconds between two looks at the memory
 _recording = threading.Lock()
