@@ -1,18 +1,17 @@
-"""Run what is not done yet: each run in a process of its own, some side by side."""
+"""Hand the runs that are not done yet to submitit, some side by side, and follow them."""
 
 import contextlib
-import fcntl
 import logging
 import os
-import shutil
-import subprocess
+import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -21,13 +20,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ghm_d2 import __file__ as _package
 from ghm_d2.ablation.plan import Run
 from ghm_d2.ablation.results import Store, last_step
+from ghm_d2.errors import UserError
 
-__all__ = ["Outcome", "execute", "free_cores"]
+if TYPE_CHECKING:
+    import submitit
+
+__all__ = ["CLUSTERS", "Outcome", "execute", "free_cores"]
 
 logger = logging.getLogger(__name__)
 
+CLUSTERS = ("local", "slurm", "debug")  # debug: in this process, one after the other
 _POLL = 0.5  # seconds
-CHILD = (sys.executable, "-m", "ghm_d2.ablation.child")
+_GRACE = 15.0  # seconds that cancelled runs get to end
+_LOCAL_LIMIT = 30 * 24 * 60  # minutes; submitit knows no job without a time limit
 
 
 @dataclass
@@ -40,6 +45,15 @@ class Outcome:
     elsewhere: set[str] = field(default_factory=set)
 
 
+@dataclass
+class _Active:
+    run: Run
+    job: "submitit.Job[str]"
+    slot: int
+    done: int = 0  # iterations
+    start: float = field(default_factory=time.perf_counter)
+
+
 def free_cores() -> int:
     """How many cores this process may use."""
     try:
@@ -49,19 +63,30 @@ def free_cores() -> int:
 
 
 def execute(
-    runs: Sequence[Run], store: Store, jobs: int, threads: int, gpus_each: int = 1
+    runs: Sequence[Run],
+    store: Store,
+    jobs: int,
+    threads: int,
+    gpus_each: int = 1,
+    cluster: str = "local",
+    parameters: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Bring every run to its end that has not reached it.
 
     A run that was cut off goes on from its last checkpoint. One that fails is reported, and the
-    others go on.
+    others go on. Ctrl-C, SIGTERM and a closed terminal cancel what is running.
 
     Args:
         runs: the plan; runs of one identity are run once.
-        store: where results and OUTPUT_DIRs lie.
-        jobs: processes side by side.
+        store: where results and OUTPUT_DIRs lie; on a cluster, all its machines must see it.
+        jobs: runs side by side.
         threads: CPU threads of each.
-        gpus_each: GPUs of each; where there are more, the processes side by side share them out.
+        gpus_each: GPUs of each; where this machine has more, the runs side by side share them out.
+        cluster: one of ``CLUSTERS``.
+        parameters: more for submitit's AutoExecutor, such as ``slurm_partition``.
+
+    Raises:
+        UserError: submitit or the cluster is missing, or submitit refuses a parameter.
     """
     outcome = Outcome()
     waiting: deque[Run] = deque()
@@ -70,186 +95,190 @@ def execute(
             outcome.cached.add(run.id)
         else:
             waiting.append(run)
-    total = len(waiting)
     if outcome.cached:
         logger.info("%d runs are done already", len(outcome.cached))
     if not waiting:
         return outcome
-    active: list[_Process] = []
+    submit = _Submitter(store, threads, gpus_each, cluster, parameters or {})
+    submit.executor(waiting[0])  # whatever is wrong with it is wrong with all
+    total = len(waiting)
     slots = deque(range(jobs))
+    active: list[_Active] = []
     quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0}
-    bar = tqdm(total=sum(run.iterations for run in waiting), unit="it", **quiet)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(logging_redirect_tqdm([logging.getLogger("ghm_d2")]))
-        stack.enter_context(bar)
-        stack.callback(lambda: [process.stop() for process in active])
-        while waiting or active:
-            while waiting and slots:
-                run = waiting.popleft()
-                process = _Process.start(
-                    run, store, slots[0], _environment(slots[0], threads, gpus_each)
-                )
-                if process is None:
-                    logger.info("%s is being run by another process", run.name)
-                    outcome.elsewhere.add(run.id)
-                    bar.total -= run.iterations
-                    continue
-                slots.popleft()
-                bar.total -= process.done
-                active.append(process)
-            for process in [p for p in active if p.ended()]:
-                active.remove(process)
-                slots.append(process.slot)
-                if reason := process.failure(store):
-                    outcome.failed[process.run.id] = reason
-                    bar.total -= process.run.iterations - process.done
-                else:
-                    outcome.finished.add(process.run.id)
-                count = len(outcome.finished) + len(outcome.failed) + len(outcome.elsewhere)
-                _report(process, store, reason, f"{count} of {total}")
-                bar.update(process.advance(None if reason else process.run.iterations))
-            for process in active:
-                bar.update(process.advance())
-            losses = [f"{p.run.name}: {p.done} of {p.run.iterations}{p.loss}" for p in active]
-            number = total - len(waiting)
-            bar.set_description(f"run {number} of {total}", refresh=False)
-            bar.set_postfix_str("; ".join(losses), refresh=False)
-            bar.update(0)
-            if active:
-                time.sleep(_POLL)
+    with (
+        logging_redirect_tqdm([logging.getLogger("ghm_d2")]),
+        tqdm(total=sum(run.iterations for run in waiting), unit="it", **quiet) as bar,
+        _interruptible(),
+    ):
+        try:
+            while waiting or active:
+                while waiting and slots:
+                    run, slot = waiting.popleft(), slots.popleft()
+                    done, _ = last_step(store.output(run))
+                    bar.total -= done
+                    active.append(_Active(run, submit(run, slot), slot, done))
+                for item in [item for item in active if item.job.done()]:
+                    reason = _outcome_of(item.job)
+                    active.remove(item)
+                    slots.append(item.slot)
+                    _note(item, reason, outcome, total, store)
+                    end = item.run.iterations
+                    bar.total -= end - item.done if reason else 0
+                    bar.update(0 if reason else end - item.done)
+                bar.set_description(f"run {total - len(waiting)} of {total}", refresh=False)
+                bar.set_postfix_str("; ".join(_follow(x, store, bar) for x in active))
+                if active:
+                    time.sleep(_POLL)
+        finally:
+            _cancel(active, store)
     return outcome
 
 
-def _report(process: "_Process", store: Store, reason: str, count: str) -> None:
-    if reason:
-        log = process.log_file
-        logger.warning("%s failed (%s): %s; its log is %s", process.run.name, count, reason, log)
+def _follow(item: _Active, store: Store, bar: tqdm) -> str:
+    """Move the bar to where a run is; returns that in words."""
+    done, loss = last_step(store.output(item.run))
+    bar.update(max(done - item.done, 0))
+    item.done = max(done, item.done)
+    told = "" if loss is None else f", loss {loss:.3f}"
+    return f"{item.run.name}: {item.done} of {item.run.iterations}{told}"
+
+
+def _note(item: _Active, reason: str, outcome: Outcome, total: int, store: Store) -> None:
+    from ghm_d2.ablation.job import ELSEWHERE
+
+    run = item.run
+    if reason == ELSEWHERE:
+        outcome.elsewhere.add(run.id)
+        logger.info("%s: %s", run.name, reason)
         return
-    found = store.load(process.run)
-    ap = (found or {}).get("metrics", {}).get("AP")
+    if reason:
+        outcome.failed[run.id] = reason
+    else:
+        outcome.finished.add(run.id)
+    count = f"{len(outcome.finished) + len(outcome.failed) + len(outcome.elsewhere)} of {total}"
+    if reason:
+        log = item.job.paths.stdout
+        logger.warning("%s failed (%s): %s; its log is %s", run.name, count, reason, log)
+        return
+    ap = (store.load(run) or {}).get("metrics", {}).get("AP")
     logger.info(
         "%s finished (%s) in %.1f min: AP %s",
-        process.run.name,
+        run.name,
         count,
-        process.seconds / 60,
+        (time.perf_counter() - item.start) / 60,
         "unknown" if ap is None else f"{ap:.2f}",
     )
 
 
-class _Process:
-    """A run at work."""
+def _outcome_of(job: "submitit.Job[str]") -> str:
+    """What :class:`~ghm_d2.ablation.job.Job` has returned, or why it could not."""
+    from submitit.core.utils import UncompletedJobError
+
+    try:
+        return job.result()
+    except UncompletedJobError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"its process ended without a result (killed, or out of memory?): {lines[-1]}"
+
+
+class _Submitter:
+    """Starts runs by submitit."""
 
     def __init__(
-        self, run: Run, output: Path, slot: int, lock: IO[str], env: dict[str, str]
+        self, store: Store, threads: int, gpus_each: int, cluster: str, more: Mapping[str, Any]
     ) -> None:
-        self.run, self.slot, self._output, self._lock = run, slot, output, lock
-        self.done, self.loss, self.seconds = 0, "", 0.0
-        self.log_file = output / "ablate.log"
-        pointer = output / "last_checkpoint"
-        options = ["--resume"] if pointer.exists() else []
-        if options and pointer.read_text().strip() == "model_final.pth":
-            options.append("--eval-only")  # it was cut off in its evaluation
-        words = [*CHILD, str(output / "usage.json"), *run.argv]
-        words += ["OUTPUT_DIR", str(output), *options]
-        self._start = time.perf_counter()
-        with open(self.log_file, "a") as log:
-            self._popen = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,  # its end tells the process that this one has died
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-                pass_fds=[lock.fileno()],
-                start_new_session=True,  # Ctrl-C is for this process, which then stops the others
+        self._store, self._gpus_each, self._cluster = store, gpus_each, cluster
+        self._parameters = {
+            "cpus_per_task": threads,
+            "gpus_per_node": gpus_each if cluster == "slurm" else 0,
+            "timeout_min": _LOCAL_LIMIT if cluster == "local" else 24 * 60,
+            "stderr_to_stdout": True,
+            **more,
+        }
+        paths = [str(Path(_package).parents[1]), os.environ.get("PYTHONPATH", "")]
+        self._environment = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            # The package that runs here, whatever is installed.
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
+
+    def executor(self, run: Run) -> "submitit.AutoExecutor":
+        """submitit's executor, whose files lie in the run's folder of logs.
+
+        Raises:
+            UserError: submitit or the cluster is missing, or a parameter is refused.
+        """
+        try:
+            import submitit
+        except ImportError as error:
+            raise UserError(
+                "running an ablation needs submitit: pip install submitit (--report-only does "
+                "without)."
+            ) from error
+        try:
+            executor = submitit.AutoExecutor(self._store.logs(run), cluster=self._cluster)
+            executor.update_parameters(name=f"ghm_{run.id}", **self._parameters)
+        except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"submitit cannot use --cluster {self._cluster}: {reason}") from error
+        return executor
+
+    def __call__(self, run: Run, slot: int) -> "submitit.Job[str]":
+        from submitit.helpers import environment_variables
+
+        from ghm_d2.ablation.job import Job
+
+        gpus = self._gpus(slot) if self._cluster == "local" else None
+        job = Job(self._store.folder.resolve(), gpus)
+        with environment_variables(**self._environment):
+            return self.executor(run).submit(job, run)
+
+    def _gpus(self, slot: int) -> str:
+        """CUDA_VISIBLE_DEVICES of one of the runs side by side; submitit's default hides all."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [str(i) for i in range(torch.cuda.device_count())]
+        if visible is not None:
+            names = [name for name in visible.split(",") if name]
+        if len(names) > self._gpus_each:
+            first = slot * self._gpus_each
+            names = [names[(first + i) % len(names)] for i in range(self._gpus_each)]
+        return ",".join(names)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end the block as Ctrl-C does.
+
+    Ctrl-C itself is taken up again where a shell has started this in the background and ignores
+    it: the runs would inherit that and could not be cancelled.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cancel(active: Sequence[_Active], store: Store) -> None:
+    """End what is still running, and wait for it; the next call goes on from the checkpoints."""
+    for item in active:
+        item.job.cancel(check=False)
+    end = time.monotonic() + _GRACE
+    for item in active:
+        while time.monotonic() < end:
+            with store.lock(item.run) as free:
+                if free:
+                    break
+            time.sleep(0.1)
+        else:
+            logger.warning(
+                "%s has not ended yet; its log is %s", item.run.name, item.job.paths.stdout
             )
-        self.done, _ = last_step(output) if options else (0, None)
-
-    @classmethod
-    def start(cls, run: Run, store: Store, slot: int, env: dict[str, str]) -> "_Process | None":
-        """Start a run, unless another process is running it."""
-        output = store.output(run)
-        output.mkdir(exist_ok=True)
-        lock = open(store.work / f"{run.id}.lock", "w")  # noqa: SIM115  (held until the end)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-        if store.load(run):  # finished since this process looked
-            lock.close()
-            return None
-        if (store.runs / f"{run.id}.json").exists():  # of another default: start from nothing
-            shutil.rmtree(output)
-            output.mkdir()
-        return cls(run, output, slot, lock, env)
-
-    def advance(self, done: int | None = None) -> int:
-        """Note how far the run is; returns the iterations since the last call."""
-        before = self.done
-        now, loss = last_step(self._output)
-        self.done = max(now if done is None else done, before)
-        self.loss = "" if loss is None else f", loss {loss:.3f}"
-        return self.done - before
-
-    def ended(self) -> bool:
-        """Whether the process is over."""
-        if self._popen.poll() is None:
-            return False
-        self.seconds = time.perf_counter() - self._start
-        self._close()
-        return True
-
-    def failure(self, store: Store) -> str:
-        """Save the result; returns why there is none, in one sentence, or ""."""
-        code = self._popen.returncode
-        if code == 0:
-            try:
-                store.save(self.run, self.seconds)
-            except (OSError, ValueError) as error:
-                return f"its results cannot be read ({error})"
-            return ""
-        lines = [line.strip() for line in _tail(self.log_file) if line.strip()]
-        said = [line for line in lines if line.startswith("train_net.py: error: ")]
-        last = (said or lines or ["it said nothing"])[-1].removeprefix("train_net.py: error: ")
-        return f"signal {-code}; {last}" if code < 0 else last
-
-    def stop(self) -> None:
-        """End the process; the next call of the tool goes on from its last checkpoint."""
-        self._popen.terminate()
-        try:
-            self._popen.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._popen.kill()
-            self._popen.wait()
-        self._close()
-
-    def _close(self) -> None:
-        self._popen.stdin.close()
-        self._lock.close()
-
-
-def _tail(file: Path, size: int = 20000) -> Iterable[str]:
-    with open(file, "rb") as stream:
-        stream.seek(max(stream.seek(0, 2) - size, 0))
-        return stream.read().decode(errors="replace").splitlines()
-
-
-def _environment(slot: int, threads: int, gpus_each: int) -> dict[str, str]:
-    environment = dict(os.environ)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment[name] = str(threads)
-    # The package that runs here, whatever is installed.
-    paths = [str(Path(_package).parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    gpus = _gpus()
-    if len(gpus) > gpus_each:
-        own = [gpus[(slot * gpus_each + i) % len(gpus)] for i in range(gpus_each)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    return environment
-
-
-def _gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    return [str(i) for i in range(torch.cuda.device_count())]

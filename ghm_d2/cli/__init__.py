@@ -1,0 +1,1 @@
+"""The commands: one file each, which parses its arguments and calls the libraries."""
