@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 CLUSTERS = ("local", "slurm", "debug")  # debug: in this process, one after the other
 _POLL = 0.5  # seconds
-_GRACE = 15.0  # seconds that cancelled runs get to end
+_GRACE = 60.0  # seconds that cancelled runs get to end
 _LOCAL_LIMIT = 30 * 24 * 60  # minutes; submitit knows no job without a time limit
 
 
@@ -108,7 +108,7 @@ def execute(
     with (
         logging_redirect_tqdm([logging.getLogger("ghm_d2")]),
         tqdm(total=sum(run.iterations for run in waiting), unit="it", **quiet) as bar,
-        _interruptible(),
+        _signals(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)),
     ):
         try:
             while waiting or active:
@@ -126,11 +126,13 @@ def execute(
                     bar.total -= end - item.done if reason else 0
                     bar.update(0 if reason else end - item.done)
                 bar.set_description(f"run {total - len(waiting)} of {total}", refresh=False)
-                bar.set_postfix_str("; ".join(_follow(x, store, bar) for x in active))
+                told = "; ".join(_follow(item, store, bar) for item in active)
+                bar.set_postfix_str(told, refresh=False)
+                bar.update(0)  # as often as a terminal, or a log, should see it
                 if active:
                     time.sleep(_POLL)
         finally:
-            _cancel(active, store)
+            submit.cancel(active)
     return outcome
 
 
@@ -231,8 +233,29 @@ class _Submitter:
 
         gpus = self._gpus(slot) if self._cluster == "local" else None
         job = Job(self._store.folder.resolve(), gpus)
-        with environment_variables(**self._environment):
+        # Ctrl-C in a terminal reaches every process, and would kill a training in mid-step that
+        # `cancel` lets write a checkpoint.
+        deaf = _signals({signal.SIGINT: signal.SIG_IGN, signal.SIGHUP: signal.SIG_IGN})
+        with environment_variables(**self._environment), deaf:
             return self.executor(run).submit(job, run)
+
+    def cancel(self, active: Sequence[_Active]) -> None:
+        """End what is still running, and wait for it; the next call goes on from the checkpoints.
+
+        A training writes a checkpoint after its step. Here, what takes too long over it is killed.
+        """
+        local = self._cluster == "local"
+        for item in active:
+            if not local:
+                item.job.cancel(check=False)
+            elif not item.job.done():  # submitit's own way leaves one second
+                os.kill(int(item.job.job_id), signal.SIGTERM)
+        end = time.monotonic() + _GRACE
+        for item in active if local else ():
+            while not item.job.done() and time.monotonic() < end:
+                time.sleep(0.1)
+            if not item.job.done() and (pid := self._store.process(item.run)):
+                os.kill(pid, signal.SIGKILL)
 
     def _gpus(self, slot: int) -> str:
         """CUDA_VISIBLE_DEVICES of one of the runs side by side; submitit's default hides all."""
@@ -247,38 +270,18 @@ class _Submitter:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP end the block as Ctrl-C does.
-
-    Ctrl-C itself is taken up again where a shell has started this in the background and ignores
-    it: the runs would inherit that and could not be cancelled.
-    """
-    if threading.current_thread() is not threading.main_thread():
+def _signals(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Handles signals so within the block; what the user has made this ignore, it still ignores."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows it there alone
         yield
         return
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            before[number] = signal.signal(number, signal.default_int_handler)
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in handlers.items()
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _cancel(active: Sequence[_Active], store: Store) -> None:
-    """End what is still running, and wait for it; the next call goes on from the checkpoints."""
-    for item in active:
-        item.job.cancel(check=False)
-    end = time.monotonic() + _GRACE
-    for item in active:
-        while time.monotonic() < end:
-            with store.lock(item.run) as free:
-                if free:
-                    break
-            time.sleep(0.1)
-        else:
-            logger.warning(
-                "%s has not ended yet; its log is %s", item.run.name, item.job.paths.stdout
-            )

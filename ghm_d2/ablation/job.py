@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -35,6 +36,8 @@ class Job:
 
     def __call__(self, run: Run) -> str:
         """Returns "" once the result is kept, or else in one sentence why there is none."""
+        # submitit lets SIGTERM pass unheard; outside a training, which takes it over, it must end.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self._gpus is not None:  # CUDA reads it when it starts, so it is not too late
             os.environ["CUDA_VISIBLE_DEVICES"] = self._gpus
         store = Store(self._folder)

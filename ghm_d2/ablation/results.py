@@ -76,13 +76,21 @@ class Store:
     @contextlib.contextmanager
     def lock(self, run: Run) -> Iterator[bool]:
         """Keeps a run to this process; yields False where another one is at work on it."""
-        with open(self.work / f"{run.id}.lock", "w") as stream:
+        with open(self.work / f"{run.id}.lock", "a+") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
-            else:
-                yield True
+                return
+            stream.truncate(0)
+            stream.write(str(os.getpid()))
+            stream.flush()
+            yield True
+
+    def process(self, run: Run) -> int:
+        """The process that is at work on a run; 0 where there is none."""
+        with self.lock(run) as free:
+            return 0 if free else int((self.work / f"{run.id}.lock").read_text() or 0)
 
     def prepare(self, run: Run) -> Path:
         """OUTPUT_DIR, made where it is missing and emptied of a run with another default."""
