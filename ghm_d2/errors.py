@@ -1,19 +1,86 @@
-"""The one exception type that scripts turn into a single sentence instead of a traceback."""
+"""Mistakes of the user: one exception type, and how names and errors stand in its sentence."""
 
 import contextlib
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["USER_ERROR", "UserError", "exits_with_one_sentence", "program_name"]
+__all__ = [
+    "USER_ERROR",
+    "UserError",
+    "cannot",
+    "exits_with_one_sentence",
+    "program_name",
+    "reason",
+    "shown",
+    "similar_names",
+]
 
 USER_ERROR = 2  # exit code, as argparse has it
+_LONGEST_SENTENCE = 4000
 
 
 class UserError(ValueError):
     """A mistake in a command, config or data set; its message is one sentence with the way out."""
 
     exit_code = USER_ERROR
+
+
+def cannot(verb: str, what: object, error: Exception) -> UserError:
+    """The error "WHAT cannot be VERB (reason)." of a file that the system refuses.
+
+    Args:
+        verb: a participle, such as "read" or "written".
+        what: the file, with what it is for where that helps.
+        error: an OSError or UnicodeError.
+    """
+    return UserError(f"{what} cannot be {verb} ({reason(error)}).")
+
+
+def reason(error: Exception) -> str:
+    """What an error says, on one line, without the path and number that an OSError repeats."""
+    if isinstance(error, UnicodeError):
+        return "it is not text in UTF-8"
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    elif isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])  # its own text is quoted
+    return shown(" ".join(text.split()).rstrip(".") or type(error).__name__)
+
+
+def shown(text: object, limit: int = 300) -> str:
+    """Text from a file as a terminal, log or page may show it.
+
+    A control character could move the cursor or reverse the line, and a lone surrogate cannot be
+    encoded: both, and everything else that is not printable, become escapes such as ``\\x1b``.
+
+    Args:
+        text: anything with a text form.
+        limit: in characters; a longer text is cut, which "..." says.
+    """
+    text = str(text)
+    if len(text) > limit:
+        text = f"{text[: limit - 3]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:
+    """Known names like this one, as " (similar: A, B)" for a message; empty if there is none.
+
+    Args:
+        name: what was given.
+        known: what would have been right.
+        separator: of the parts of a name. Where nothing is similar as a whole, the names whose last
+            part is the same count: people remember it, and miss its place in the tree.
+    """
+    known = sorted(set(known) - {name})
+    found = difflib.get_close_matches(name, known, n=3)
+    if separator and not found:
+        last = name.rpartition(separator)[2]
+        found = [other for other in known if other.rpartition(separator)[2] == last][:3]
+    return f" (similar: {', '.join(map(shown, found))})" if found else ""
 
 
 def program_name(script: str, command: str) -> str:
@@ -34,5 +101,6 @@ def exits_with_one_sentence(program: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        # A sentence quotes names from files, which may hold anything.
+        print(f"{program}: error: {shown(error, _LONGEST_SENTENCE)}", file=sys.stderr)
         sys.exit(error.exit_code)

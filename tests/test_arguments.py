@@ -3,10 +3,9 @@
 import sys
 
 import pytest
-from detectron2.config import get_cfg
 
 from ghm_d2.engine import main
-from ghm_d2.engine.arguments import parse_arguments
+from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.setup import locate_config_file
 from ghm_d2.engine.summary import next_command
 from ghm_d2.errors import UserError
@@ -90,7 +89,7 @@ def test_messages_name_what_was_run(started, name, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main([])
     assert capsys.readouterr().err.startswith(f"{name}: error: ")
-    assert ("ghm-d2-train --conf" in next_command(get_cfg(), parse_arguments(CONFIG))) == (
+    assert ("ghm-d2-train --conf" in next_command(train_program(), "out", [])) == (
         name == "ghm-d2-train"
     )
 

@@ -18,13 +18,12 @@ from tiny import unregister_all, write_coco
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.checkpoint.checkpointer import (
     newest_checkpoint,
-    remove_partial_files,
-    set_last_checkpoint_aside,
 )
-from ghm_d2.checkpoint.files import whole_file
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer
 from ghm_d2.errors import UserError
+from ghm_d2.files import whole_file
+from ghm_d2.run_folder import RunFolder
 
 RETINANET = "ghm_retinanet_R_50"
 
@@ -313,7 +312,7 @@ def test_which_one_is_the_newest(folder):
     assert newest_checkpoint(str(folder))[0] == "model_0000008.pth"
     (folder / "last_checkpoint").write_text("")
     assert newest_checkpoint(str(folder))[0] == "model_0000008.pth"
-    set_last_checkpoint_aside(str(folder))
+    RunFolder(folder).set_last_checkpoint_aside()
     assert newest_checkpoint(str(folder)) == (None, [])
 
 
@@ -323,6 +322,6 @@ def test_what_a_kill_leaves_is_removed(folder, caplog, monkeypatch):
     before = sorted(os.listdir(folder))
     for name in ("model_0000011.pth.part", "last_checkpoint.part"):
         (folder / name).write_bytes(b"cut off")
-    remove_partial_files(str(folder))
+    RunFolder(folder).remove_partial_files()
     assert sorted(os.listdir(folder)) == before
     assert "model_0000011.pth.part" in caplog.text and "last_checkpoint.part" in caplog.text

@@ -156,7 +156,7 @@ def test_changed_file_is_not_opened(own, monkeypatch, name):
     ("content", "sentence"),
     [
         (None, "cannot be read"),
-        ("{", "not valid JSON"),
+        ("{", "not a complete JSON file"),
         ("[]", 'has no list "models"'),
         ('{"models": [3]}', 'has no list "models"'),
         ({"name": "../../out"}, "the name of a model is '../../out'"),

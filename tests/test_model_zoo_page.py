@@ -1,7 +1,6 @@
 """What is made from the packaged index: MODEL_ZOO.md, and the wheel that carries it."""
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import yaml
 from tiny import ROOT, ZOO_ENTRY
 
 from ghm_d2 import model_zoo
+from ghm_d2.cli.export_zoo import main
 from ghm_d2.errors import UserError
 from ghm_d2.model_zoo.index import PACKAGED_INDEX, read_index, write_index
 from ghm_d2.model_zoo.table import add_models, model_zoo_page
@@ -22,7 +22,9 @@ from ghm_d2.model_zoo.table import add_models, model_zoo_page
 
 def test_page_is_that_of_the_index():
     page = (ROOT / "MODEL_ZOO.md").read_text()
-    assert page == model_zoo_page(read_index(PACKAGED_INDEX)), "run python tools/make_model_zoo.py"
+    assert page == model_zoo_page(read_index(PACKAGED_INDEX)), (
+        "run ghm-d2 export-zoo --page MODEL_ZOO.md"
+    )
     for ap, url in [("37.0", "a437fda3"), ("39.1", "c148ee8f"), ("40.7", "e433"), ("41.4", "dd38")]:
         (row,) = [line for line in page.splitlines() if url in line]
         assert f"| {ap} (coco_2017_val) | mmdetection |" in row
@@ -59,28 +61,25 @@ def test_models_of_another_index():
         add_models(index, [ZOO_ENTRY | {"md5": "1" * 32}])
 
 
-def test_script_takes_over_a_zoo(tmp_path, monkeypatch, capsys):
-    """The whole way from a folder of exports to the page; run on copies."""
-    packaged, script = tmp_path / "index.json", tmp_path / "tools" / "make_model_zoo.py"
-    script.parent.mkdir()
-    shutil.copy(ROOT / "tools" / script.name, script)
+def test_command_takes_over_a_zoo(tmp_path, monkeypatch, capsys):
+    """The whole way from a folder of exports to the page; run on a copy."""
+    packaged, page = tmp_path / "index.json", tmp_path / "MODEL_ZOO.md"
     shutil.copy(PACKAGED_INDEX, packaged)
     (tmp_path / "zoo").mkdir()
     write_index(tmp_path / "zoo" / "index.json", {"models": [ZOO_ENTRY | FIGURES]})
     monkeypatch.setattr("ghm_d2.model_zoo.index.PACKAGED_INDEX", packaged)
-    monkeypatch.setattr(sys, "argv", [script.name, "--add", str(tmp_path / "zoo")])
     for added in (1, 0):
-        runpy.run_path(str(script), run_name="__main__")
+        main(["--page", str(page), "--zoo", str(tmp_path / "zoo")])
         said = capsys.readouterr().out
         before = len(read_index(PACKAGED_INDEX)["models"])
         assert f"{before + 1} models of our own, {added} of them new" in said
-    assert "| `a/b` | 1 | bccd_train |" in (tmp_path / "MODEL_ZOO.md").read_text()
+    assert "| `a/b` | 1 | bccd_train |" in page.read_text()
     assert read_index(packaged)["published"] == read_index(PACKAGED_INDEX)["published"]
-    monkeypatch.setattr(sys, "argv", [script.name, "--add", str(tmp_path / "gone")])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(script), run_name="__main__")
+        main(["--page", str(page), "--zoo", str(tmp_path / "gone")])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("make_model_zoo.py: error: the model zoo ind")
+    assert stop.value.code == 2 and error.startswith("ghm-d2 export-zoo: error: ")
+    assert "gone/index.json cannot be read" in error
 
 
 # --- packaging ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""tools/report.py on a small recorded run: what the page shows, what it lacks, hostile names."""
+"""ghm-d2 report on a small recorded run: what the page shows, what it lacks, hostile names."""
 
 import base64
 import json
@@ -13,9 +13,9 @@ from detectron2.config import get_cfg
 from PIL import Image
 from tiny import CLASSES, coco_content
 
+from ghm_d2.cli.report import main
 from ghm_d2.config import add_ghm_config
 from ghm_d2.report import write_report
-from ghm_d2.report.command import main
 from ghm_d2.report.evaluation import _best_threshold, evaluate
 from ghm_d2.report.run_files import TestSet, read_run
 from ghm_d2.report.settings import differences
@@ -145,7 +145,7 @@ def test_the_page_has_every_part_and_needs_no_network(whole):
 
 
 def test_differences_name_what_was_changed_and_nothing_else(whole):
-    settings = read_run(whole[0], {}).settings
+    settings = read_run(whole[0], {}).settings.tree
     keys = {key: (value, default) for key, value, default in differences(settings)}
     assert keys == {
         "MODEL.META_ARCHITECTURE": ("GHMRetinaNet", "GeneralizedRCNN"),
@@ -216,24 +216,24 @@ def test_hostile_names_are_text(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "sentence", "images"),
     [
-        ("training.json", None, "environment, and where the data lies: training.json", 22),
+        ("training.json", None, "training.json cannot be read", 22),
         ("training.json", "{", "training.json is not a complete JSON", 22),
         ("training.json", "[]", "training.json is not a complete JSON", 22),
-        ("metrics.json", None, "loss and AP curves: metrics.json cannot be read", 21),
+        ("metrics.json", None, "metrics.json cannot be read", 21),
         (
             "metrics.json",
             '{"iteration": 3, "lr": 1}\n{"iter',
-            "1 damaged lines of metrics.json",
+            "metrics.json: 1 damaged line",
             22,
         ),
-        ("gradient_statistics.jsonl", None, "gradient histograms: gradient_statistics.jsonl", 19),
+        ("gradient_statistics.jsonl", None, "gradient_statistics.jsonl cannot be read", 19),
         (
             "gradient_statistics.jsonl",
             '{"iteration": 1, "loss": "ghm_c", "calls": [{}]}',
-            "gradient histograms of ghm_c: damaged",
+            "gradient_statistics.jsonl: 1 damaged line",
             19,
         ),
-        ("inference/results.json", None, "final results: results.json cannot be read", 25),
+        ("inference/results.json", None, "results.json cannot be read", 25),
         ("inference/coco_instances_results.json", None, "no coco_instances_results.json for", 10),
         ("inference/coco_instances_results.json", "[1]", "does not belong to", 10),
         ("inference/coco_instances_results.json", "[]", "of val detected nothing", 10),
@@ -333,5 +333,5 @@ def test_mistakes(tmp_path, capsys, quick):
             main([str(word) for word in argv])
         captured = capsys.readouterr()
         assert stop.value.code == 2
-        assert "report.py: error: " in captured.err and message in captured.err
+        assert "ghm-d2 report: error: " in captured.err and message in captured.err
         assert "Traceback" not in captured.err

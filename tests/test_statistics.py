@@ -19,10 +19,11 @@ from ghm_d2.analysis import statistics
 from ghm_d2.analysis.hook import GradientStatistics, build_gradient_statistics
 from ghm_d2.analysis.statistics import measure, summarize
 from ghm_d2.config import validate_ghm_config
-from ghm_d2.engine.pictures import plot_training, read_metrics
+from ghm_d2.engine.pictures import plot_training
 from ghm_d2.errors import UserError
 from ghm_d2.losses import GHMCLoss, GHMRLoss
 from ghm_d2.losses.base import HarmonizedLoss
+from ghm_d2.run_folder import RunFolder
 from tests import reference
 from tests.detectors import NUM_CLASSES, TWO_IMAGES, batch, small_model, step
 
@@ -237,7 +238,7 @@ def test_period_files_and_cost(tmp_path):
     assert [(row["iteration"], row["loss"]) for row in found] == [
         (i, name) for i in (19, 39, 44) for name in ("ghm_c", "ghm_r")
     ]
-    metrics = read_metrics(tmp_path / "metrics.json")
+    metrics = RunFolder(tmp_path).metrics
     assert set(metrics) == {19, 39, 44}
     cls = {row["iteration"]: row for row in found if row["loss"] == "ghm_c"}
     assert cls[39]["examples"] == 80
@@ -255,7 +256,7 @@ def test_period_files_and_cost(tmp_path):
     np.testing.assert_allclose(bars.bucket_limit, np.arange(1, 31) / 30)
     shares = events.Histograms("ghm_c/gradient_share")[1].histogram_value.bucket
     np.testing.assert_allclose(shares, cls[39]["calls"][0]["gradient_share"], rtol=1e-5)
-    plot_training(tmp_path / "metrics.json", tmp_path / "curves.png")
+    plot_training(metrics, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 

@@ -1,6 +1,5 @@
 """GHMTrainer: its optimizer, its evaluators, and the pictures and summary at the end."""
 
-import argparse
 import json
 import logging
 import os
@@ -10,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from tiny import coco_content, unregister_all, write_coco
 
-from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
+from ghm_d2.data import CocoDataset, check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer, pictures, summary
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
-from ghm_d2.engine.pictures import draw_predictions, plot_training, read_metrics
+from ghm_d2.engine.pictures import draw_predictions, plot_training
 from ghm_d2.errors import UserError
+from ghm_d2.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -140,10 +140,10 @@ class Detector(torch.nn.Module):
 def test_predictions_are_drawn_beside_the_truth(cfg, data, tmp_path):
     for file in (tmp_path / "images").iterdir():
         Image.new("RGB", (64, 64), (90, 90, 90)).save(file)
-    cfg.DATASETS.TEST = (data,)
     cfg.INPUT.MIN_SIZE_TEST = 64
     model = Detector().train()
-    draw_predictions(cfg, model, tmp_path / "p" / "sheet.png", images=4)
+    mapper = DatasetMapper(cfg, is_train=False)
+    draw_predictions(data, mapper, model, tmp_path / "p" / "sheet.png", images=4)
     assert model.training
     sheet = np.asarray(Image.open(tmp_path / "p" / "sheet.png")).astype(int)
     tile, gap, caption = pictures._TILE, pictures._GAP, 26
@@ -178,9 +178,10 @@ def test_metrics_of_the_last_run(tmp_path):
     file = tmp_path / "metrics.json"
     rows = [(19, 9.0), (39, 8.0), (59, 7.0), (19, 5.0), (39, 4.0)]
     write_metrics(file, [{"iteration": i, "total_loss": v} for i, v in rows])
-    assert {i: row["total_loss"] for i, row in read_metrics(file).items()} == {19: 5.0, 39: 4.0}
+    metrics = RunFolder(tmp_path).metrics
+    assert {i: row["total_loss"] for i, row in metrics.items()} == {19: 5.0, 39: 4.0}
     write_metrics(file, [{"iteration": i, "total_loss": v} for i, v in [*rows[:3], (59, 6.0)]])
-    values = {i: row["total_loss"] for i, row in read_metrics(file).items()}
+    values = {i: row["total_loss"] for i, row in RunFolder(tmp_path).metrics.items()}
     assert values == {19: 9.0, 39: 8.0, 59: 6.0}
 
 
@@ -201,7 +202,7 @@ def test_curves_show_losses_and_ap(tmp_path, monkeypatch):
         {"iteration": 40, "bbox/AP-disc": 1.0, "bbox/AP50": float("nan")},
     ]
     write_metrics(tmp_path / "metrics.json", rows)
-    plot_training(tmp_path / "metrics.json", tmp_path / "deep" / "training.png")
+    plot_training(RunFolder(tmp_path).metrics, tmp_path / "deep" / "training.png")
     assert set(drawn) == {"total_loss", "loss_cls", "bbox/AP", "bbox/AP50"}
     assert drawn["loss_cls"] == ((19, 39), (2.0, 1.0))
     assert drawn["bbox/AP"] == ((39,), (7.0,))
@@ -209,22 +210,20 @@ def test_curves_show_losses_and_ap(tmp_path, monkeypatch):
     assert width > height > 300
 
 
-def finished(cfg, data):
-    """What the summary reads of a trainer."""
-    cfg.DATASETS.TEST = (data,) if data else ()
-    return argparse.Namespace(cfg=cfg, model=Detector(), max_iter=12)
-
-
-def test_summary_names_files_and_the_next_command(cfg, data, tmp_path, capsys, monkeypatch):
+def test_summary_names_files_and_the_next_command(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(summary.shutil, "which", lambda name: sys.executable)
     out = tmp_path / "out"
     out.mkdir()
     write_metrics(out / "metrics.json", [{"iteration": 1, "total_loss": 1.0}])
     for name in ("model_final.pth", "config.yaml"):
         (out / name).touch()
-    spec = f"{data}=a b.json,images"
-    args = argparse.Namespace(dataset=["other=x,y", spec])
-    summary.summarize_training(finished(cfg, data), args, seconds=3723)
+    command = summary.next_command("train_net.py", out, [CocoDataset(data, "a b.json", "images")])
+
+    def draw(file):
+        file.parent.mkdir()
+        file.touch()
+
+    summary.summarize_training(RunFolder(out), draw, {}, command, iterations=12, seconds=3723)
     text = capsys.readouterr().out
     assert "iteration 12 in 1 h 02 min" in text
     for name in (
@@ -237,18 +236,21 @@ def test_summary_names_files_and_the_next_command(cfg, data, tmp_path, capsys, m
         assert f" {out / name}\n" in text
         assert (out / name).exists()
     assert (
-        f"python train_net.py --config-file {out}/config.yaml --eval-only --dataset '{spec}' "
-        f"MODEL.WEIGHTS {out}/model_final.pth"
+        f"python train_net.py --config-file {out}/config.yaml --eval-only "
+        f"--dataset '{data}=a b.json,images' MODEL.WEIGHTS {out}/model_final.pth"
     ) in text
 
 
-def test_summary_survives_what_it_cannot_draw(cfg, caplog, capsys, monkeypatch):
+def test_summary_survives_what_it_cannot_draw(tmp_path, caplog, capsys, monkeypatch):
     monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
-    cfg.DATASETS.TRAIN = ("nowhere",)
-    trainer = finished(cfg, None)
-    summary.summarize_training(trainer, argparse.Namespace(dataset=[]), seconds=61.5)
-    assert "predictions could not be drawn" in caplog.text
-    assert "curves could not be drawn" in caplog.text
+
+    def draw(file):
+        raise KeyError("no image")
+
+    run = RunFolder(tmp_path)
+    summary.summarize_training(run, draw, None, None, iterations=12, seconds=61.5)
+    assert "predictions could not be drawn (KeyError: 'no image')" in caplog.text
+    assert "curves could not be drawn (UserError: " in caplog.text
     text = capsys.readouterr().out
     assert "in 1 min 01 s" in text and "give a second --dataset" in text
     assert "model_final.pth" not in text

@@ -1,6 +1,5 @@
 """A grid: the rows of an ablation table, read from YAML. The paper's tables are such files too."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, cannot, similar_names
 
 __all__ = ["TABLES", "Grid", "Row", "load_grid"]
 
@@ -85,7 +84,7 @@ def load_grid(file: str | Path) -> Grid:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"the grid {file} cannot be read ({error.strerror}).") from error
+        raise cannot("read", f"the grid {file}", error) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the grid {file} is not valid YAML: {reason}.") from error
@@ -103,7 +102,7 @@ def load_grid(file: str | Path) -> Grid:
     compare = _names(file, "compare", compare)
     for name in (*compare, *filter(None, [reference])):
         if name not in names:
-            raise UserError(f"{file}: there is no row {name!r}{_similar(name, names)}.")
+            raise UserError(f"{file}: there is no row {name!r}{similar_names(name, names)}.")
     if compare and not reference:
         raise UserError(f"{file}: compare needs a reference row.")
     for row in rows:
@@ -152,7 +151,7 @@ def _check_fields(where: str, content: Any, known: Sequence[str], required: Sequ
     for name in content:
         if name not in known:
             raise UserError(
-                f"{where}: unknown field {name!r}{_similar(str(name), known)}; "
+                f"{where}: unknown field {name!r}{similar_names(str(name), known)}; "
                 f"there are {', '.join(known)}."
             )
     for name in required:
@@ -184,8 +183,3 @@ def _config_file(grid: Path, name: str) -> Path:
     if not path.is_file():
         raise UserError(f"{grid}: the config file {name} does not exist beside it ({path}).")
     return path
-
-
-def _similar(name: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=3)
-    return f" (similar: {', '.join(found)})" if found else ""

@@ -13,11 +13,11 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..losses.base import HarmonizedLoss
+from ..run_folder import STATISTICS as FILE
 from .statistics import SHARES, CallStatistics, measure, summarize
 
 __all__ = ["GradientStatistics", "build_gradient_statistics"]
 
-FILE = "gradient_statistics.jsonl"
 _SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for name in SHARES))
 _SCALARS += ("non_empty_regions", "largest_weight")
 

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,20 +11,19 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from ghm_d2.errors import UserError
+from ghm_d2.files import whole_file
+from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
+from ghm_d2.run_parts import Record
 
-from .files import PART, whole_file
+from .origin import ORIGIN, read_origin
 from .unpickler import load_file
 
 __all__ = [
     "RestrictedCheckpointer",
     "newest_checkpoint",
-    "remove_partial_files",
-    "set_last_checkpoint_aside",
 ]
 
 logger = logging.getLogger(__name__)
-
-_POINTER = "last_checkpoint"  # Detectron2's file with the name of the newest one
 
 _WAY_OUT = (
     "where it comes from torchvision or mmdetection, convert it with tools/convert_torchvision.py "
@@ -72,10 +69,11 @@ def newest_checkpoint(folder: str) -> tuple[str | None, list[str]]:
     Raises:
         UserError: there are checkpoints, and none can be read.
     """
-    if not os.path.isfile(os.path.join(folder, _POINTER)):
+    run = RunFolder(folder)
+    if run.last_checkpoint() is None:
         return None, []
     reasons = []
-    for name in _from_the_newest(folder):
+    for name in run.checkpoints():
         try:
             if "model" in _mapping(load_file(os.path.join(folder, name)), name):
                 return name, reasons
@@ -84,49 +82,8 @@ def newest_checkpoint(folder: str) -> tuple[str | None, list[str]]:
             reasons.append(str(error).rstrip("."))
     raise UserError(
         f"--resume: no checkpoint in {folder} can be read ({'; '.join(reasons)}): write the name "
-        f"of another checkpoint into {_POINTER}, or leave --resume out."
+        f"of another checkpoint into {LAST_CHECKPOINT}, or leave --resume out."
     )
-
-
-def _from_the_newest(folder: str) -> Iterator[str]:
-    """The checkpoint that `last_checkpoint` names, then those with a smaller number."""
-    with open(os.path.join(folder, _POINTER), errors="replace") as stream:
-        newest = stream.read().strip()
-    last = _number(newest)
-    if newest:
-        yield os.path.basename(newest)
-    numbers = {name: _number(name) for name in os.listdir(folder)}
-    earlier = [n for n, number in numbers.items() if number >= 0 and n != newest]
-    for name in sorted(earlier, key=numbers.get, reverse=True):
-        if last < 0 or numbers[name] < last:
-            yield name
-
-
-def _number(name: str) -> int:
-    """The iteration in a name as PeriodicCheckpointer gives it; -1 in others (model_final.pth)."""
-    match = re.fullmatch(r"model_(\d+)\.pth", name)
-    return int(match[1]) if match else -1
-
-
-def remove_partial_files(folder: str) -> None:
-    """Deletes what a process left behind that was killed while it wrote a checkpoint."""
-    for name in sorted(os.listdir(folder)):
-        if name.endswith((f".pth{PART}", _POINTER + PART)):
-            os.unlink(os.path.join(folder, name))
-            logger.info("removed %s, which a killed process had not finished", name)
-
-
-def set_last_checkpoint_aside(folder: str) -> None:
-    """Makes a new training's folder one without a checkpoint; no file with weights is touched."""
-    pointer = os.path.join(folder, _POINTER)
-    if os.path.isfile(pointer):
-        os.replace(pointer, f"{pointer}.earlier")
-        logger.warning(
-            "%s holds the checkpoints of an earlier training, which is not resumed: %s is now %s",
-            folder,
-            _POINTER,
-            f"{_POINTER}.earlier",
-        )
 
 
 class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
@@ -139,11 +96,15 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
 
     _filename = "the checkpoint"  # for messages
     _resumes = False
+    origin_entry: dict[str, Any] | None = None  # to save; an instance sets it
+    origin = Record()  # of what was loaded last
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Detectron2's; with the state of a training, all of its tensors must fit."""
         self._resumes = checkpointables is None and bool(self.checkpointables)
-        return super().load(path, checkpointables)
+        rest = super().load(path, checkpointables)
+        self.origin = read_origin(rest)
+        return rest
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Detectron2's, written whole or not at all.
@@ -159,6 +120,8 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             return
         data = {"model": self.model.state_dict()}
         data.update((key, each.state_dict()) for key, each in self.checkpointables.items())
+        if self.origin_entry is not None:
+            data[ORIGIN] = self.origin_entry
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         try:
@@ -173,7 +136,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Detectron2's, written whole or not at all."""
-        with whole_file(os.path.join(self.save_dir, _POINTER)) as file:
+        with whole_file(os.path.join(self.save_dir, LAST_CHECKPOINT)) as file:
             file.write(last_filename_basename.encode())
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:

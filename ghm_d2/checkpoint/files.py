@@ -1,12 +1,11 @@
 """Files: fetched, unwrapped, and written whole or not at all."""
 
-import contextlib
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,23 +13,20 @@ import yaml
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
+from ghm_d2.files import whole_file, write_text
 
 from .unpickler import load_file
 
 __all__ = [
-    "PART",
     "fetch",
     "read_checkpoint",
     "unwrap",
-    "whole_file",
     "write_checkpoint",
     "write_config",
 ]
 
 logger = logging.getLogger(__name__)
-
-PART = ".part"  # end of the name of a file that is being written
 
 
 def fetch(path: str) -> str:
@@ -42,7 +38,7 @@ def fetch(path: str) -> str:
     try:
         local = PathManager.get_local_path(path)
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
-        raise UserError(f"{path} cannot be fetched ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path} cannot be fetched ({reason(error)})") from error
     if not os.path.isfile(local):
         raise UserError(f"{path} does not exist")
     return local
@@ -96,46 +92,6 @@ def unwrap(
     return tensors
 
 
-@contextlib.contextmanager
-def whole_file(path: str) -> Iterator[IO[bytes]]:
-    """A file that appears under its name once it is complete and on the disk.
-
-    It is written beside its place as `path` + `PART`, which only a killed process leaves behind.
-
-    Raises:
-        UserError: it cannot be written; a file that was there before is still there.
-    """
-    part = path + PART
-    try:
-        folder = os.path.dirname(os.path.abspath(path))
-        os.makedirs(folder, exist_ok=True)
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync_folder(folder)
-    except (OSError, RuntimeError) as error:
-        # torch.save hides the error of the file behind a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f"{path} cannot be written ({cause.strerror or cause}).") from error
-    finally:
-        if os.path.isfile(part):
-            os.unlink(part)
-
-
-def _sync_folder(folder: str) -> None:
-    """Makes a change of names outlive a power failure, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> None:
     """Writes `checkpoint` with ``torch.save``, or where the name ends in .pkl as a pickle.
 
@@ -147,13 +103,23 @@ def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> None:
     with whole_file(path) as file:
         if path.endswith(".pkl"):
             arrays = {
-                key: {name: x.numpy() for name, x in value.items()}
+                key: {n: x.numpy() if isinstance(x, Tensor) else x for n, x in value.items()}
                 for key, value in checkpoint.items()
                 if isinstance(value, dict)
             }
-            pickle.dump({**checkpoint, **arrays}, file)
+            _Pickler(file, protocol=3).dump({**checkpoint, **arrays})
         else:
             torch.save(dict(checkpoint), file)
+
+
+class _Pickler(pickle.Pickler):
+    """Names no private module of NumPy, which NumPy 1 and 2 call by different names."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """An array is a new one that takes the state of `obj`, as NumPy's own reduction has it."""
+        if type(obj) is not np.ndarray:
+            return NotImplemented
+        return np.ndarray, ((0,), "b"), obj.__reduce__()[2]
 
 
 def write_config(path: str, settings: Mapping[str, Any], comment: str) -> None:
@@ -170,5 +136,4 @@ def write_config(path: str, settings: Mapping[str, Any], comment: str) -> None:
             node = node.setdefault(parent, {})
         node[leaf] = value
     text = f"# {comment}\n" + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
-    with whole_file(path) as file:
-        file.write(text.encode())
+    write_text(path, text)

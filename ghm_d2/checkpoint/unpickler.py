@@ -76,8 +76,10 @@ class _Function:
         raise _Refused("a changed function")
 
 
-def _ndarray(*_: Any) -> None:
-    raise _Refused("a NumPy array of an unknown kind")
+def _ndarray(*arguments: Any) -> np.ndarray:
+    if arguments != ((0,), "b"):
+        raise _Refused("a NumPy array of an unknown kind")
+    return np.empty(0, np.int8)  # __setstate__ gives it its type, shape and data
 
 
 def _reconstruct(subtype: Any, *_: Any) -> np.ndarray:

@@ -5,24 +5,27 @@ launched, so that a mistake in the data costs a second and one sentence instead 
 an hour.
 """
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
 
 from ghm_d2.data.checks import KINDS, Findings, annotation_problems, row_problems
 from ghm_d2.data.image_checks import image_problems
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, cannot
 
 __all__ = [
     "CocoDataset",
     "check_coco_dataset",
     "check_same_classes",
+    "data_fingerprint",
     "parse_dataset",
     "read_annotations",
     "register_coco_dataset",
@@ -32,6 +35,12 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _registered_here: set[str] = set()
+
+_IDENTITY = (
+    ("id", "name"),
+    ("id", "file_name"),
+    ("image_id", "category_id", "bbox", "iscrowd"),
+)  # of a category, an image and an annotation
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class CocoDataset:
         evaluable: whether pycocotools can evaluate the file as it is. If not, Detectron2 converts
             the loaded data into a file that it can.
         without_mask: number of objects, crowd regions left out, that have no segmentation.
+        fingerprint: what :func:`data_fingerprint` returns; empty until the file has been checked.
     """
 
     name: str
@@ -54,6 +64,7 @@ class CocoDataset:
     classes: tuple[str, ...] = ()
     evaluable: bool = True
     without_mask: int = 0
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_dataset(text: str) -> CocoDataset:
@@ -80,7 +91,7 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
         labelled: False: a file without the key "annotations" will do, as a test set's has none.
 
     Returns:
-        The data set with `classes`, `evaluable` and `without_mask` filled in.
+        The data set with `classes`, `evaluable`, `without_mask` and `fingerprint` filled in.
 
     Raises:
         UserError: the data cannot be trained on; the message names the file and the reason.
@@ -109,7 +120,41 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
         classes=tuple(category["name"] for category in ordered),
         evaluable=all(map(_evaluable, annotations)),
         without_mask=sum(not (a.get("segmentation") or a.get("iscrowd", 0)) for a in annotations),
+        fingerprint=_fingerprint(ordered, images, annotations),
     )
+
+
+def _fingerprint(*tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of categories, images and annotations, whatever their order and the spaces between them."""
+    digest = hashlib.sha256()
+    for table, keys in zip(tables, _IDENTITY, strict=True):
+        rows = sorted(json.dumps([row.get(key) for key in keys]) for row in table)
+        digest.update("\n".join(rows).encode())
+    _, images, annotations = tables
+    return {
+        "images": len(images),
+        "annotations": len(annotations),
+        "sha256": digest.hexdigest()[:16],
+    }
+
+
+def data_fingerprint(name: str) -> dict[str, Any]:
+    """What tells a registered data set from another one: its "sha256", and counts where known.
+
+    Of a `--dataset` it is that of categories, images and boxes; of any other, that of the
+    annotation file as it is. It is empty where there is no such file.
+    """
+    metadata = MetadataCatalog.get(name)
+    if known := metadata.get("fingerprint"):
+        return dict(known)
+    file = metadata.get("json_file")
+    if not file or not PathManager.isfile(file):
+        return {}
+    digest = hashlib.sha256()
+    with PathManager.open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return {"sha256": digest.hexdigest()[:16]}
 
 
 def read_annotations(file: str) -> dict[str, Any]:
@@ -122,7 +167,7 @@ def read_annotations(file: str) -> dict[str, Any]:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
     except OSError as error:
-        raise UserError(f"the annotation file {file} cannot be read ({error.strerror}).") from error
+        raise cannot("read", f"the annotation file {file}", error) from error
     except (ValueError, RecursionError) as error:  # broken JSON or not UTF-8
         raise UserError(f"{file} is not a complete JSON file ({error}).") from error
     if not isinstance(content, dict):
@@ -196,6 +241,7 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
         evaluator_type="coco",
         thing_classes=list(dataset.classes),
         without_mask=dataset.without_mask,
+        fingerprint=dict(dataset.fingerprint),
     )
     if dataset.evaluable:  # without json_file, COCOEvaluator converts what `_load` returns
         metadata.json_file = dataset.json_file

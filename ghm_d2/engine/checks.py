@@ -4,7 +4,6 @@ Everything here raises `UserError` with one sentence; what only looks odd is log
 """
 
 import argparse
-import difflib
 import importlib.util
 import logging
 import os
@@ -22,7 +21,7 @@ from ghm_d2.config import validate_ghm_config
 from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.processes import started_by_torchrun
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, similar_names
 
 __all__ = ["check_all", "check_inference"]
 
@@ -79,7 +78,7 @@ def _check_config(cfg: CfgNode) -> None:
         known = [name for name, _ in META_ARCH_REGISTRY]
         raise UserError(
             f"MODEL.META_ARCHITECTURE {architecture} is not registered"
-            f"{_similar(architecture, known)}."
+            f"{similar_names(architecture, known)}."
         )
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
@@ -148,8 +147,8 @@ def _check_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _check_dataset_files(name: str) -> None:
     if name not in DatasetCatalog:
         raise UserError(
-            f"there is no data set {name}{_similar(name, list(DatasetCatalog))}: correct the name, "
-            f"or register one with --dataset {name}=annotations.json,image_dir."
+            f"there is no data set {name}{similar_names(name, list(DatasetCatalog))}: correct the "
+            f"name, or register one with --dataset {name}=annotations.json,image_dir."
         )
     if name.startswith("ghm_synthetic_"):
         DatasetCatalog.get(name)  # is generated on first use: once, here
@@ -255,8 +254,3 @@ def _check_weights_file(weights: str) -> None:
         if hint:
             way_out = f"make it with {hint.format(path=path)}"
         raise UserError(f"MODEL.WEIGHTS {error}: {way_out}.") from error
-
-
-def _similar(name: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" (similar: {', '.join(found)})" if found else ""

@@ -1,12 +1,20 @@
-"""COCO's AP at every IoU threshold, not at 0.50 and 0.75 alone."""
+"""An evaluation's AP at every IoU threshold, not at 0.50 and 0.75 alone, and its costs."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from statistics import median
 
+import torch
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.logger import create_small_table
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 
-__all__ = ["AllThresholdsCOCOEvaluator"]
+from ghm_d2.run_folder import MEMORY_MIB, SECONDS_PER_IMAGE
+
+__all__ = ["AllThresholdsCOCOEvaluator", "costs_recorded"]
 
 _THRESHOLDS = range(50, 100, 5)  # per cent, as COCO has them
 
@@ -44,3 +52,41 @@ def _ap_at_thresholds(coco_eval: COCOeval | None) -> dict[str, float]:
         ap = float(known.mean() * 100) if known.size else float("nan")
         results[f"AP{round(threshold * 100)}"] = ap
     return results
+
+
+@contextmanager
+def costs_recorded(model: nn.Module) -> Iterator[None]:
+    """Puts into metrics.json what the block, an evaluation in a training, costs.
+
+    That is the median time of a call of the model, post-processing included (the loader gives it
+    one image at a time), and on a GPU the most memory that this process has held until then, which
+    is that of the training. Outside a training nothing is recorded.
+
+    Args:
+        model: what is evaluated.
+    """
+    if not has_event_storage():
+        yield
+        return
+    on_gpu = any(p.is_cuda for p in model.parameters())
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
+    starts: list[float] = []
+    seconds: list[float] = []
+
+    def clock() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with ExitStack() as hooks:
+        for register, hook in (
+            (model.register_forward_pre_hook, lambda *_: starts.append(clock())),
+            (model.register_forward_hook, lambda *_: seconds.append(clock() - starts.pop())),
+        ):
+            hooks.callback(register(hook).remove)
+        yield
+    storage = get_event_storage()
+    if seconds:
+        storage.put_scalar(SECONDS_PER_IMAGE, median(seconds), smoothing_hint=False)
+    if peak is not None:
+        storage.put_scalar(MEMORY_MIB, peak, smoothing_hint=False)

@@ -1,16 +1,13 @@
 """Two pictures of a training: predictions beside the ground truth, and the curves."""
 
-import json
-import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     Metadata,
     MetadataCatalog,
     detection_utils,
@@ -18,11 +15,14 @@ from detectron2.data import (
 from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw_boxes", "draw_predictions", "plot_training", "read_metrics"]
+from ghm_d2.errors import shown
+from ghm_d2.files import whole_file
 
-logger = logging.getLogger(__name__)
+__all__ = ["draw_boxes", "draw_predictions", "plot_training"]
 
 _TILE = 400  # pixels of the longer side of one drawn image
 _GAP = 8
@@ -33,21 +33,29 @@ _COLOURS = ("#e69f00", "#56b4e9", "#f0e442", "#009e73", "#d55e00", "#cc79a7", "#
 _METRICS = ("AP", "AP50", "AP75")  # the ends of the names that evaluators give
 
 
-def draw_predictions(cfg: CfgNode, model: torch.nn.Module, file: Path, images: int = 8) -> None:
-    """Draw ground truth and predictions, side by side, of images spread over the test data.
+def draw_predictions(
+    name: str,
+    mapper: Callable[[dict[str, Any]], dict[str, Any]],
+    model: torch.nn.Module,
+    file: Path,
+    images: int = 8,
+) -> None:
+    """Draw ground truth and predictions, side by side, of images spread over a data set.
 
     Args:
-        cfg: `DATASETS.TEST` (`TRAIN` where it is empty) names the data.
+        name: of the data set.
+        mapper: from its records to what the model takes.
         model: a detector that returns "instances"; its training mode is restored.
         file: PNG to write; its folder is made.
         images: how many at most.
+
+    Raises:
+        UserError: the file cannot be written.
     """
-    name = (tuple(cfg.DATASETS.TEST) or tuple(cfg.DATASETS.TRAIN))[0]
     metadata = MetadataCatalog.get(name)
     records = [r for r in DatasetCatalog.get(name) if r.get("annotations")]
     picked = [records[i * len(records) // images] for i in range(images)]
     picked = list({record["file_name"]: record for record in picked}.values())
-    mapper = DatasetMapper(cfg, is_train=False)
     rows = []
     was_training = model.training
     model.eval()
@@ -61,18 +69,18 @@ def draw_predictions(cfg: CfgNode, model: torch.nn.Module, file: Path, images: i
                 (BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], "")
                 for a in record["annotations"]
             ]
-            shown = [
+            detected = [
                 (box.tolist(), category, f" {score:.0%}")
                 for box, category, score in zip(
                     found.pred_boxes, found.pred_classes.tolist(), found.scores, strict=True
                 )
             ]
-            both = (draw_boxes(pixels, boxes, metadata) for boxes in (truth, shown))
+            both = (draw_boxes(pixels, boxes, metadata) for boxes in (truth, detected))
             rows.append((Path(record["file_name"]).name, *both))
     finally:
         model.train(was_training)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _contact_sheet(rows).save(file)
+    with whole_file(file) as stream:
+        _contact_sheet(rows).save(stream, "PNG")
 
 
 def draw_boxes(
@@ -90,7 +98,7 @@ def draw_boxes(
         boxes=np.array([box for box, _, _ in items], dtype=float).reshape(-1, 4) * scale,
         # Matplotlib draws them, to which "$" begins a formula.
         labels=[
-            ((names[k] if names else str(k)) + text).replace("$", r"\$") for _, k, text in items
+            (shown(names[k] if names else k, 60) + text).replace("$", r"\$") for _, k, text in items
         ],
         assigned_colors=[_COLOURS[k % len(_COLOURS)] for _, k, _ in items],
     )
@@ -106,45 +114,26 @@ def _contact_sheet(rows: list[tuple[str, np.ndarray, np.ndarray]]) -> Image.Imag
     columns = min(2, len(rows))
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (name, truth, shown) in enumerate(rows):
+    for number, (name, truth, detected) in enumerate(rows):
         left, top = number % columns * width, number // columns * height
-        titles = (f"{name}: ground truth", f"predictions, score >= {_SCORE}")
-        for half, (title, pixels) in enumerate(zip(titles, (truth, shown), strict=True)):
+        titles = (f"{shown(name, 80)}: ground truth", f"predictions, score >= {_SCORE}")
+        for half, (title, pixels) in enumerate(zip(titles, (truth, detected), strict=True)):
             x = left + _GAP + half * (_TILE + _GAP)
             draw.text((x, top + 4), title, fill="black", font=font)
             sheet.paste(Image.fromarray(pixels), (x, top + caption))
     return sheet
 
 
-def read_metrics(file: Path) -> dict[int, dict[str, Any]]:
-    """Read metrics.json into {iteration: its values}.
-
-    Detectron2 appends to the file, so a second run in the same folder starts at a lower iteration
-    again: what the first run wrote from there on is left out.
-    """
-    metrics: dict[int, dict[str, Any]] = {}
-    previous = -1
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        iteration = row["iteration"]
-        if iteration < previous:
-            metrics = {i: values for i, values in metrics.items() if i < iteration}
-        metrics.setdefault(iteration, {}).update(row)
-        previous = iteration
-    return metrics
-
-
-def plot_training(metrics_file: Path, file: Path) -> None:
-    """Plot the losses and the AP of metrics.json against the iteration.
+def plot_training(metrics: Mapping[int, Mapping[str, float]], file: Path) -> None:
+    """Plot the losses and the AP against the iteration.
 
     Args:
-        metrics_file: Detectron2's metrics.json.
+        metrics: values by iteration and name.
         file: PNG to write; its folder is made.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    metrics = read_metrics(metrics_file)
+    Raises:
+        UserError: the file cannot be written.
+    """
     names = sorted({name for row in metrics.values() for name in row})
     losses = [n for n in names if n.startswith("loss") or n == "total_loss"]
     plain = [n for n in names if "/plain_loss" in n]
@@ -154,19 +143,19 @@ def plot_training(metrics_file: Path, file: Path) -> None:
 
     figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for number, (label, shown) in enumerate(panels):
+    for number, (label, drawn) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        for name in shown:
+        for name in drawn:
             points = [(i, row[name]) for i, row in metrics.items() if name in row]
             marker = "." if len(points) < 40 else ""
-            axes.plot(*zip(*points, strict=True), label=name, marker=marker)
+            axes.plot(*zip(*points, strict=True), label=shown(name), marker=marker)
         axes.set_xlabel("iteration")
         axes.set_ylabel(label)
-        if shown is plain:
+        if drawn is plain:
             axes.set_yscale("log")  # cross entropy over all anchors, and box errors of positives
         else:
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    with whole_file(file) as stream:
+        figure.savefig(stream, format="png", dpi=110)

@@ -3,22 +3,24 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ghm_d2.checkpoint import RestrictedCheckpointer
-from ghm_d2.checkpoint.checkpointer import remove_partial_files, set_last_checkpoint_aside
+from ghm_d2.checkpoint.origin import changed_data, check_classes, origin_entry
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data import CocoDataset, register_coco_dataset
+from ghm_d2.data import CocoDataset, data_fingerprint, register_coco_dataset
 from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
-from ghm_d2.engine.leftovers import cut_logs
+from ghm_d2.engine.pictures import draw_predictions
 from ghm_d2.engine.preemption import Preempted
 from ghm_d2.engine.processes import (
     is_restarted,
@@ -29,12 +31,13 @@ from ghm_d2.engine.processes import (
     reported_once,
     started_by_torchrun,
 )
-from ghm_d2.engine.record import record_training
 from ghm_d2.engine.setup import build_config, merge_arguments, setup_ghm_logger
 from ghm_d2.engine.submission import report_submissions
-from ghm_d2.engine.summary import summarize_training
+from ghm_d2.engine.summary import next_command, summarize_training
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.run_folder import RunFolder
+from ghm_d2.run_parts import Record
 
 __all__ = ["load_trained_weights", "main"]
 
@@ -75,8 +78,8 @@ def _join(args: argparse.Namespace) -> None:
         return
     args.restarted = is_restarted()
     if not (args.restarted or args.resume) and comm.is_main_process():
-        # Or a restart would go on with them.
-        set_last_checkpoint_aside(cfg.OUTPUT_DIR)
+        # Else a restart would resume from the checkpoints of an earlier training.
+        RunFolder(cfg.OUTPUT_DIR).set_last_checkpoint_aside()
     args.resume = args.resume or args.restarted
 
 
@@ -90,17 +93,18 @@ def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -
     setup_ghm_logger(cfg, comm.get_rank())
     with exits_with_one_sentence(train_program()), reported_once():
         try:
-            _evaluate(args, cfg) if args.eval_only else _train(args, cfg)
+            _evaluate(args, cfg) if args.eval_only else _train(args, cfg, datasets)
         except Preempted:
             leave_process_group()
             raise
     leave_process_group()
 
 
-def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
+def _train(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -> None:
     start = time.perf_counter()
+    run = RunFolder(cfg.OUTPUT_DIR)
     if comm.is_main_process():
-        remove_partial_files(cfg.OUTPUT_DIR)
+        run.remove_partial_files()
     trainer = GHMTrainer(cfg)
     trainer.checkpointer.trusted = args.trust_checkpoint
     trainer.resume_or_load(resume=args.resume)
@@ -111,13 +115,48 @@ def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
             f"--resume: {trainer.start_iter} iterations are done already and SOLVER.MAX_ITER is "
             f"{trainer.max_iter}: give a larger one, or evaluate with --eval-only --resume."
         )
+    classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes") or ()
+    data = {name: data_fingerprint(name) for name in cfg.DATASETS.TRAIN}
+    if trainer.start_iter:
+        _check_same_data(trainer.checkpointer.origin, cfg, classes, data)
+    trainer.checkpointer.origin_entry = origin_entry(classes, data)
     if comm.is_main_process():
         if trainer.start_iter:
-            cut_logs(cfg.OUTPUT_DIR, trainer.start_iter)
-        record_training(trainer.cfg, args)
+            run.cut_logs(trainer.start_iter)
+        run.write_record(
+            config=trainer.cfg.dump(),
+            config_file=args.config_file,
+            classes=classes,
+            datasets={d.name: (d.json_file, d.image_root) for d in datasets},
+            data=data,
+            device=cfg.MODEL.DEVICE,
+            processes=comm.get_world_size(),
+        )
     trainer.train()
     if comm.is_main_process():
-        summarize_training(trainer, args, seconds=time.perf_counter() - start)
+        # In one process alone, DistributedDataParallel would wait for the others.
+        model = getattr(trainer.model, "module", trainer.model)
+        pictured = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
+        tested = [d for d in datasets if d.name in cfg.DATASETS.TEST]
+        summarize_training(
+            run,
+            partial(draw_predictions, pictured, DatasetMapper(cfg, is_train=False), model),
+            getattr(trainer, "_last_eval_results", None),
+            next_command(train_program(), cfg.OUTPUT_DIR, tested) if cfg.DATASETS.TEST else None,
+            iterations=trainer.max_iter,
+            seconds=time.perf_counter() - start,
+        )
+
+
+def _check_same_data(
+    origin: Record, cfg: CfgNode, classes: Sequence[str], data: Mapping[str, Mapping[str, Any]]
+) -> None:
+    check_classes(origin, classes, cfg.DATASETS.TRAIN[0])
+    if changes := changed_data(origin, data):
+        raise UserError(
+            f"--resume: the data is not that of the checkpoint ({'; '.join(changes)}): take the "
+            "same data, or start anew from these weights in another OUTPUT_DIR."
+        )
 
 
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -131,15 +170,23 @@ def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def load_trained_weights(
     cfg: CfgNode, model: torch.nn.Module, resume: bool = False, trusted: bool = False
-) -> None:
+) -> Record:
     """Load `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`, into a model.
 
+    Returns:
+        What the checkpoint says of the classes and the data that it was trained on.
+
     Raises:
-        UserError: the file cannot be loaded, or holds weights of other shapes.
+        UserError: the file cannot be loaded, holds weights of other shapes, or was trained on other
+            classes than those of `DATASETS.TEST`.
     """
     checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.trusted = trusted
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    for name in cfg.DATASETS.TEST:
+        if name in MetadataCatalog.list():
+            check_classes(checkpointer.origin, MetadataCatalog.get(name).get("thing_classes"), name)
+    return checkpointer.origin
 
 
 class _EvaluationCheckpointer(RestrictedCheckpointer):

@@ -1,7 +1,6 @@
 """From the command line to a config: YAML file, KEY VALUE pairs, `--dataset`, device."""
 
 import argparse
-import difflib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, register_datasets
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, cannot, reason, similar_names
 from ghm_d2.model_zoo.model_zoo import find_config, similar_configs
 
 __all__ = [
@@ -112,14 +111,14 @@ def merge_config_file(cfg: CfgNode, file: str) -> None:
             "out instead of the tag."
         ) from error
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {_one_line(error)}.") from error
+        raise UserError(f"{file} is not valid YAML: {reason(error)}.") from error
     except OSError as error:  # its _BASE_
-        raise UserError(f"{file}: {error.filename} cannot be read ({error.strerror}).") from error
+        raise cannot("read", f"{file}: {error.filename}", error) from error
     except KeyError as error:
         key = str(error.args[0]).rpartition(" ")[2]
         raise UserError(f"{file}: unknown key {key}{_similar(cfg, key)}.") from error
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not a valid config: {_one_line(error)}.") from error
+        raise UserError(f"{file} is not a valid config: {reason(error)}.") from error
 
 
 def _merge_pairs(cfg: CfgNode, pairs: Sequence[str]) -> None:
@@ -146,15 +145,7 @@ def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _similar(cfg: CfgNode, key: str) -> str:
-    known = [name for name, _ in _leaves(cfg)]
-    # The last part of a key is what people remember; its place in the tree is what they miss.
-    same_end = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    found = difflib.get_close_matches(key, known, n=3) or same_end[:3]
-    return f" (similar: {', '.join(found)})" if found else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    return similar_names(key, (name for name, _ in _leaves(cfg)), separator=".")
 
 
 def choose_device(cfg: CfgNode, args: argparse.Namespace) -> None:

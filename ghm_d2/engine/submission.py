@@ -1,12 +1,11 @@
 """Test sets without ground truth: where the predictions lie, and where to send them."""
 
 import logging
-import os
 from typing import Any
 
 from detectron2.config import CfgNode
 
-from ghm_d2.engine.trainer import inference_folder
+from ghm_d2.run_folder import RunFolder
 
 __all__ = ["report_submissions"]
 
@@ -33,8 +32,8 @@ def report_submissions(cfg: CfgNode, results: dict[str, Any]) -> bool:
     by_name = {names[0]: results} if len(names) == 1 else results
     unlabelled = [name for name in names if not by_name[name]]
     for name in unlabelled:
-        file = os.path.join(inference_folder(cfg, name), "coco_instances_results.json")
-        if not os.path.isfile(file):
+        file = RunFolder(cfg.OUTPUT_DIR).predictions(name, names)
+        if not file.is_file():
             continue  # not COCO format, or no image: the evaluator has said so
         print(f"{name} has no ground truth here; its predictions are in {file}")
         if name == "coco_2017_test-dev":

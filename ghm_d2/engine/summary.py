@@ -1,66 +1,71 @@
 """What a finished training says about itself: where everything lies, and two pictures."""
 
-import argparse
 import logging
 import math
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
-
-from ghm_d2.engine.arguments import train_program
-from ghm_d2.engine.pictures import draw_predictions, plot_training
+from ghm_d2.data import CocoDataset
+from ghm_d2.engine.pictures import plot_training
+from ghm_d2.errors import reason, shown
+from ghm_d2.run_folder import CONFIG, FINAL_CHECKPOINT, METRICS, RunFolder
 
 __all__ = ["ap_table", "next_command", "summarize_training"]
 
 logger = logging.getLogger(__name__)
 
 
-def summarize_training(trainer: DefaultTrainer, args: argparse.Namespace, seconds: float) -> None:
+def summarize_training(
+    run: RunFolder,
+    draw: Callable[[Path], None],
+    results: Mapping[str, Any] | None,
+    command: str | None,
+    *,
+    iterations: int,
+    seconds: float,
+) -> None:
     """Draw the pictures and print the summary; on the main process alone.
 
     Nothing here makes a finished training fail: what cannot be drawn is a warning.
 
     Args:
-        trainer: after `train()`.
-        args: the command line of the training.
+        run: its OUTPUT_DIR.
+        draw: draws predictions to a file.
+        results: of the last evaluation, see :func:`ap_table`; None where there was none.
+        command: that evaluates the final checkpoint again; None where there is no test data.
+        iterations: how many the training has done.
         seconds: how long it took.
     """
-    cfg = trainer.cfg
-    output = Path(cfg.OUTPUT_DIR)
-    pictures = output / "pictures"
-    model = getattr(trainer.model, "module", trainer.model)
-    _try(lambda: draw_predictions(cfg, model, pictures / "predictions.png"), "predictions")
-    _try(lambda: plot_training(output / "metrics.json", pictures / "training.png"), "curves")
-
+    pictures = run.folder / "pictures"
     lines = [
-        ("checkpoint", output / "model_final.pth"),
-        ("metrics", output / "metrics.json"),
-        ("config", output / "config.yaml"),
+        ("checkpoint", run.folder / FINAL_CHECKPOINT),
+        ("metrics", run.folder / METRICS),
+        ("config", run.folder / CONFIG),
         ("predictions", pictures / "predictions.png"),
         ("curves", pictures / "training.png"),
     ]
-    done = f"Trained to iteration {trainer.max_iter} in {_duration(seconds)}"
+    _try(lambda: draw(lines[3][1]), "predictions")
+    _try(lambda: plot_training(run.metrics, lines[4][1]), "curves")
+
+    done = f"Trained to iteration {iterations} in {_duration(seconds)}"
     print(f"\n{done}, evaluation and pictures included.")
-    results = getattr(trainer, "_last_eval_results", None)
     if results:
         print(ap_table(results))
     for name, path in lines:
         if path.exists():
-            print(f"  {name:<12} {path}")
-    if cfg.DATASETS.TEST:
-        print(f"Evaluate it again:\n  {next_command(cfg, args)}", flush=True)
+            print(f"  {name:<12} {shown(path)}")
+    if command:
+        print(f"Evaluate it again:\n  {command}", flush=True)
     else:
         print("Nothing was evaluated: give a second --dataset to test on.", flush=True)
 
 
-def ap_table(results: dict[str, Any]) -> str:
+def ap_table(results: Mapping[str, Any]) -> str:
     """The box AP of an evaluation, one row a figure: all classes first, then each class.
 
     Args:
@@ -70,9 +75,9 @@ def ap_table(results: dict[str, Any]) -> str:
     sets = {"": results} if "bbox" in results else results
     lines = []
     for name, result in sets.items():
-        lines += [f"  {name}"] if name else []
+        lines += [f"  {shown(name)}"] if name else []
         rows = [
-            f"  {metric:<14}{value:6.1f}"
+            f"  {shown(metric, 60):<14}{value:6.1f}"
             for metric, value in result.get("bbox", {}).items()
             if not math.isnan(value)  # COCO's area classes may hold no object
         ]
@@ -80,17 +85,20 @@ def ap_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def next_command(cfg: CfgNode, args: argparse.Namespace) -> str:
-    """The command that evaluates the final checkpoint: its config.yaml holds every KEY VALUE."""
-    program = train_program()
+def next_command(program: str, folder: str | Path, datasets: Iterable[CocoDataset]) -> str:
+    """The command that evaluates the final checkpoint: its config.yaml holds every KEY VALUE.
+
+    Args:
+        program: what the user runs to train.
+        folder: OUTPUT_DIR of a training by a YAML config.
+        datasets: the test sets that the command line registered.
+    """
     # An installed command starts its own Python.
     words = [_python(), program] if program.endswith(".py") else [program]
-    words += ["--config-file", os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "--eval-only"]
-    for text in args.dataset:
-        if text.partition("=")[0] in cfg.DATASETS.TEST:
-            words += ["--dataset", text]
-    words += ["MODEL.WEIGHTS", os.path.join(cfg.OUTPUT_DIR, "model_final.pth")]
-    return shlex.join(words)
+    words += ["--config-file", os.path.join(folder, CONFIG), "--eval-only"]
+    for data in datasets:
+        words += ["--dataset", f"{data.name}={data.json_file},{data.image_root}"]
+    return shlex.join([*words, "MODEL.WEIGHTS", os.path.join(folder, FINAL_CHECKPOINT)])
 
 
 def _python() -> str:
@@ -103,7 +111,8 @@ def _try(draw: Callable[[], None], what: str) -> None:
     try:
         draw()
     except Exception as error:  # whatever it is, the training is done and its result counts
-        logger.warning("the picture of the %s could not be drawn: %r", what, error)
+        text = f"{type(error).__name__}: {reason(error)}"
+        logger.warning("the picture of the %s could not be drawn (%s)", what, text)
 
 
 def _duration(seconds: float) -> str:

@@ -1,12 +1,8 @@
 """The trainer: Detectron2's, with evaluators, global clipping and several processes on CPUs."""
 
 import contextlib
-import json
 import logging
-import math
-import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +20,15 @@ from ghm_d2.data.loader import build_train_loader
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.engine.agreement import of_main_process
 from ghm_d2.engine.clipping import build_clipping_optimizer
-from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
+from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator, costs_recorded
 from ghm_d2.engine.finite import FiniteCheck, FiniteWeights, WithoutTracebacks
 from ghm_d2.engine.preemption import StopOnSigterm
 from ghm_d2.engine.process_states import ProcessStates
 from ghm_d2.errors import UserError
 from ghm_d2.randomness import preserved
+from ghm_d2.run_folder import RunFolder
 
-__all__ = ["EVALUATOR_TYPES", "GHMTrainer", "inference_folder"]
+__all__ = ["EVALUATOR_TYPES", "GHMTrainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +62,6 @@ def _restricted_checkpointer() -> Iterator[None]:
         yield
     finally:
         defaults.DetectionCheckpointer = DetectionCheckpointer
-
-
-def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
-    """OUTPUT_DIR/inference, and in it a folder for each data set where there are several."""
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
 
 
 class GHMTrainer(DefaultTrainer):
@@ -143,26 +134,23 @@ class GHMTrainer(DefaultTrainer):
         The file maps "TASK/FIGURE", after "NAME/" where there are several data sets, to a number,
         or to null where there is none.
         """
-        with preserved():  # a run that is resumed behind an evaluation does not repeat it
+        # A run that is resumed behind an evaluation does not repeat it.
+        with preserved(), costs_recorded(model):
             results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and results:
-            figures = flatten_results_dict(results).items()
-            plain = {k: v if math.isfinite(v) else None for k, v in figures}
-            file = Path(cfg.OUTPUT_DIR, "inference", "results.json")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(plain, indent=1) + "\n")
+            RunFolder(cfg.OUTPUT_DIR).write_results(flatten_results_dict(results))
         return results
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """The evaluator for the metadata's `evaluator_type`, one of `EVALUATOR_TYPES`.
 
-        Its files go to :func:`inference_folder`.
+        Its files go to :meth:`~ghm_d2.run_folder.RunFolder.inference`.
 
         Raises:
             UserError: the data set is not one of boxes that these evaluators know.
         """
-        folder = inference_folder(cfg, dataset_name)
+        folder = str(RunFolder(cfg.OUTPUT_DIR).inference(dataset_name, cfg.DATASETS.TEST))
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "coco":
             # A cached conversion would outlive a change of the data.

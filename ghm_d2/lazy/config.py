@@ -1,6 +1,5 @@
 """Python configs: loading, KEY=VALUE overrides, and where each kind of mistake is named."""
 
-import difflib
 import os
 import traceback
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, similar_names
 
 __all__ = ["load_config"]
 
@@ -118,7 +117,4 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _similar(cfg: DictConfig, key: str) -> str:
-    known = list(_keys(cfg))
-    same_end = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    found = difflib.get_close_matches(key, known, n=3) or same_end[:3]
-    return f" (similar: {', '.join(found)})" if found else ""
+    return similar_names(key, _keys(cfg), separator=".")

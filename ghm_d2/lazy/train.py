@@ -28,6 +28,7 @@ from ghm_d2.engine.run import load_trained_weights
 from ghm_d2.engine.submission import report_submissions
 from ghm_d2.engine.summary import ap_table
 from ghm_d2.errors import UserError
+from ghm_d2.run_folder import RunFolder
 
 from .plan import stock_view, test_sets
 
@@ -150,7 +151,7 @@ def _summarize(output: Path, results: dict[str, Any], seconds: float) -> None:
     if results:
         print(ap_table(results))
     curves = output / "pictures" / "training.png"
-    plot_training(output / "metrics.json", curves)
+    plot_training(RunFolder(output).metrics, curves)
     for name, path in (
         ("checkpoint", output / "model_final.pth"),
         ("metrics", output / "metrics.json"),

@@ -1,7 +1,7 @@
 """Configs and trained models by name, with Detectron2's model zoo functions.
 
 Trained weights come from the zoo that the environment variable ``GHM_D2_ZOO`` names: a folder that
-``tools/export_to_model_zoo.py`` has filled, or the http(s) address of one. Importing this package
+``ghm-d2 export-zoo`` has filled, or the http(s) address of one. Importing this package
 makes Detectron2's ``PathManager`` check every download from that address.
 """
 

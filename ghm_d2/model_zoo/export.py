@@ -1,24 +1,36 @@
 """Puts a finished training into a zoo, as Detectron2's model zoo has it."""
 
+import copy
 import hashlib
 import logging
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from torch import Tensor
 
-from ghm_d2.errors import UserError
+from ghm_d2.checkpoint.files import write_checkpoint
+from ghm_d2.checkpoint.origin import ORIGIN
+from ghm_d2.errors import UserError, cannot
+from ghm_d2.files import write_text
 from ghm_d2.model_zoo.finished_run import FinishedRun, read_finished_run
 from ghm_d2.model_zoo.index import NAME, read_index, write_index
 from ghm_d2.model_zoo.model_zoo import configs_folder
-from ghm_d2.model_zoo.stock import build_stock_model, stock_config, stock_obstacle, stock_weights
+from ghm_d2.model_zoo.stock import (
+    build_stock_model,
+    stock_config,
+    stock_obstacle,
+    stock_weights,
+    without_statistics,
+)
 from ghm_d2.model_zoo.zoo import sha256_of
+from ghm_d2.run_folder import METRICS
+from ghm_d2.run_parts import Record
 
 __all__ = ["export_run", "write_weights"]
 
@@ -72,12 +84,12 @@ def export_run(
         index["models"].append({"name": name, "id": model_id, **files, **_figures(finished)})
         write_index(index_file, index)
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be written ({error.strerror}).") from error
+        raise cannot("written", error.filename, error) from error
     return target
 
 
 def _config_name(run: FinishedRun) -> str:
-    file = run.record.get("config_file")
+    file = run.record.config_file
     if not file:
         raise UserError(f"{run.folder} does not say which config it was trained with: give --name.")
     path, root = Path(file).resolve().with_suffix(""), configs_folder().resolve()
@@ -85,41 +97,65 @@ def _config_name(run: FinishedRun) -> str:
 
 
 def _write_files(run: FinishedRun, folder: Path) -> dict[str, Any]:
-    """Write the four files; return what the index says of them."""
+    """Write the weights, the metrics and the configs; return what the index says of them."""
     folder.mkdir()
+    weights, config, stock = _for_stock(run) if run.cfg else _of_python_config(run)
+    file = write_weights(weights, folder, run.origin)
+    write_text(folder / "config.yaml", config)
+    shutil.copyfile(run.folder / METRICS, folder / METRICS)
+    if stock is not None:
+        stock.MODEL.WEIGHTS = file.name
+        write_text(folder / "config_stock.yaml", _STOCK_HEADER + stock.dump())
+    return {
+        "weights": file.name,
+        "md5": _md5(file),
+        "sha256": sha256_of(file),
+        "config_sha256": sha256_of(folder / "config.yaml"),
+        "stock": stock is not None,
+        "python": run.cfg is None,
+    }
+
+
+def _for_stock(run: FinishedRun) -> tuple[dict[str, Tensor], str, CfgNode | None]:
+    """Weights, config, and the config for stock Detectron2 where it has all that is needed."""
     full = run.cfg.clone()
     # Of the machine that trained, not of the model.
     full.OUTPUT_DIR, full.MODEL.DEVICE = get_cfg().OUTPUT_DIR, get_cfg().MODEL.DEVICE
     stock = stock_config(full)
     model = build_stock_model(stock, full.MODEL.GHM)
-    weights = write_weights(stock_weights(run.weights, model), folder)
-    (folder / "config.yaml").write_text(full.dump())
-    shutil.copyfile(run.folder / "metrics.json", folder / "metrics.json")
-    if obstacle := stock_obstacle(full, model):
+    obstacle = stock_obstacle(full, model)
+    if obstacle:
         logger.warning("no config for stock Detectron2 is written: it lacks %s", obstacle)
-    else:
-        stock.MODEL.WEIGHTS = weights.name
-        (folder / "config_stock.yaml").write_text(_STOCK_HEADER + stock.dump())
-    return {
-        "weights": weights.name,
-        "md5": _md5(weights),
-        "sha256": sha256_of(weights),
-        "config_sha256": sha256_of(folder / "config.yaml"),
-        "stock": obstacle is None,
-    }
+    return stock_weights(run.weights, model), full.dump(), None if obstacle else stock
 
 
-def write_weights(weights: Mapping[str, Tensor], folder: Path) -> Path:
+def _of_python_config(run: FinishedRun) -> tuple[dict[str, Tensor], str, None]:
+    """The model is not built: its config may call anything."""
+    logger.warning("no config for stock Detectron2 is written: the training's is a Python config")
+    tree = copy.deepcopy(run.settings.tree)
+    if isinstance(train := tree.get("train"), dict):
+        train.update({"output_dir": "./output", "device": "cuda", "init_checkpoint": ""})
+    return without_statistics(run.weights), yaml.safe_dump(tree, sort_keys=False), None
+
+
+def write_weights(
+    weights: Mapping[str, Tensor], folder: Path, origin: Record | None = None
+) -> Path:
     """Write ``model_final_<first 6 of md5>.pkl`` in the format of Detectron2's model zoo.
+
+    Args:
+        weights: name to tensor.
+        folder: to write to.
+        origin: of the weights; the names of the classes travel with them.
 
     Returns:
         The file.
     """
     file = folder / "model_final.pkl"
-    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-    data = pickle.dumps({"model": arrays, "__author__": "ghm_d2"}, protocol=3)
-    # NumPy 1 does not know this name, NumPy 2 knows both. It stands once, before the first array.
-    file.write_bytes(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1))
+    content: dict[str, Any] = {"model": dict(weights), "__author__": "ghm_d2"}
+    if origin is not None and origin.classes:
+        content[ORIGIN] = {"classes": list(origin.classes), "data": dict(origin.data)}
+    write_checkpoint(str(file), content)
     return file.rename(folder / f"model_final_{_md5(file)[:6]}.pkl")
 
 
@@ -128,15 +164,18 @@ def _md5(file: Path) -> str:
 
 
 def _figures(run: FinishedRun) -> dict[str, Any]:
-    cfg: CfgNode = run.cfg
+    record, settings = run.record, run.settings
     return {
-        "train_data": list(cfg.DATASETS.TRAIN),
-        "classes": run.record.get("classes", []),
-        "iterations": cfg.SOLVER.MAX_ITER,
-        "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+        "train_data": list(settings.train),
+        "classes": list(run.origin.classes or record.classes),
+        "iterations": settings.iterations,
+        "images_per_batch": settings.images_per_batch,
         "seconds_per_iteration": run.seconds_per_iteration,
         "seconds_per_image": run.seconds_per_image,
         "memory_mib": run.memory_mib,
         "box_ap": run.box_ap,
-        **{key: run.record.get(key) for key in ("date", "hardware", "versions", "commit")},
+        "date": record.date,
+        "hardware": record.hardware,
+        "versions": dict(record.versions) or None,
+        "commit": record.commit,
     }

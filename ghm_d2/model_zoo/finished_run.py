@@ -1,44 +1,36 @@
-"""Reads what a finished training has left in its OUTPUT_DIR, and refuses what is not finished."""
+"""What a finished training has left in its OUTPUT_DIR; what is not finished is refused."""
 
-import json
 import logging
 import math
-import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from torch import Tensor
 
+from ghm_d2.checkpoint import load_file
+from ghm_d2.checkpoint.origin import read_origin
 from ghm_d2.config import add_ghm_config
-from ghm_d2.engine.record import RECORD_FILE
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
+from ghm_d2.run_folder import FINAL_CHECKPOINT, MEMORY_MIB, RECORD, SECONDS_PER_IMAGE, RunFolder
+from ghm_d2.run_parts import Record, Settings
 
 __all__ = ["FinishedRun", "read_finished_run"]
 
 logger = logging.getLogger(__name__)
 
-# Lines of Detectron2's log that its own scripts parse.
-_PROCESS_START = "Rank of current process: 0"
-_TRAINING_START = "Starting training from iteration"
-_INFERENCE = re.compile(r"Total inference pure compute time: .*\(([\d.]+) s / iter per device")
-_MEMORY = re.compile(r"max_mem: (\d+)M")
-
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A training that ran to SOLVER.MAX_ITER and was evaluated there.
+    """A training that ran to its last iteration and was evaluated there.
 
     Attributes:
         folder: its OUTPUT_DIR.
-        cfg: the config it was trained with.
+        settings: of its config.
+        cfg: the config itself; None where a Python config was trained with.
         weights: name to tensor, of the model alone.
         record: what the training wrote into training.json; empty where there is none.
+        origin: what the checkpoint says of the classes and the data.
         box_ap: data set to box AP in percent, None where nothing was detected.
         seconds_per_iteration: median over the run; None for a run too short to be timed.
         seconds_per_image: of the network and its post-processing, in the last evaluation.
@@ -46,146 +38,108 @@ class FinishedRun:
     """
 
     folder: Path
-    cfg: CfgNode
+    settings: Settings
+    cfg: CfgNode | None
     weights: dict[str, Tensor]
-    record: dict[str, Any]
+    record: Record
+    origin: Record
     box_ap: dict[str, float | None]
     seconds_per_iteration: float | None
     seconds_per_image: float | None
-    memory_mib: int | None
+    memory_mib: float | None
 
 
 def read_finished_run(folder: str | Path) -> FinishedRun:
     """Read an OUTPUT_DIR.
 
     Raises:
-        UserError: the training has not reached SOLVER.MAX_ITER, has no evaluation of its final
+        UserError: the training has not reached its last iteration, has no evaluation of its final
             weights, or one of its files is missing or damaged.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    run = RunFolder(folder)
+    if not run.folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the OUTPUT_DIR of a finished training.")
-    record = _read_record(folder)
-    cfg = _read_config(folder, record)
-    rows = _last_training(_read_metrics(folder))
-    done, wanted = _iterations(rows), cfg.SOLVER.MAX_ITER
+    if (run.folder / RECORD).exists():
+        record = run.record
+    else:
+        record = Record()
+        logger.warning("%s has no %s: hardware, versions and commit stay unknown", folder, RECORD)
+    settings = run.settings
+    done, wanted = run.iterations_done(), settings.iterations
+    if wanted is None:
+        raise UserError(f"the config of {folder} does not say for how many iterations to train.")
     if done < wanted:
         raise UserError(
             f"{folder} is not finished, it has done {done} of {wanted} iterations: go on with "
-            "train_net.py --resume."
+            "--resume."
         )
-    box_ap = _box_ap(rows, cfg)
+    box_ap = _box_ap(run, settings.test, wanted)
     if not box_ap:
         raise UserError(
-            f"{folder} holds no evaluation of its final weights: train with a DATASETS.TEST that "
-            "has annotations."
+            f"{folder} holds no evaluation of its final weights: train with test data that has "
+            "annotations."
         )
-    log = _training_log(folder)
-    times = [row["time"] for row in rows if "time" in row]
-    images, memory = _INFERENCE.findall(log), _MEMORY.findall(log)
+    seconds_per_image = run.last(SECONDS_PER_IMAGE, wanted)
+    if seconds_per_image is None:
+        logger.warning("%s does not tell the time per image: it stays unknown", folder)
+    for note in run.notes:
+        logger.warning("%s: %s", folder, note)
+    weights, origin = _read_weights(run.folder / FINAL_CHECKPOINT, wanted)
     return FinishedRun(
-        folder=folder,
-        cfg=cfg,
-        weights=_read_weights(folder / "model_final.pth", wanted),
+        folder=run.folder,
+        settings=settings,
+        cfg=None if settings.python else _config(run),
+        weights=weights,
         record=record,
+        origin=origin,
         box_ap=box_ap,
-        seconds_per_iteration=median(times) if times else None,
-        seconds_per_image=float(images[-1]) if images else None,
-        memory_mib=int(memory[-1]) if memory else None,
+        seconds_per_iteration=run.seconds_per_iteration(),
+        seconds_per_image=seconds_per_image,
+        memory_mib=run.last(MEMORY_MIB, wanted),
     )
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(
-            f"{file} cannot be read ({reason}): {file.parent} is not the OUTPUT_DIR of a finished "
-            "training."
-        ) from error
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    file = folder / RECORD_FILE
-    if not file.exists():
-        logger.warning("%s does not exist: hardware, versions and commit stay unknown", file)
-        return {}
-    try:
-        return json.loads(_text(file))
-    except ValueError as error:
-        raise UserError(f"{file} is not a complete JSON file ({error}).") from error
-
-
-def _read_config(folder: Path, record: dict[str, Any]) -> CfgNode:
-    # config.yaml is that of the last command in this folder, which may have been an evaluation.
-    text = record["config"] if record else _text(folder / "config.yaml")
+def _config(run: RunFolder) -> CfgNode:
     cfg = get_cfg()
     add_ghm_config(cfg)
     try:
-        cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(text)))
-    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the config of {folder} is not one of this version ({reason}).") from error
+        cfg.merge_from_other_cfg(CfgNode(run.settings.tree))
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the config of {run.folder} is not one of this version ({reason(error)})."
+        ) from error
     return cfg
 
 
-def _read_metrics(folder: Path) -> list[dict[str, Any]]:
-    rows, damaged = [], 0
-    for line in _text(folder / "metrics.json").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the training was stopped while writing it
-            damaged += 1
-    if damaged:
-        logger.warning("%s: %d damaged lines left out", folder / "metrics.json", damaged)
-    return rows
-
-
-def _last_training(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows since the iterations last jumped back: a folder may have been trained into twice."""
-    starts = [i for i in range(1, len(rows)) if rows[i]["iteration"] < rows[i - 1]["iteration"]]
-    return rows[starts[-1] :] if starts else rows
-
-
-def _iterations(rows: list[dict[str, Any]]) -> int:
-    return max((row["iteration"] + 1 for row in rows if "total_loss" in row), default=0)
-
-
-def _box_ap(rows: list[dict[str, Any]], cfg: CfgNode) -> dict[str, float | None]:
+def _box_ap(run: RunFolder, names: tuple[str, ...], iterations: int) -> dict[str, float | None]:
     """Box AP of each test set after the last iteration."""
-    names = cfg.DATASETS.TEST
     keys = {name: f"{name}/bbox/AP" if len(names) > 1 else "bbox/AP" for name in names}
-    final = [row for row in rows if row["iteration"] >= cfg.SOLVER.MAX_ITER]
-    found = {n: row[key] for row in final for n, key in keys.items() if key in row}
-    return {name: None if math.isnan(ap) else round(ap, 2) for name, ap in found.items()}
+    found = {name: run.last(key, iterations) for name, key in keys.items()}
+    return {
+        name: round(ap, 2) if math.isfinite(ap) else None
+        for name, ap in found.items()
+        if ap is not None
+    }
 
 
-def _training_log(folder: Path) -> str:
-    """The log of the last process that trained; other commands may have written after it."""
-    file = folder / "log.txt"
-    if not file.exists():
-        logger.warning("%s does not exist: time per image and memory stay unknown", file)
-        return ""
-    parts = _text(file).split(_PROCESS_START)
-    return next((part for part in reversed(parts) if _TRAINING_START in part), "")
-
-
-def _read_weights(file: Path, iterations: int) -> dict[str, Tensor]:
+def _read_weights(file: Path, iterations: int) -> tuple[dict[str, Tensor], Record]:
     if not file.exists():
         raise UserError(
-            f"{file} does not exist: the training is not finished, go on with train_net.py "
-            "--resume."
+            f"{file} does not exist: the training is not finished, go on with --resume."
         )
+    checkpoint = load_file(file)
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        weights, done = checkpoint["model"], checkpoint["iteration"] + 1
-    except (EOFError, KeyError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split()[:20])
-        raise UserError(f"{file} is not a checkpoint of a training ({reason}).") from error
+        weights, done = dict(checkpoint["model"]), int(checkpoint["iteration"]) + 1
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is not a checkpoint of a training ({reason(error)}).") from error
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{file} holds {name} ({type(value).__name__}) among the tensors of the model."
+            )
     if done < iterations:
         raise UserError(
             f"{file} is of iteration {done} and not of the last one, {iterations}: the training "
             "that it belongs to was another one."
         )
-    return weights
+    return weights, read_origin(checkpoint)

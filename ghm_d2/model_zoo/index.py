@@ -4,13 +4,12 @@
 what others have published. A model lies in ``<name>/<id>/`` of its zoo, beside its configs.
 """
 
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, shown
+from ghm_d2.files import read_json, write_json
 
 __all__ = [
     "NAME",
@@ -42,13 +41,7 @@ def read_index(file: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read or is no index.
     """
-    try:
-        with open(file, encoding="utf-8") as stream:
-            index = json.load(stream)
-    except OSError as error:
-        raise UserError(f"the model zoo index {file} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"the model zoo index {file} is not valid JSON ({error}).") from error
+    index = read_json(file)
     models = index.get("models") if isinstance(index, dict) else None
     if not isinstance(models, list) or not all(isinstance(entry, dict) for entry in models):
         raise UserError(f'{file} is not a model zoo index: it has no list "models".')
@@ -57,7 +50,7 @@ def read_index(file: str | Path) -> dict[str, Any]:
             if not re.fullmatch(form, str(entry.get(field))):
                 raise UserError(
                     f"{file} is not a valid model zoo index: the {field} of a model is "
-                    f"{entry.get(field)!r}."
+                    f"{shown(repr(entry.get(field)))}."
                 )
         if type(entry.get("id")) is not int or entry["id"] < 1:
             raise UserError(f"{file}: the id of {entry['name']} is {entry.get('id')!r}.")
@@ -65,12 +58,12 @@ def read_index(file: str | Path) -> dict[str, Any]:
 
 
 def write_index(file: str | Path, index: dict[str, Any]) -> None:
-    """Replace ``file`` by ``index``, at once."""
-    new = f"{file}.new"
-    with open(new, "w", encoding="utf-8") as stream:
-        json.dump(index, stream, indent=2, allow_nan=False)
-        stream.write("\n")
-    os.replace(new, file)
+    """Replace ``file`` by ``index``, at once.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_json(file, index, indent=2)
 
 
 def newest(models: list[dict[str, Any]], name: str) -> dict[str, Any] | None:

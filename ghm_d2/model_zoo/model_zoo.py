@@ -1,6 +1,5 @@
 """get, get_config, get_config_file, get_checkpoint_url: Detectron2's, for this project's models."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.config import add_ghm_config
+from ghm_d2.errors import similar_names
 from ghm_d2.model_zoo.index import (
     PACKAGED_INDEX,
     config_file,
@@ -90,6 +90,12 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
         cfg.merge_from_file(get_config_file(config_path), allow_unsafe=False)
         return cfg
     url = get_checkpoint_url(config_path)
+    if _in_zoo(config_path)[1].get("python"):
+        raise ZooError(
+            f"{config_path} was trained with a Python config, which can call anything and is not "
+            "run here: build the model with Detectron2's LazyConfig, from get_config_file, and "
+            "load the weights from get_checkpoint_url."
+        )
     cfg.merge_from_file(_trained_config(*_in_zoo(config_path)), allow_unsafe=False)
     cfg.MODEL.WEIGHTS = url
     return cfg
@@ -153,5 +159,4 @@ def similar_configs(config_path: str) -> str:
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.yaml")]
     if zoo := zoo_location():
         names += [f"{entry['name']}.yaml" for entry in read_zoo(zoo)["models"]]
-    found = difflib.get_close_matches(config_path, sorted(set(names) - {config_path}), n=3)
-    return f" (similar: {', '.join(found)})" if found else ""
+    return similar_names(config_path, names)

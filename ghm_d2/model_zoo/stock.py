@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from ghm_d2.errors import UserError
 
-__all__ = ["build_stock_model", "stock_config", "stock_obstacle", "stock_weights"]
+__all__ = [
+    "build_stock_model",
+    "stock_config",
+    "stock_obstacle",
+    "stock_weights",
+    "without_statistics",
+]
 
 _OURS = "ghm_d2."
 
@@ -79,13 +85,18 @@ def stock_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
         UserError: the two do not fit each other.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in weights.items() if ".ghm_" not in f".{name}"}
+    found = {name: tensor.shape for name, tensor in without_statistics(weights).items()}
     if wrong := sorted(dict(shapes.items() ^ found.items())):
         raise UserError(
             f"the weights do not fit the config of the run: {wrong[0]} is missing, not expected or "
             f"of another shape ({len(wrong)} such parameters)."
         )
     return {name: weights[name] for name in shapes}
+
+
+def without_statistics(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the running counts of the GHM losses."""
+    return {name: tensor for name, tensor in weights.items() if ".ghm_" not in f".{name}"}
 
 
 def build_stock_model(stock: CfgNode, ghm: CfgNode) -> nn.Module:

@@ -1,17 +1,20 @@
 """MODEL_ZOO.md, made from the index."""
 
+from pathlib import Path
 from typing import Any
 
 from ghm_d2.errors import UserError
+from ghm_d2.files import write_text
 from ghm_d2.markdown import markdown_table
-from ghm_d2.model_zoo.index import weights_file
+from ghm_d2.model_zoo import index as packaged
+from ghm_d2.model_zoo.index import read_index, weights_file, write_index
 
-__all__ = ["add_models", "model_zoo_page"]
+__all__ = ["add_models", "model_zoo_page", "write_page"]
 
 _PAGE = """\
 # Model zoo
 
-<!-- Made by `python tools/make_model_zoo.py` from ghm_d2/model_zoo/index.json: do not edit. -->
+<!-- Made by `ghm-d2 export-zoo --page MODEL_ZOO.md` from its index: do not edit. -->
 
 ## Trained with this code
 
@@ -21,7 +24,7 @@ Times, memory and AP are the training's own records: s/iter is the median over t
 is the network with its post-processing, one image at a time; memory is what PyTorch held on the
 first GPU (not recorded on a CPU). AP is box AP in percent on the named data.
 
-`tools/export_to_model_zoo.py --run OUTPUT_DIR --zoo FOLDER` writes each model as
+`ghm-d2 export-zoo --run OUTPUT_DIR --zoo FOLDER` writes each model as
 `<config>/<id>/model_final_<first 6 of md5>.pkl`, with the config it was trained with, one for stock
 Detectron2 (no GHM in it), and its metrics. With `GHM_D2_ZOO` set to such a folder, or to the
 http(s) address it is served from:
@@ -60,6 +63,28 @@ def model_zoo_page(index: dict[str, Any]) -> str:
         publishers=", ".join(sorted({model["publisher"] for model in published})),
         published=_table(map(_published_row, published)),
     )
+
+
+def write_page(file: Path, zoo: Path | None = None) -> tuple[int, int]:
+    """Write MODEL_ZOO.md, and the package's index where models are added to it.
+
+    Args:
+        file: the page.
+        zoo: a folder whose models are taken over first.
+
+    Returns:
+        How many models the index has, and how many of them are new.
+
+    Raises:
+        UserError: an index is damaged, or a file cannot be written.
+    """
+    index = read_index(packaged.PACKAGED_INDEX)
+    added = 0
+    if zoo is not None:
+        added = add_models(index, read_index(zoo / "index.json")["models"])
+        write_index(packaged.PACKAGED_INDEX, index)
+    write_text(file, model_zoo_page(index))
+    return len(index["models"]), added
 
 
 def add_models(index: dict[str, Any], models: list[dict[str, Any]]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import HTTPURLHandler
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 from ghm_d2.model_zoo.index import PACKAGED_INDEX, checksums, read_index
 
 __all__ = ["ZooError", "ZOO_VARIABLE", "fetch", "read_zoo", "register_zoo", "zoo_location"]
@@ -54,7 +54,7 @@ def read_zoo(zoo: str) -> dict[str, Any]:
         try:
             file = HTTPURLHandler()._get_local_path(f"{zoo}/index.json", cache_dir=folder)
         except (OSError, HTTPException) as error:
-            raise ZooError(f"{zoo}/index.json cannot be fetched ({error}).") from error
+            raise ZooError(f"{zoo}/index.json cannot be fetched ({reason(error)}).") from error
         return read_index(file)
 
 
@@ -77,7 +77,7 @@ def fetch(zoo: str, file: str, sha256: str) -> str:
         found = sha256_of(path)
     except OSError as error:
         raise ZooError(
-            f"{path}, which the index lists, cannot be read ({error.strerror})."
+            f"{path}, which the index lists, cannot be read ({reason(error)})."
         ) from error
     if found != sha256:
         raise ZooError(_mismatch(path, found, sha256))

@@ -1,6 +1,5 @@
 """Any torchvision classification network as the backbone of an FPN."""
 
-import difflib
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from ..errors import UserError
+from ..errors import UserError, similar_names
 
 __all__ = [
     "TorchvisionBackbone",
@@ -52,7 +51,9 @@ class TorchvisionBackbone(Backbone):
         super().__init__()
         known = models.list_models(module=models)
         if name not in known:
-            raise ValueError(f"name must be one of torchvision's{_similar(name, known)}")
+            raise ValueError(
+                f"name must be one of torchvision's, got {name!r}{similar_names(name, known)}"
+            )
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
         network = models.get_model(name, weights=None)
@@ -63,7 +64,10 @@ class TorchvisionBackbone(Backbone):
             *([("freeze_at", freeze_at)] if freeze_at else []),
         ]:
             if node not in modules:
-                raise ValueError(f"{argument} must be nodes of {name}{_similar(node, modules)}")
+                raise ValueError(
+                    f"{argument} must be nodes of {name}, got {node!r}"
+                    f"{similar_names(node, modules)}"
+                )
         if freeze_at:
             # What is needed up to that node, and nothing else; it shares the network's parameters.
             for parameter in _extractor(network, [freeze_at]).parameters():
@@ -119,11 +123,6 @@ def _measure(body: nn.Module, name: str) -> tuple[dict[str, int], dict[str, int]
     if any(b != 2 * a for a, b in zip(steps, steps[1:], strict=False)):
         raise ValueError(f"out_features must double the stride from one to the next, got {strides}")
     return channels, strides
-
-
-def _similar(name: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=3)
-    return f", got {name!r}" + (f" (similar: {', '.join(dict.fromkeys(found))})" if found else "")
 
 
 def _bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> TorchvisionBackbone:

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ghm_d2.errors import shown
 from ghm_d2.report.evaluation import Evaluation
 
 __all__ = ["draw_curves", "draw_gradients", "draw_precision"]
@@ -65,8 +66,8 @@ def draw_curves(metrics: Rows) -> list[tuple[str, str]]:
         "Learning rate": [n for n in names if n == "lr"],
     }
     found = []
-    for title, shown in charts.items():
-        series = {name: _points(metrics, name) for name in shown}
+    for title, drawn in charts.items():
+        series = {name: _points(metrics, name) for name in drawn}
         series = {name: points for name, points in series.items() if points}
         if series:
             found.append((title, _curve_chart(series, logarithmic="plain" in title.lower())))
@@ -74,8 +75,7 @@ def draw_curves(metrics: Rows) -> list[tuple[str, str]]:
 
 
 def _points(rows: Rows, name: str) -> list[tuple[int, float]]:
-    values = [(i, row.get(name)) for i, row in rows.items()]
-    return [(i, v) for i, v in values if isinstance(v, int | float) and np.isfinite(v)]
+    return [(i, row[name]) for i, row in rows.items() if name in row and np.isfinite(row[name])]
 
 
 def _curve_chart(series: Mapping[str, list[tuple[int, float]]], logarithmic: bool) -> str:
@@ -84,7 +84,7 @@ def _curve_chart(series: Mapping[str, list[tuple[int, float]]], logarithmic: boo
         for k, (name, points) in enumerate(series.items()):
             axes.plot(
                 *zip(*points, strict=True),
-                label=name,
+                label=shown(name, 60),
                 color=_COLOURS[k % len(_COLOURS)],
                 linestyle=_LINES[k % len(_LINES)],
                 marker=_MARKERS[k % len(_MARKERS)] if len(points) < 40 else "",
@@ -143,8 +143,8 @@ def _heat_map(iterations: Sequence[int], values: np.ndarray, label: str) -> str:
     mesh = axes.pcolormesh(columns, regions, values, cmap="cividis", rasterized=True)
     figure.colorbar(mesh, ax=axes, label=label)
     step = -(-len(iterations) // 6)
-    shown = range(0, len(iterations), step)
-    axes.set_xticks([k + 0.5 for k in shown], [str(iterations[k]) for k in shown])
+    labelled = range(0, len(iterations), step)
+    axes.set_xticks([k + 0.5 for k in labelled], [str(iterations[k]) for k in labelled])
     axes.set(xlabel="iteration", ylabel="gradient norm g", ylim=(0, 1))
     return _uri(figure)
 
@@ -189,5 +189,6 @@ def draw_precision(result: Evaluation, most: int = 12) -> list[tuple[str, str]]:
                 )
             axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
             axes.legend(frameon=False, fontsize=8)
-            charts.append((f"{result.classes[k]} ({result.objects[k]} objects)", _uri(figure)))
+            name = shown(result.classes[k], 60)
+            charts.append((f"{name} ({result.objects[k]} objects)", _uri(figure)))
     return charts

@@ -11,6 +11,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ghm_d2.errors import UserError, cannot, reason
 from ghm_d2.report.run_files import TestSet
 
 __all__ = ["Evaluation", "ImageScore", "evaluate"]
@@ -75,24 +76,33 @@ def evaluate(data: TestSet) -> Evaluation:
     over the whole data set.
 
     Raises:
-        ValueError: the files do not belong together, one is damaged, or nothing was detected.
-        OSError: one cannot be read.
+        UserError: the files do not belong together, one is damaged or cannot be read, or nothing
+            was detected.
     """
-    if data.predictions.read_bytes().strip() == b"[]":  # not every pycocotools reads this
-        raise ValueError(f"the last evaluation of {data.name} detected nothing")
     try:
+        # Not every pycocotools reads an empty list.
+        if data.predictions.read_bytes().strip() == b"[]":
+            raise UserError(f"the last evaluation of {data.name} detected nothing.")
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(str(data.annotations))
-            predictions = truth.loadRes(str(data.predictions))
-            result = COCOeval(truth, predictions, "bbox")
-            result.evaluate()
-            result.accumulate()
-    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
-        # pycocotools asserts that every predicted image is among those of the annotations.
-        raise ValueError(
+            return _evaluate(data)
+    except UserError:
+        raise
+    except OSError as error:
+        raise cannot("read", error.filename or data.annotations, error) from error
+    except Exception as error:  # pycocotools takes its files to be right, and fails in any way
+        raise UserError(
             f"{data.predictions} does not belong to {data.annotations}, or one of them is damaged "
-            f"({type(error).__name__}: {' '.join(str(error).split())})"
+            f"({type(error).__name__}: {reason(error)})."
         ) from error
+
+
+def _evaluate(data: TestSet) -> Evaluation:
+    truth = COCO(str(data.annotations))
+    # It asserts that every predicted image is among those of the annotations.
+    predictions = truth.loadRes(str(data.predictions))
+    result = COCOeval(truth, predictions, "bbox")
+    result.evaluate()
+    result.accumulate()
     ids = sorted(truth.getCatIds())
     precision = result.eval["precision"][:, :, :, 0, -1]
     precision = np.where(precision > -1, precision, np.nan)
@@ -108,7 +118,7 @@ def evaluate(data: TestSet) -> Evaluation:
     images = [i for i in images if i.found + i.false + i.missed]
     return Evaluation(
         data.name,
-        [truth.cats[k]["name"] for k in ids],
+        [str(truth.cats[k]["name"]) for k in ids],
         np.array(objects),
         result.params.iouThrs,
         100 * precision.mean(1),

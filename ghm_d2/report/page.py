@@ -1,5 +1,6 @@
 """From the files of a training to the page."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from tqdm import tqdm
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, shown
+from ghm_d2.files import write_text
 from ghm_d2.report.charts import draw_curves, draw_gradients, draw_precision
 from ghm_d2.report.evaluation import Evaluation, evaluate
 from ghm_d2.report.examples import best_and_worst
@@ -19,6 +21,7 @@ from ghm_d2.report.settings import differences
 __all__ = ["write_report"]
 
 _HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_LONGEST_LINE = 2000
 
 
 def write_report(
@@ -45,9 +48,10 @@ def write_report(
     steps = tqdm(total=2 + len(run.test_sets), desc="report", unit="part", delay=2)
     context = {
         "title": folder.resolve().name,
+        "python": run.settings.python,
         "summary": _summary(run),
         "headline": _headline(run),
-        "differences": differences(run.settings) if run.settings else [],
+        "differences": [] if run.settings.python else differences(run.settings.tree),
         "config": run.config,
         "curves": draw_curves(run.metrics),
         "environment": _environment(run),
@@ -58,11 +62,9 @@ def write_report(
     context["evaluations"] = []
     for data in run.test_sets:
         try:
-            result = evaluate(data)
-        except (OSError, ValueError) as error:
-            run.missing.append(f"AP by class, images: {error}")
-        else:
-            context["evaluations"].append(_evaluation(result, images, run))
+            context["evaluations"].append(_evaluation(evaluate(data), images, run))
+        except UserError as error:
+            run.missing.append(f"AP by class, images: {str(error).rstrip('.')}")
         steps.update()
     steps.close()
     context["missing"] = run.missing
@@ -70,35 +72,37 @@ def write_report(
     environment = Environment(
         loader=PackageLoader("ghm_d2.report", "."),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     text = environment.get_template("page.html").render(context)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"the page {file} cannot be written ({error.strerror}).") from error
+    write_text(file, text)
     return run.missing
+
+
+def _visible(value: Any) -> Any:
+    """A text without control characters; the pictures are ours, and too long to be cut."""
+    if not isinstance(value, str) or value.startswith("data:image/"):
+        return value
+    return "\n".join(shown(line, _LONGEST_LINE) for line in value.split("\n"))
 
 
 def _summary(run: RunFiles) -> list[tuple[str, str]]:
     settings = run.settings
-    datasets, model = settings.get("DATASETS") or {}, settings.get("MODEL") or {}
-    done = max((i for i, row in run.metrics.items() if "total_loss" in row), default=None)
-    planned = (settings.get("SOLVER") or {}).get("MAX_ITER")
-    seconds = [row["time"] for row in run.metrics.values() if "time" in row]
+    done = max((i + 1 for i, row in run.metrics.items() if "total_loss" in row), default=None)
+    seconds = [x for row in run.metrics.values() if math.isfinite(x := row.get("time", math.nan))]
     known = {
-        "detector": model.get("META_ARCHITECTURE"),
-        "trained on": ", ".join(map(str, datasets.get("TRAIN") or ())),
-        "tested on": ", ".join(map(str, datasets.get("TEST") or ())),
-        "iterations": f"{done + 1} of {planned}" if done is not None and planned else None,
+        "detector": settings.detector,
+        "trained on": ", ".join(settings.train),
+        "tested on": ", ".join(settings.test),
+        "iterations": f"{done} of {settings.iterations}" if done and settings.iterations else None,
         "time per iteration": f"{np.median(seconds):.3g} s (median)" if seconds else None,
-        "on": run.record.get("hardware"),
-        "date": run.record.get("date"),
+        "on": run.record.hardware,
+        "date": run.record.date,
     }
-    return [(name, str(value)) for name, value in known.items() if value]
+    return [(name, value) for name, value in known.items() if value]
 
 
 def _headline(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -107,8 +111,7 @@ def _headline(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
     for key, value in run.results.items():
         name, _, figure = key.rpartition("bbox/")
         if figure in _HEADLINE:
-            shown = f"{value:.1f}" if isinstance(value, int | float) else "–"
-            sets.setdefault(name.rstrip("/"), {})[figure] = shown
+            sets.setdefault(name.rstrip("/"), {})[figure] = _figure(value)
     return [(name, [(f, row[f]) for f in _HEADLINE if f in row]) for name, row in sets.items()]
 
 
@@ -117,8 +120,8 @@ def _gradients(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
     for name, rows in run.statistics.items():
         try:
             charts.append((name, draw_gradients(rows)))
-        except (KeyError, TypeError, ValueError) as error:
-            run.missing.append(f"gradient histograms of {name}: damaged ({error!r})")
+        except ValueError:  # of another number of regions than before
+            run.missing.append(f"gradient histograms of {name}: the rows do not fit each other")
     return charts
 
 
@@ -126,6 +129,11 @@ def _evaluation(result: Evaluation, images: int, run: RunFiles) -> dict[str, Any
     best, worst, unreadable = best_and_worst(result, images)
     if unreadable:
         run.missing.append(f"{len(unreadable)} images of {result.name}; the first: {unreadable[0]}")
+    if run.record.classes and run.record.classes != tuple(result.classes):
+        run.missing.append(
+            f"names of classes: {result.name} has other ones, or in another order, than the "
+            "training had; those of the annotations are shown"
+        )
     order = np.argsort(-result.objects, kind="stable")
     with np.errstate(invalid="ignore"):
         rows = [
@@ -149,21 +157,19 @@ def _evaluation(result: Evaluation, images: int, run: RunFiles) -> dict[str, Any
     }
 
 
-def _figure(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.1f}"
+def _figure(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def _environment(run: RunFiles) -> list[tuple[str, str]]:
     record = run.record
-    versions = record.get("versions")
     rows = [
         ("folder", os.path.abspath(run.folder)),
-        ("config file", record.get("config_file")),
-        ("hardware", record.get("hardware")),
-        *(versions.items() if isinstance(versions, dict) else ()),
-        ("commit", record.get("commit")),
+        ("config file", record.config_file),
+        ("hardware", record.hardware),
+        *record.versions.items(),
+        ("commit", record.commit),
     ]
-    datasets = record.get("datasets")
-    for name, paths in datasets.items() if isinstance(datasets, dict) else ():
+    for name, paths in record.datasets.items():
         rows.append((f"data set {name}", ", ".join(map(str, paths))))
-    return [(str(name), str(value)) for name, value in rows if value]
+    return [(name, value) for name, value in rows if value]

@@ -7,6 +7,7 @@ import yaml
 from detectron2.config import get_cfg
 
 from ghm_d2.config import add_ghm_config
+from ghm_d2.errors import shown
 
 __all__ = ["differences"]
 
@@ -32,7 +33,7 @@ def differences(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _shown(value: Any) -> str:
-    return '""' if value == "" else str(value)
+    return '""' if value == "" else shown(value)
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,103 @@
+"""Where weights come from, in the checkpoint itself: names of the classes, and what they saw.
+
+Two data sets with the same classes in another order give weights of the same shapes, so that only
+the names can tell that one's detections are not the other's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ghm_d2 import provenance
+from ghm_d2.errors import UserError, shown
+from ghm_d2.run_parts import Record, parse_record
+
+__all__ = ["ORIGIN", "check_classes", "changed_data", "origin_entry", "read_origin"]
+
+ORIGIN = "ghm_d2"  # key in a checkpoint, beside "model"
+
+
+def origin_entry(
+    classes: Sequence[str], data: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """What a checkpoint holds under :data:`ORIGIN`: plain values, no paths.
+
+    Args:
+        classes: names in the order of the model's outputs; none where they are not known.
+        data: fingerprint of each data set that is trained on.
+    """
+    return {
+        "classes": list(classes),
+        "data": {name: dict(fingerprint) for name, fingerprint in (data or {}).items()},
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+    }
+
+
+def read_origin(checkpoint: Mapping[str, Any]) -> Record:
+    """The entry of a checkpoint, empty where it has none or a damaged one.
+
+    Args:
+        checkpoint: as it was read, with or without its tensors.
+    """
+    content = checkpoint.get(ORIGIN)
+    return parse_record(content)[0] if isinstance(content, dict) else Record()
+
+
+def check_classes(origin: Record, classes: Sequence[str] | None, name: str) -> None:
+    """Refuses a data set whose classes are not those of the weights, in the same order.
+
+    Args:
+        origin: of the weights.
+        classes: of the data set; nothing is checked where either's are not known.
+        name: of the data set.
+
+    Raises:
+        UserError: they differ.
+    """
+    trained, found = origin.classes, tuple(classes or ())
+    if not trained or not found or trained == found:
+        return
+    if sorted(trained) == sorted(found):
+        raise UserError(
+            f"the classes of {name} are those of the weights in another order "
+            f"({_listed(found)} instead of {_listed(trained)}), so every detection would get "
+            "another's name: number the categories of the annotations as in the training."
+        )
+    raise UserError(
+        f"{name} has other classes than the weights were trained on ({_listed(found)} instead of "
+        f"{_listed(trained)}): take the data of the training, or train on this."
+    )
+
+
+def changed_data(origin: Record, data: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A phrase for each data set that is not what the weights were trained on.
+
+    Args:
+        origin: of the weights; one without fingerprints has nothing that could differ.
+        data: fingerprints of the data sets that are to be trained on.
+    """
+    before, now = ({_content(x) for x in sets.values()} for sets in (origin.data, data))
+    if not before or before == now:  # a data set may have been moved or renamed
+        return []
+    changes = []
+    for name in sorted(origin.data.keys() | data.keys()):
+        if name not in data or name not in origin.data:
+            changes.append(f"{name} is {'missing' if name in origin.data else 'new'}")
+        elif _content(origin.data[name]) != _content(data[name]):
+            held, holds = _counted(origin.data[name]), _counted(data[name])
+            changes.append(f"{name} held {held} and holds {holds}")
+    return [shown(change) for change in changes]
+
+
+def _content(fingerprint: Mapping[str, Any]) -> str:
+    return str(fingerprint.get("sha256"))
+
+
+def _counted(fingerprint: Mapping[str, Any]) -> str:
+    counts = [f"{fingerprint[k]} {k}" for k in ("images", "annotations") if k in fingerprint]
+    return f"{' and '.join(counts)} (SHA-256 {_content(fingerprint)})".lstrip()
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return shown(", ".join(names[:most])) + more

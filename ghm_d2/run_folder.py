@@ -1,0 +1,331 @@
+"""What a training leaves in its OUTPUT_DIR: the only code that knows, reads and writes these files.
+
+All of it is read as if a killed process, a full disk or an editor had been at it. What cannot be
+used raises a UserError with one sentence, and what is left out of a file that can be used stands in
+:attr:`RunFolder.notes`. A page that can do without a part catches the error; who needs it does not.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ghm_d2 import provenance
+from ghm_d2.errors import UserError, cannot
+from ghm_d2.files import PART, read_json, read_text, write_json
+from ghm_d2.run_parts import (
+    Record,
+    Rows,
+    Settings,
+    finite,
+    last_training,
+    metrics_row,
+    parse_record,
+    parse_row,
+    parse_settings,
+    statistics_row,
+)
+
+__all__ = ["RunFolder"]
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.json"
+RECORD = "training.json"
+CONFIG = "config.yaml"
+STATISTICS = "gradient_statistics.jsonl"
+FINAL_CHECKPOINT = "model_final.pth"
+LAST_CHECKPOINT = "last_checkpoint"  # Detectron2's file with the name of the newest one
+
+# What an evaluation in a training costs, beside its figures in metrics.json.
+SECONDS_PER_IMAGE = "inference/seconds_per_image"
+MEMORY_MIB = "inference/memory_mib"
+
+
+class RunFolder:
+    """An OUTPUT_DIR. Each part is read when it is first asked for."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """
+        Args:
+            folder: need not exist.
+        """
+        self.folder = Path(folder)
+        self.notes: list[str] = []
+
+    def is_training(self) -> bool:
+        """Whether anything of a training lies here."""
+        return any((self.folder / name).exists() for name in (METRICS, RECORD, CONFIG))
+
+    def inference(self, name: str, names: Sequence[str]) -> Path:
+        """The evaluator's folder for the data set `name`, one of the `names` in DATASETS.TEST."""
+        folder = self.folder / "inference"
+        return folder / name if len(names) > 1 else folder
+
+    def predictions(self, name: str, names: Sequence[str]) -> Path:
+        """The evaluator's predictions, in COCO's result format; see :meth:`inference`."""
+        return self.inference(name, names) / "coco_instances_results.json"
+
+    def converted_annotations(self, name: str, names: Sequence[str]) -> Path:
+        """What the evaluator makes of annotations that pycocotools cannot read itself."""
+        return self.inference(name, names) / f"{name}_coco_format.json"
+
+    @property
+    def results_file(self) -> Path:
+        """Where :attr:`results` lie."""
+        return self.folder / "inference" / "results.json"
+
+    @cached_property
+    def record(self) -> Record:
+        """training.json; a field of another type counts as missing, which the notes say.
+
+        Raises:
+            UserError: there is no such file, or it is damaged.
+        """
+        record, damaged = parse_record(_read_object(self.folder / RECORD))
+        self.notes += [f"{RECORD}: {name} is damaged and left out" for name in damaged]
+        return record
+
+    @cached_property
+    def config(self) -> str:
+        """The text of the config, from the record, else from config.yaml.
+
+        Raises:
+            UserError: it is in neither.
+        """
+        recorded = ""
+        with contextlib.suppress(UserError):
+            recorded = self.record.config
+        return recorded or read_text(self.folder / CONFIG)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The config, parsed.
+
+        Raises:
+            UserError: there is none, or its text is damaged.
+        """
+        try:
+            return parse_settings(self.config)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"the config of {self.folder} is damaged ({error}).") from error
+
+    @cached_property
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Values of the last training in metrics.json, by iteration and name.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        return last_training(self._rows(METRICS, metrics_row))
+
+    @cached_property
+    def statistics(self) -> dict[str, Rows]:
+        """Rows of gradient_statistics.jsonl by name of the loss, then by iteration.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        losses: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+        for iteration, row in self._rows(STATISTICS, statistics_row):
+            losses.setdefault(row["loss"], []).append((iteration, row))
+        return {name: last_training(rows) for name, rows in losses.items()}
+
+    @cached_property
+    def results(self) -> dict[str, float | None]:
+        """Figures of the last evaluation by "TASK/FIGURE", after "NAME/" for several data sets.
+
+        None stands where there is none, as for the AP where nothing was detected.
+
+        Raises:
+            UserError: there is no such file, or it is damaged.
+        """
+        content = _read_object(self.results_file)
+        return {name: finite(value) for name, value in content.items()}
+
+    def iterations_done(self) -> int:
+        """How many iterations the last training has logged; see :attr:`metrics`."""
+        return max((i + 1 for i, row in self.metrics.items() if "total_loss" in row), default=0)
+
+    def seconds_per_iteration(self) -> float | None:
+        """Median of the last training; None for one too short to be timed (3 iterations)."""
+        times = [row["time"] for row in self.metrics.values() if "time" in row]
+        return median(filter(math.isfinite, times)) if any(map(math.isfinite, times)) else None
+
+    def last(self, name: str, start: int = 0) -> float | None:
+        """The last value of a name in the metrics from iteration `start` on; None without one."""
+        found = [i for i, row in self.metrics.items() if i >= start and name in row]
+        return self.metrics[max(found)][name] if found else None
+
+    def _rows(
+        self, name: str, usable: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> list[tuple[int, dict[str, Any]]]:
+        file = self.folder / name
+        try:
+            text = file.read_bytes().decode(errors="replace")
+        except OSError as error:
+            raise cannot("read", file, error) from error
+        rows, damaged = [], 0
+        for line in filter(str.strip, text.split("\n")):
+            try:
+                rows.append(parse_row(line, usable))
+            except ValueError:  # a killed process was writing it, or somebody has edited it
+                damaged += 1
+        if damaged:
+            self.notes.append(f"{name}: {damaged} damaged {'line' if damaged == 1 else 'lines'}")
+        return rows
+
+    def write_record(
+        self,
+        *,
+        config: str,
+        config_file: str,
+        classes: Sequence[str],
+        datasets: Mapping[str, tuple[str, str]],
+        data: Mapping[str, Mapping[str, Any]],
+        device: str,
+        processes: int,
+    ) -> None:
+        """Writes training.json, with the date and where this training runs.
+
+        Args:
+            config: the whole config as text: `cfg.dump()`, or what LazyConfig.save has written.
+            config_file: the file that was trained with.
+            classes: as in :class:`Record`.
+            datasets: as in :class:`Record`; the paths become absolute.
+            data: as in :class:`Record`.
+            device: of one process.
+            processes: how many.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        content = {
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "config_file": os.path.abspath(config_file),
+            "config": config,
+            "classes": list(classes),
+            "datasets": {name: list(map(os.path.abspath, x)) for name, x in datasets.items()},
+            "data": data,
+            "hardware": provenance.hardware(device, processes),
+            "versions": provenance.versions(),
+            "commit": provenance.commit(),
+        }
+        write_json(self.folder / RECORD, content)
+
+    def write_results(self, figures: Mapping[str, float]) -> None:
+        """Writes :attr:`results`; what is not finite becomes null.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        write_json(self.results_file, {name: finite(value) for name, value in figures.items()})
+
+    def cut_logs(self, start: int) -> None:
+        """Takes from the logs what the iterations from `start` on, now done again, had written.
+
+        With 0, whatever another training has left. The files are cut in place, because a writer
+        may hold them open.
+        """
+
+        def is_undone(row: dict[str, Any]) -> bool:
+            # The evaluation at the end of a training counts as the iteration after its last one.
+            return row["iteration"] > start - ("total_loss" in row or not start)
+
+        _cut(self.folder / METRICS, is_undone)
+        _cut(self.folder / STATISTICS, lambda row: row["iteration"] >= start)
+
+    def last_checkpoint(self) -> str | None:
+        """The name of the newest checkpoint; "" where its file is damaged, None without that file.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        pointer = self.folder / LAST_CHECKPOINT
+        if not pointer.is_file():
+            return None
+        try:
+            name = pointer.read_bytes().decode(errors="replace").strip()
+        except OSError as error:
+            raise cannot("read", pointer, error) from error
+        return os.path.basename(name) if name.isprintable() else ""
+
+    def checkpoints(self) -> list[str]:
+        """Names of checkpoints to resume from, the best first: the newest, then those before it."""
+        newest = self.last_checkpoint()
+        if newest is None:
+            return []
+        last = _number(newest)
+        numbers = {name: _number(name) for name in os.listdir(self.folder) if name != newest}
+        earlier = [n for n, k in numbers.items() if k >= 0 and (last < 0 or k < last)]
+        return [newest] * bool(newest) + sorted(earlier, key=numbers.__getitem__, reverse=True)
+
+    def set_last_checkpoint_aside(self) -> None:
+        """Makes this a folder without a checkpoint to resume; no file with weights is touched."""
+        pointer = self.folder / LAST_CHECKPOINT
+        if pointer.is_file():
+            aside = pointer.replace(f"{pointer}.earlier").name
+            logger.warning(
+                "%s holds the checkpoints of an earlier training, which is not resumed: %s is now "
+                "%s",
+                self.folder,
+                LAST_CHECKPOINT,
+                aside,
+            )
+
+    def remove_partial_files(self) -> None:
+        """Deletes what a process left behind that was killed while it wrote a file."""
+        for file in sorted(self.folder.glob(f"*{PART}")):
+            file.unlink()
+            logger.info("removed %s, which a killed process had not finished", file.name)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a complete JSON object.")
+    return content
+
+
+def _cut(file: Path, is_undone: Callable[[dict[str, Any]], bool]) -> None:
+    if not file.exists():
+        return
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+        kept = len(lines)
+        while kept and _goes(lines[kept - 1], is_undone):
+            kept -= 1
+        if kept == len(lines):
+            return
+        os.truncate(file, sum(map(len, lines[:kept])))
+    except OSError as error:
+        raise cannot("cut", file, error) from error
+    logger.info(
+        "%s: removed %d row(s) of iterations after the checkpoint; they are done again",
+        file,
+        len(lines) - kept,
+    )
+
+
+def _goes(line: bytes, is_undone: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return is_undone(json.loads(line))
+    # The process was killed in the middle of this line.
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return True
+
+
+def _number(name: str) -> int:
+    """The iteration in a name as PeriodicCheckpointer gives it; -1 in others (model_final.pth)."""
+    match = re.fullmatch(r"model_(\d+)\.pth", name)
+    return int(match[1]) if match else -1
