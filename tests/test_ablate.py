@@ -230,10 +230,13 @@ def test_one_failure_stops_no_other_run(tmp_path, fake, caplog):
     assert outcome.failed == {
         "id1": "the lamp is off.",
         "id2": "RuntimeError: the lamp is broken",
-        "id3": f"its results cannot be read ([Errno 2] No such file or directory: '{results}')",
+        "id3": f"{results} cannot be read (No such file or directory).",
         "id4": "the training ended with exit code 75",
     }
-    assert "row 1, seed 1 failed" in caplog.text and "the lamp is off.; its log is" in caplog.text
+    assert (
+        "row 1, seed 1 not finished" in caplog.text
+        and "the lamp is off.; its log is" in caplog.text
+    )
     found = store.load(runs[5])
     assert found["metrics"] == {"AP": 45.0} and found["seconds_per_iteration"] == 0.4
     output = store.output(runs[5])
@@ -388,7 +391,10 @@ def test_report_only_runs_nothing(tmp_path, data, monkeypatch, capsys):
         (["--grid", "G", "--output", "O", "--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--grid", "G", "--output", "O", "--cluster", "slurm"], 'Could not detect "srun"'),
         (["--grid", "G", "--output", "O", "--cluster-option", "x"], "must be KEY=VALUE, got x"),
-        (["--grid", "G", "--output", "O", "--cluster-option", "colour=3"], "Parameter 'colour' need to be prefixed"),
+        (
+            ["--grid", "G", "--output", "O", "--cluster-option", "colour=3"],
+            "Parameter 'colour'",
+        ),
         (["--grid", "none.yaml", "--output", "O"], "the grid none.yaml cannot be read"),
         (["--table", "colours", "--output", "O"], "regression"),
         (["--grid", "G", "--output", "O", "SEED", "3"], "SEED is set by this tool: use --seeds"),
@@ -410,4 +416,4 @@ def test_mistakes_are_one_sentence(words, sentence, tmp_path, data, capsys):
         main([*words, *data])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("ablate.py: error: ") and sentence in error
+    assert error.startswith("ghm-d2 ablate: error: ") and sentence in error

@@ -241,7 +241,7 @@ def test_a_stored_run_with_another_default_is_done_again(tmp_path, caplog):
     assert store.load(run) is None
     assert "MODEL.GHM.RETINANET.REG.MU 0.5 instead of 0.02" in caplog.text
     file.write_text("{")
-    assert store.load(run) is None and "is damaged" in caplog.text
+    assert store.load(run) is None and "is not a complete JSON file" in caplog.text
 
 
 def test_weights_are_known_by_their_content(tmp_path, caplog):
@@ -286,7 +286,7 @@ def test_a_study_keeps_every_run_whole(tmp_path, caplog):
     store.write_study({"grid": "i"}, {run.id: stored_run})
     assert Store(tmp_path / "out").load(run) == stored_run
     file.write_text(text[:-20])
-    with pytest.raises(UserError, match="g.json is damaged .*restore it"):
+    with pytest.raises(UserError, match="a study is damaged: .*g.json is not a complete JSON file"):
         Store(tmp_path / "out").load(run)
     with pytest.raises(UserError, match="is damaged"):
         store.write_study({"grid": "g"}, named)

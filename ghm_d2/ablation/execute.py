@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,20 +18,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ghm_d2 import __file__ as _package
 from ghm_d2.ablation.plan import Run
-from ghm_d2.ablation.results import Store, last_step
+from ghm_d2.ablation.results import Store
 from ghm_d2.errors import UserError
 
 if TYPE_CHECKING:
     import submitit
 
-__all__ = ["CLUSTERS", "Outcome", "execute", "free_cores"]
+__all__ = ["CLUSTERS", "Outcome", "execute"]
 
 logger = logging.getLogger(__name__)
 
 CLUSTERS = ("local", "slurm", "debug")  # debug: in this process, one after the other
-_POLL = 0.5  # seconds
+_POLL = 1.0  # seconds
 _GRACE = 60.0  # seconds that cancelled runs get to end
-_LOCAL_LIMIT = 30 * 24 * 60  # minutes; submitit knows no job without a time limit
+_TIME_LIMITS = {"local": 30 * 24 * 60}  # minutes; submitit knows no job without a limit
+_TIME_LIMIT = 24 * 60
 
 
 @dataclass
@@ -50,16 +50,7 @@ class _Active:
     run: Run
     job: "submitit.Job[str]"
     slot: int
-    done: int = 0  # iterations
     start: float = field(default_factory=time.perf_counter)
-
-
-def free_cores() -> int:
-    """How many cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
 
 
 def execute(
@@ -88,103 +79,79 @@ def execute(
     Raises:
         UserError: submitit or the cluster is missing, or submitit refuses a parameter.
     """
-    outcome = Outcome()
-    waiting: deque[Run] = deque()
-    for run in {run.id: run for run in runs}.values():
-        if store.load(run):
-            outcome.cached.add(run.id)
-        else:
-            waiting.append(run)
+    outcome, active = Outcome(), []
+    planned = {run.id: run for run in runs}
+    outcome.cached = {run.id for run in planned.values() if store.load(run)}
+    waiting = deque(run for run in planned.values() if run.id not in outcome.cached)
     if outcome.cached:
         logger.info("%d runs are done already", len(outcome.cached))
     if not waiting:
         return outcome
-    submit = _Submitter(store, threads, gpus_each, cluster, parameters or {})
-    submit.executor(waiting[0])  # whatever is wrong with it is wrong with all
-    total = len(waiting)
-    slots = deque(range(jobs))
-    active: list[_Active] = []
+    submitter = _Submitter(store, threads, gpus_each, cluster, parameters or {})
+    submitter.executor(waiting[0])  # what is wrong with it is wrong for all runs
+    total, steps = len(waiting), sum(run.iterations for run in waiting)
+    done = {run.id: store.progress(run)[0] for run in waiting}
     quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0}
+    stops = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
     with (
         logging_redirect_tqdm([logging.getLogger("ghm_d2")]),
-        tqdm(total=sum(run.iterations for run in waiting), unit="it", **quiet) as bar,
-        _signals(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)),
+        tqdm(total=steps, initial=sum(done.values()), unit="it", **quiet) as bar,
+        _signals(stops),
     ):
         try:
             while waiting or active:
-                while waiting and slots:
-                    run, slot = waiting.popleft(), slots.popleft()
-                    done, _ = last_step(store.output(run))
-                    bar.total -= done
-                    active.append(_Active(run, submit(run, slot), slot, done))
+                while waiting and len(active) < jobs:
+                    slot = min(set(range(jobs)) - {item.slot for item in active})
+                    active.append(submitter.submit(waiting.popleft(), slot))
                 for item in [item for item in active if item.job.done()]:
-                    reason = _outcome_of(item.job)
                     active.remove(item)
-                    slots.append(item.slot)
-                    _note(item, reason, outcome, total, store)
-                    end = item.run.iterations
-                    bar.total -= end - item.done if reason else 0
-                    bar.update(0 if reason else end - item.done)
+                    done[item.run.id] = item.run.iterations
+                    _conclude(item, outcome, store, total)
+                told = []
+                for run in (item.run for item in active):
+                    done[run.id], loss = store.progress(run)
+                    loss = "" if loss is None else f", loss {loss:.3f}"
+                    told.append(f"{run.name}: {done[run.id]} of {run.iterations}{loss}")
                 bar.set_description(f"run {total - len(waiting)} of {total}", refresh=False)
-                told = "; ".join(_follow(item, store, bar) for item in active)
-                bar.set_postfix_str(told, refresh=False)
-                bar.update(0)  # as often as a terminal, or a log, should see it
-                if active:
-                    time.sleep(_POLL)
+                bar.set_postfix_str("; ".join(told), refresh=False)
+                bar.update(sum(done.values()) - bar.n)
+                time.sleep(_POLL if active else 0)
         finally:
-            submit.cancel(active)
+            submitter.cancel(active)
     return outcome
 
 
-def _follow(item: _Active, store: Store, bar: tqdm) -> str:
-    """Move the bar to where a run is; returns that in words."""
-    done, loss = last_step(store.output(item.run))
-    bar.update(max(done - item.done, 0))
-    item.done = max(done, item.done)
-    told = "" if loss is None else f", loss {loss:.3f}"
-    return f"{item.run.name}: {item.done} of {item.run.iterations}{told}"
+def _conclude(item: _Active, outcome: Outcome, store: Store, total: int) -> None:
+    """Note and tell what became of a run."""
+    from submitit.core.utils import UncompletedJobError
 
-
-def _note(item: _Active, reason: str, outcome: Outcome, total: int, store: Store) -> None:
     from ghm_d2.ablation.job import ELSEWHERE
 
     run = item.run
+    try:
+        reason = item.job.result()
+    except UncompletedJobError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"its process ended without a result (killed, or out of memory?): {lines[-1]}"
     if reason == ELSEWHERE:
         outcome.elsewhere.add(run.id)
-        logger.info("%s: %s", run.name, reason)
-        return
-    if reason:
+    elif reason:
         outcome.failed[run.id] = reason
     else:
         outcome.finished.add(run.id)
     count = f"{len(outcome.finished) + len(outcome.failed) + len(outcome.elsewhere)} of {total}"
     if reason:
         log = item.job.paths.stdout
-        logger.warning("%s failed (%s): %s; its log is %s", run.name, count, reason, log)
+        logger.warning("%s not finished (%s): %s; its log is %s", run.name, count, reason, log)
         return
+    minutes = (time.perf_counter() - item.start) / 60
     ap = (store.load(run) or {}).get("metrics", {}).get("AP")
-    logger.info(
-        "%s finished (%s) in %.1f min: AP %s",
-        run.name,
-        count,
-        (time.perf_counter() - item.start) / 60,
-        "unknown" if ap is None else f"{ap:.2f}",
-    )
-
-
-def _outcome_of(job: "submitit.Job[str]") -> str:
-    """What :class:`~ghm_d2.ablation.job.Job` has returned, or why it could not."""
-    from submitit.core.utils import UncompletedJobError
-
-    try:
-        return job.result()
-    except UncompletedJobError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"its process ended without a result (killed, or out of memory?): {lines[-1]}"
+    told = "unknown" if ap is None else f"{ap:.2f}"
+    logger.info("%s finished (%s) in %.1f min: AP %s", run.name, count, minutes, told)
 
 
 class _Submitter:
-    """Starts runs by submitit."""
+    """Starts runs by submitit, and cancels them."""
 
     def __init__(
         self, store: Store, threads: int, gpus_each: int, cluster: str, more: Mapping[str, Any]
@@ -193,7 +160,7 @@ class _Submitter:
         self._parameters = {
             "cpus_per_task": threads,
             "gpus_per_node": gpus_each if cluster == "slurm" else 0,
-            "timeout_min": _LOCAL_LIMIT if cluster == "local" else 24 * 60,
+            "timeout_min": _TIME_LIMITS.get(cluster, _TIME_LIMIT),
             "stderr_to_stdout": True,
             **more,
         }
@@ -213,20 +180,20 @@ class _Submitter:
         """
         try:
             import submitit
-        except ImportError as error:
-            raise UserError(
-                "running an ablation needs submitit: pip install submitit (--report-only does "
-                "without)."
-            ) from error
-        try:
+
             executor = submitit.AutoExecutor(self._store.logs(run), cluster=self._cluster)
             executor.update_parameters(name=f"ghm_{run.id}", **self._parameters)
+        except ImportError as error:
+            raise UserError(
+                "ablations are run by submitit: pip install submitit (--report-only needs none)."
+            ) from error
         except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"submitit cannot use --cluster {self._cluster}: {reason}") from error
         return executor
 
-    def __call__(self, run: Run, slot: int) -> "submitit.Job[str]":
+    def submit(self, run: Run, slot: int) -> _Active:
+        """Start a run as the one with this number among those side by side."""
         from submitit.helpers import environment_variables
 
         from ghm_d2.ablation.job import Job
@@ -235,9 +202,20 @@ class _Submitter:
         job = Job(self._store.folder.resolve(), gpus)
         # Ctrl-C in a terminal reaches every process, and would kill a training in mid-step that
         # `cancel` lets write a checkpoint.
-        deaf = _signals({signal.SIGINT: signal.SIG_IGN, signal.SIGHUP: signal.SIG_IGN})
+        deaf = _signals(dict.fromkeys((signal.SIGINT, signal.SIGHUP), signal.SIG_IGN))
         with environment_variables(**self._environment), deaf:
-            return self.executor(run).submit(job, run)
+            return _Active(run, self.executor(run).submit(job, run), slot)
+
+    def _gpus(self, slot: int) -> str:
+        """CUDA_VISIBLE_DEVICES of one of the runs side by side; submitit's default hides all."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [str(i) for i in range(torch.cuda.device_count())]
+        if visible is not None:
+            names = [name for name in visible.split(",") if name]
+        if len(names) > self._gpus_each:
+            first = slot * self._gpus_each
+            names = [names[(first + i) % len(names)] for i in range(self._gpus_each)]
+        return ",".join(names)
 
     def cancel(self, active: Sequence[_Active]) -> None:
         """End what is still running, and wait for it; the next call goes on from the checkpoints.
@@ -257,24 +235,10 @@ class _Submitter:
             if not item.job.done() and (pid := self._store.process(item.run)):
                 os.kill(pid, signal.SIGKILL)
 
-    def _gpus(self, slot: int) -> str:
-        """CUDA_VISIBLE_DEVICES of one of the runs side by side; submitit's default hides all."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = [str(i) for i in range(torch.cuda.device_count())]
-        if visible is not None:
-            names = [name for name in visible.split(",") if name]
-        if len(names) > self._gpus_each:
-            first = slot * self._gpus_each
-            names = [names[(first + i) % len(names)] for i in range(self._gpus_each)]
-        return ",".join(names)
-
 
 @contextlib.contextmanager
 def _signals(handlers: Mapping[int, Any]) -> Iterator[None]:
     """Handles signals so within the block; what the user has made this ignore, it still ignores."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows it there alone
-        yield
-        return
     before = {
         number: signal.signal(number, handler)
         for number, handler in handlers.items()

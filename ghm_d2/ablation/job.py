@@ -17,6 +17,7 @@ from ghm_d2.ablation.results import Store
 from ghm_d2.engine import main
 from ghm_d2.errors import UserError
 from ghm_d2.provenance import machine
+from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
 
 __all__ = ["ELSEWHERE", "Job"]
 
@@ -59,16 +60,16 @@ class Job:
         count = int(starts.read_text()) + 1 if starts.exists() else 1
         starts.write_text(str(count))
         begin = time.perf_counter()
-        options = ["--resume"] if (output / "last_checkpoint").exists() else []
-        if options and (output / "last_checkpoint").read_text().strip() == "model_final.pth":
-            options.append("--eval-only")  # it was cut off in its evaluation
-        if reason := self._train([*run.argv, "OUTPUT_DIR", str(output), *options]):
+        options = {None: [], FINAL_CHECKPOINT: ["--resume", "--eval-only"]}
+        last = RunFolder(output).last_checkpoint()
+        argv = [*run.argv, "OUTPUT_DIR", str(output), *options.get(last, ["--resume"])]
+        if reason := self._train(argv):
             return reason
         seconds = round(time.perf_counter() - begin, 1)
         try:
             store.save(run, {"seconds": seconds, "starts": count, **_usage()})
-        except (OSError, ValueError) as error:
-            return f"its results cannot be read ({error})"
+        except UserError as error:
+            return str(error)
         return ""
 
     def _train(self, argv: list[str]) -> str:
@@ -101,23 +102,14 @@ def _sentence(error: Exception) -> str:
 
 def _usage() -> dict[str, Any]:
     """Memory and machine of this process; of a resumed run, those of the process that ended it."""
-    gpu_used = torch.cuda.is_initialized()
-    here = machine("cuda" if gpu_used else "cpu")
-    peak = torch.cuda.max_memory_allocated() / 1024**2 if gpu_used else None
+    on_gpu = torch.cuda.is_initialized()
+    here = machine("cuda" if on_gpu else "cpu")
+    unit = 1024**2 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {
-        "peak_rss_mb": round(_peak_rss_mb(), 1),
-        "peak_gpu_mb": None if peak is None else round(peak, 1),
+        "peak_rss_mb": round(peak, 1),
+        "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 1024**2, 1) if on_gpu else None,
         "cpu": here["cpu"],
         "gpu": here.get("gpu"),
         "threads": here["threads"],
     }
-
-
-def _peak_rss_mb() -> float:
-    """The most memory (MB) that this process has held; Linux's own mark, else that of getrusage."""
-    try:
-        text = Path("/proc/self/status").read_text()
-        return int(text.split("VmHWM:")[1].split()[0]) / 1024  # kB
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (1024**2 if sys.platform == "darwin" else 1024)

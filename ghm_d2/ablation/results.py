@@ -16,9 +16,11 @@ from typing import Any
 
 from ghm_d2.ablation.plan import SPLITS, Run, effective
 from ghm_d2.errors import UserError
+from ghm_d2.files import read_json, write_json, write_text
 from ghm_d2.provenance import commit, versions
+from ghm_d2.run_folder import RunFolder
 
-__all__ = ["Store", "last_step"]
+__all__ = ["Store", "read_study"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +64,9 @@ class Store:
         file = self.runs / f"{run.id}.json"
         if file.exists():
             try:
-                return json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                logger.warning("%s is damaged: the run counts as not done", file)
+                return read_json(file)
+            except UserError as error:
+                logger.warning("the run counts as not done: %s", error)
         return self._studied.get(run.id)
 
     @functools.cached_property
@@ -92,6 +94,14 @@ class Store:
         with self.lock(run) as free:
             return 0 if free else int((self.work / f"{run.id}.lock").read_text() or 0)
 
+    def progress(self, run: Run) -> tuple[int, float | None]:
+        """Iterations done and the last total loss, as far as the training has logged them."""
+        left = RunFolder(self.output(run))
+        try:
+            return left.iterations_done(), left.last("total_loss")
+        except UserError:  # it has not logged anything yet
+            return 0, None
+
     def prepare(self, run: Run) -> Path:
         """OUTPUT_DIR, made where it is missing and emptied of a run with another default."""
         output = self.output(run)
@@ -108,11 +118,11 @@ class Store:
             usage: what its process knows of itself: seconds, peak memory, machine.
 
         Raises:
-            OSError, ValueError: what it has left cannot be read.
+            UserError: what it has left cannot be read.
         """
-        output = self.output(run)
-        evaluated = json.loads((output / "inference" / "results.json").read_text())
-        metrics, nothing = _figures(evaluated, next(iter(run.data["test"])))
+        left = RunFolder(self.output(run))
+        metrics, nothing = _figures(left.results, next(iter(run.data["test"])))
+        seconds = left.seconds_per_iteration()
         content = {
             "id": run.id,
             "row": run.row,
@@ -121,7 +131,7 @@ class Store:
             "metrics": metrics,
             "nothing_detected": nothing,
             "iterations": run.iterations,
-            "seconds_per_iteration": _seconds_per_iteration(output / "metrics.json"),
+            "seconds_per_iteration": None if seconds is None else round(seconds, 5),
             **usage,
             "versions": versions(),
             "commit": commit(),
@@ -130,8 +140,8 @@ class Store:
             "weights": run.weights,
             "config": run.config,
         }
-        _write(self.runs / f"{run.id}.json", _json(content))
-        for file in output.glob("model_[0-9]*.pth"):
+        write_json(self.runs / f"{run.id}.json", content)
+        for file in left.folder.glob("model_[0-9]*.pth"):
             file.unlink()  # model_final.pth stays
 
     def write_study(self, summary: Mapping[str, Any], results: Mapping[str, Result]) -> Path:
@@ -144,7 +154,7 @@ class Store:
         file = self.folder / f"{summary['grid']}.json"
         runs = {found["id"]: found for found in read_study(file)} | dict(results)
         ordered = sorted(runs.values(), key=lambda found: (found["row"], found["seed"]))
-        _write(file, _study_text(summary, ordered))
+        write_text(file, _study_text(summary, ordered))
         return file
 
 
@@ -165,9 +175,10 @@ def _study_text(summary: Mapping[str, Any], runs: list[Result]) -> str:
         same = {k for k, v in config.items() if json.dumps(v) == json.dumps(base[k])}
         changed = {key: config[key] for key in sorted(config.keys() - same)}
         without = [key for key in base if key not in config]
-        lines.append(_json({**run, "config": changed, "without": without}, indent=None))
-    head = _json({**summary, "config": base})
-    return head.removesuffix("\n}\n") + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        line = {**run, "config": changed, "without": without}
+        lines.append(json.dumps(line, allow_nan=False))
+    head = json.dumps({**summary, "config": base}, indent=1, allow_nan=False)
+    return head.removesuffix("\n}") + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 def read_study(file: Path) -> list[Result]:
@@ -179,10 +190,10 @@ def read_study(file: Path) -> list[Result]:
     if not file.exists():
         return []
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = read_json(file)
+    except UserError as error:
         raise UserError(
-            f"{file} is damaged ({error}): restore it, or move it away to start without its runs."
+            f"a study is damaged: {error} Restore it, or move it away to start without its runs."
         ) from error
     if not isinstance(content, dict) or "runs" not in content:
         return []
@@ -193,18 +204,6 @@ def read_study(file: Path) -> list[Result]:
         base = {key: value for key, value in content["config"].items() if key not in without}
         runs.append(run | {"config": base | run["config"]})
     return runs
-
-
-def _json(content: Any, indent: int | None = 1) -> str:
-    """Raises ValueError where `content` holds NaN or infinity, which JSON does not know."""
-    return json.dumps(content, indent=indent, allow_nan=False) + ("\n" if indent else "")
-
-
-def _write(file: Path, text: str) -> None:
-    """No reader, and no process killed meanwhile, ever sees or leaves half of the file."""
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)
 
 
 def _difference(run: Run, found: Result) -> str:
@@ -231,36 +230,3 @@ def _figures(evaluated: dict[str, float | None], first: str) -> tuple[dict[str, 
     if nothing:
         metrics = {k: 0.0 if re.fullmatch(r"AP\d*", k) else v for k, v in metrics.items()}
     return {k: None if v is None else round(v, 4) for k, v in metrics.items()}, nothing
-
-
-def _rows(metrics: Path, tail: int | None = None) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.json, or those of its last `tail` bytes."""
-    try:
-        with open(metrics, "rb") as stream:
-            if tail is not None:
-                stream.seek(max(stream.seek(0, 2) - tail, 0))
-            lines = stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut off at either end
-            continue
-        if isinstance(row, dict):
-            yield row
-
-
-def last_step(output: Path) -> tuple[int, float | None]:
-    """Iterations done and the last total loss, as far as metrics.json tells."""
-    done, loss = 0, None
-    for row in _rows(output / "metrics.json", tail=20000):
-        if "total_loss" in row:
-            done, loss = row["iteration"] + 1, row["total_loss"]
-    return done, loss
-
-
-def _seconds_per_iteration(metrics: Path) -> float | None:
-    """Median over the log; None for a training too short to be timed (3 iterations)."""
-    times = [row["time"] for row in _rows(metrics) if "time" in row]
-    return round(statistics.median(times), 5) if times else None

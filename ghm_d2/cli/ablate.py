@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from ghm_d2.ablation import TABLES, Run, load_grid, plan_runs, write_report
-from ghm_d2.ablation.execute import CLUSTERS, Outcome, execute, free_cores
+from ghm_d2.ablation.execute import CLUSTERS, Outcome, execute
 from ghm_d2.ablation.results import Store
 from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.engine.setup import locate_config_file
 from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.provenance import machine
 
 __all__ = ["add_arguments", "main", "run"]
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--config-file", metavar="FILE", help="base config, instead of the grid's")
     add("--jobs", type=int, default=1, metavar="N", help="runs side by side (1)")
-    add("--threads", type=int, metavar="N", help="CPU threads of each run (free cores / jobs)")
+    add("--threads", type=int, metavar="N", help="CPU threads of each run (cores / jobs)")
     add("--num-gpus", type=int, default=1, metavar="N", help="GPUs of each run (1)")
     add("--cluster", choices=CLUSTERS, default="local", help="where submitit runs them (local)")
     add(
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, 1 where a run has failed, 130 after Ctrl-C.
     """
     parser = Parser(
-        prog="ablate.py",
+        prog="ghm-d2 ablate",
         usage="%(prog)s (--table NAME | --grid FILE) --output DIR [options] [KEY VALUE ...]",
         description=f"{__doc__} Finished runs are kept in DIR and never run again; after a kill, "
         "the same command goes on. KEY VALUE pairs hold for all runs.",
@@ -73,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     words = sys.argv[1:] if argv is None else argv
     try:
-        with exits_with_one_sentence("ablate.py"):
+        with exits_with_one_sentence(parser.prog):
             run(parse_arguments(words, parser, flags=_FLAGS, lists=("--seeds",)))
     except KeyboardInterrupt:
-        print("ablate.py: interrupted; the same command goes on from here.", file=sys.stderr)
+        print(f"{parser.prog}: interrupted; the same command goes on.", file=sys.stderr)
         sys.exit(_INTERRUPTED)
 
 
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     _warn_of_equal_rows(runs)
     outcome = Outcome()
     if not args.report_only:
-        threads = args.threads or max(free_cores() // args.jobs, 1)
+        threads = args.threads or max(machine()["cores"] // args.jobs, 1)
         outcome = execute(runs, store, args.jobs, threads, args.num_gpus, args.cluster, parameters)
     text, files = write_report(grid, runs, store, outcome.failed)
     print(f"\n{text}")
