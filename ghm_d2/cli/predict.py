@@ -1,4 +1,4 @@
-"""What tools/predict.py does."""
+"""A trained detector on images and videos."""
 
 import json
 import logging
@@ -20,22 +20,19 @@ from ghm_d2.deploy.setup import (
     tool_parser,
 )
 from ghm_d2.engine.arguments import Parser, parse_arguments
-from ghm_d2.errors import UserError, exits_with_one_sentence, program_name
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
 _RESULTS = "predictions.json"
-
-
-def _program() -> str:
-    return program_name("predict.py", "ghm-d2-predict")
+_PROGRAM = "ghm-d2 predict"
 
 
 def _parser() -> Parser:
     parser = tool_parser(
-        _program(),
+        _PROGRAM,
         "--input FILE|FOLDER|VIDEO ... --output FOLDER",
         "Run a RetinaNet or Faster R-CNN on images and videos; draw the boxes and write them as "
         f"COCO results ({_RESULTS}).",
@@ -60,7 +57,7 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run tools/predict.py.
+    """Predict, draw, write.
 
     Args:
         argv: the arguments without the program's name; `sys.argv[1:]` by default.
@@ -69,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr, and
             where no input could be read.
     """
-    with exits_with_one_sentence(_program()):
+    with exits_with_one_sentence(_PROGRAM):
         words = sys.argv[1:] if argv is None else argv
         args = parse_arguments(words, _parser(), lists=("--input",))
         threshold = args.confidence_threshold

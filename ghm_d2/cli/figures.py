@@ -1,6 +1,7 @@
-"""What tools/plot_gradients.py does: check the command line, load, collect, draw."""
+"""The GHM paper's figures of a trained detector."""
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,31 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from ..engine.arguments import Parser, parse_arguments
-from ..engine.checks import check_all
-from ..engine.run import load_trained_weights
-from ..engine.setup import build_config
-from ..engine.trainer import GHMTrainer
-from ..errors import UserError
-from .collect import collect, detector_parts
-from .figures import write_figures
+from ghm_d2.analysis.collect import collect, detector_parts
+from ghm_d2.analysis.figures import write_figures
+from ghm_d2.checkpoint import load_trained_weights
+from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.checks import check_all
+from ghm_d2.engine.setup import build_config
+from ghm_d2.engine.trainer import GHMTrainer
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
-__all__ = ["plot_gradients"]
+__all__ = ["main", "plot_gradients"]
 
 logger = logging.getLogger(__name__)
+
+_PROGRAM = "ghm-d2 figures"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the figures; print the files.
+
+    Raises:
+        SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
+    """
+    with exits_with_one_sentence(_PROGRAM):
+        written = plot_gradients(sys.argv[1:] if argv is None else argv)
+    print("Written:", *written, sep="\n  ")
 
 
 def plot_gradients(argv: Sequence[str]) -> list[Path]:
@@ -79,7 +93,7 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="plot_gradients.py",
+        prog=_PROGRAM,
         usage="%(prog)s --config-file FILE --output DIR [options] MODEL.WEIGHTS FILE "
         "[KEY VALUE ...]",
         description="Draw the gradient distributions of a trained detector on images with ground "

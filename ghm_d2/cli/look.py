@@ -1,4 +1,4 @@
-"""What tools/look_at_data.py does: pictures and figures of data sets, before any training."""
+"""Pictures and figures of data sets, before any training."""
 
 import argparse
 import logging
@@ -23,7 +23,7 @@ __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-_PROGRAM = "look_at_data.py"
+_PROGRAM = "ghm-d2 look"
 
 
 def _parser() -> Parser:
@@ -51,7 +51,7 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run tools/look_at_data.py.
+    """Draw, count, print.
 
     Args:
         argv: the arguments without the program's name; `sys.argv[1:]` by default.

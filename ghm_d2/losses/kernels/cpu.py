@@ -4,14 +4,17 @@ A loss written with whole-tensor operations reads and writes memory the size of 
 times. Here a block goes through all operations while it is in the cache.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .block_regions import Corrections, region_finder
-from .blocks import Blocks, Scratch
+from .cpu_blocks import Blocks, Scratch
+from .cpu_regions import Corrections, region_finder
+from .examples import EagerExamples, FusedExamples
 
-__all__ = ["RegressionKernel", "SigmoidKernel"]
+__all__ = ["RegressionExamples", "SigmoidExamples"]
 
 # Above this logit, 1 - sigmoid has lost the digits that the loss needs.
 _LARGE = 4.0
@@ -23,7 +26,46 @@ def _table(weights: Tensor) -> Tensor:
     return torch.cat([weights, weights[-1:]]).float()
 
 
-class SigmoidKernel:
+class _CpuExamples(FusedExamples):
+    """A float32 gradient costs next to nothing beside the loss, so both are computed together.
+
+    Half precision cannot hold a gradient before its factor is known, and computes it afterwards.
+    """
+
+    def __init__(
+        self, prediction: Tensor, eager: Callable[[Tensor], EagerExamples], dropped: Tensor
+    ) -> None:
+        super().__init__(prediction, eager)
+        self._with_gradient = self.differentiate and prediction.dtype == torch.float32
+        self._blocks = Blocks(prediction.numel())
+        self._dropped = self._blocks.cut(dropped)
+        self._number_dropped = dropped.numel()
+        self._gradient: Tensor | None = None
+        self._corrections: list[Corrections | None] = [None] * self._blocks.number
+
+    def loss(self, weights: Tensor) -> Tensor:
+        """See :class:`FusedExamples`; a float32 gradient is written in passing."""
+        total, self._gradient = self._weighted(weights, True, self._with_gradient)
+        return torch.tensor(total, dtype=torch.float32)
+
+    def gradient(self, weights: Tensor, factor: Tensor) -> Tensor:
+        """See :class:`FusedExamples`."""
+        gradient, self._gradient = self._gradient, None
+        if gradient is not None:
+            return gradient if factor == 1 else gradient.mul_(factor)
+        # Half precision, or another pass over a retained graph: the first one gave its memory away.
+        _, gradient = self._weighted(weights * factor, False, True)
+        assert gradient is not None
+        return gradient
+
+    def _weighted(
+        self, weights: Tensor, want_loss: bool, want_gradient: bool
+    ) -> tuple[float, Tensor | None]:
+        """The weighted sum of losses (0 unless wanted), and the gradient (None unless wanted)."""
+        raise NotImplementedError
+
+
+class SigmoidExamples(_CpuExamples):
     """Binary cross entropy of logits.
 
     With z = x for a negative and -x for a positive, all examples are alike: the norm is
@@ -32,24 +74,23 @@ class SigmoidKernel:
     """
 
     def __init__(
-        self, logits: Tensor, positive: Tensor, dropped: Tensor, differentiate: bool
+        self,
+        logits: Tensor,
+        eager: Callable[[Tensor], EagerExamples],
+        positive: Tensor,
+        dropped: Tensor,
     ) -> None:
         """
         Args:
             logits: (n,) contiguous; float32, float16 or bfloat16.
+            eager: see :class:`FusedExamples`.
             positive: ascending int64 positions of the logits whose target is 1.
             dropped: ascending int64 positions that do not count.
-            differentiate: whether the gradient will be wanted.
         """
-        self.logits = logits
-        self.differentiate = differentiate
-        self._blocks = blocks = Blocks(logits.numel())
-        self._x = blocks.split(logits)
-        self._positive = blocks.cut(positive)
-        self._dropped = blocks.cut(dropped)
-        self._number_dropped = dropped.numel()
+        super().__init__(logits, eager, dropped)
+        self._x = self._blocks.split(self.data)
+        self._positive = self._blocks.cut(positive)
         self._norms: Tensor | None = None
-        self._corrections: list[Corrections | None] = [None] * blocks.number
 
     def _write_norm(self, number: int, norm: Tensor) -> Tensor:
         x, positive, dropped = self._x[number], self._positive[number], self._dropped[number]
@@ -66,12 +107,11 @@ class SigmoidKernel:
     def counts(self, bins: int) -> Tensor:
         """int64 (bins,): the number of examples in each unit region."""
         finder = region_finder(bins)
-        keep = self.differentiate and self.logits.dtype == torch.float32
-        kept = torch.empty_like(self.logits) if keep else None
+        kept = torch.empty_like(self.data) if self._with_gradient else None
         norms = None if kept is None else self._blocks.split(kept)
 
         def work(numbers: range) -> Tensor:
-            scratch_of = self._blocks.scratch(2 if keep else 3)
+            scratch_of = self._blocks.scratch(2 if self._with_gradient else 3)
             total = torch.zeros(bins + 1, dtype=torch.int64)
             for i in numbers:
                 scratch = scratch_of(i)
@@ -84,16 +124,14 @@ class SigmoidKernel:
         self._norms = kept
         return finder.total(counts, self._number_dropped)
 
-    def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The float32 weighted sum of losses, and its gradient (n,) if it was wanted.
-
-        :meth:`counts` comes first.
-        """
+    def _weighted(
+        self, weights: Tensor, want_loss: bool, want_gradient: bool
+    ) -> tuple[float, Tensor | None]:
         finder, table = region_finder(weights.numel()), _table(weights)
         kept, self._norms = self._norms, None
         gradient = kept
-        if gradient is None and self.differentiate:
-            gradient = torch.empty_like(self.logits)
+        if gradient is None and want_gradient:
+            gradient = torch.empty_like(self.data)
         norms = None if kept is None else self._blocks.split(kept)
         gradients = None if gradient is None else self._blocks.split(gradient)
 
@@ -109,13 +147,14 @@ class SigmoidKernel:
                     torch.index_select(table, 0, region, out=weight)
                 except IndexError:  # of a NaN
                     return torch.nan
-                # Not torch.dot, which adds up one by one and loses a digit on blocks of this size.
-                total -= self._negative_loss(i, norm, loss).mul_(weight).sum().item()
+                if want_loss:
+                    # Not torch.dot, which adds up one by one and loses a digit on such a block.
+                    total -= self._negative_loss(i, norm, loss).mul_(weight).sum().item()
                 if gradients is not None:
                     self._write_gradient(i, norm, weight, gradients[i])
             return total
 
-        return torch.tensor(sum(self._blocks.map(work)), dtype=torch.float32), gradient
+        return sum(self._blocks.map(work)), gradient
 
     def _negative_loss(self, number: int, norm: Tensor, loss: Tensor) -> Tensor:
         # -softplus(z) = log(1 - sigmoid(z)), but for a large z.
@@ -152,30 +191,32 @@ def _replace_large(x: Tensor, loss: Tensor) -> None:
         loss[n:] = F.softplus(x[n:].float()).neg_()
 
 
-class RegressionKernel:
+class RegressionExamples(_CpuExamples):
     """Authentic smooth L1 of the differences between predictions and targets.
 
     Everything is computed twice, to count and to weight: it is cheap, and memory is not.
     """
 
     def __init__(
-        self, pred: Tensor, target: Tensor, dropped: Tensor, mu: float, differentiate: bool
+        self,
+        pred: Tensor,
+        eager: Callable[[Tensor], EagerExamples],
+        target: Tensor,
+        dropped: Tensor,
+        mu: float,
     ) -> None:
         """
         Args:
             pred: (n,) contiguous deltas; float32, float16 or bfloat16.
+            eager: see :class:`FusedExamples`.
             target: (n,) contiguous deltas.
             dropped: ascending int64 positions that do not count.
             mu: width of the quadratic part.
-            differentiate: whether the gradient will be wanted.
         """
-        self.pred, self.mu = pred, mu
-        self.differentiate = differentiate
-        self._blocks = blocks = Blocks(pred.numel())
-        self._pairs = list(zip(blocks.split(pred), blocks.split(target), strict=True))
-        self._dropped = blocks.cut(dropped)
-        self._number_dropped = dropped.numel()
-        self._corrections: list[Corrections | None] = [None] * blocks.number
+        super().__init__(pred, eager, dropped)
+        self.mu = mu
+        pairs = zip(self._blocks.split(self.data), self._blocks.split(target), strict=True)
+        self._pairs = list(pairs)
 
     def _write(self, number: int, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """Square of the difference, root, and slope, into the buffers after the first two."""
@@ -204,13 +245,11 @@ class RegressionKernel:
 
         return finder.total(self._blocks.map(work), self._number_dropped)
 
-    def loss_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The float32 weighted sum of losses, and its gradient (n,) if it was wanted.
-
-        :meth:`counts` comes first.
-        """
+    def _weighted(
+        self, weights: Tensor, want_loss: bool, want_gradient: bool
+    ) -> tuple[float, Tensor | None]:
         finder, table = region_finder(weights.numel()), _table(weights)
-        gradient = torch.empty_like(self.pred) if self.differentiate else None
+        gradient = torch.empty_like(self.data) if want_gradient else None
         gradients = None if gradient is None else self._blocks.split(gradient)
 
         def work(numbers: range) -> float:
@@ -227,10 +266,11 @@ class RegressionKernel:
                     torch.index_select(table, 0, region, out=weight)
                 except IndexError:  # of a NaN
                     return torch.nan
-                # d^2 / (root + mu), as in functional.regression_examples.
-                total += square.div_(root.add_(self.mu)).mul_(weight).sum().item()
+                if want_loss:
+                    # d^2 / (root + mu), as in functional.regression_examples.
+                    total += square.div_(root.add_(self.mu)).mul_(weight).sum().item()
                 if gradients is not None:
                     gradients[i].copy_(slope.mul_(weight))
             return total
 
-        return torch.tensor(sum(self._blocks.map(work)), dtype=torch.float32), gradient
+        return sum(self._blocks.map(work)), gradient
