@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -18,6 +18,7 @@ from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import changed_data, check_classes, origin_entry
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, data_fingerprint, register_coco_dataset
+from ghm_d2.data.loader import build_test_mapper
 from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.pictures import draw_predictions
@@ -151,7 +152,7 @@ def _train(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) 
         tested = [d for d in datasets if d.name in cfg.DATASETS.TEST]
         summarize_training(
             run,
-            partial(draw_predictions, pictured, DatasetMapper(cfg, is_train=False), model),
+            partial(draw_predictions, pictured, build_test_mapper(cfg), model),
             getattr(trainer, "_last_eval_results", None),
             next_command(train_program(), cfg.OUTPUT_DIR, tested) if cfg.DATASETS.TEST else None,
             iterations=trainer.max_iter,

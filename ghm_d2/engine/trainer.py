@@ -16,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 
 from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
-from ghm_d2.data.loader import build_train_loader
+from ghm_d2.data.loader import build_test_mapper, build_train_loader
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.engine.agreement import of_main_process
 from ghm_d2.engine.clipping import build_optimizer
@@ -110,7 +110,7 @@ class GHMTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
         """Detectron2's, over images that can be read."""
-        mapper = ReadableMapper(DatasetMapper(cfg, False), is_train=False)
+        mapper = ReadableMapper(build_test_mapper(cfg), is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
@@ -151,7 +151,10 @@ class GHMTrainer(DefaultTrainer):
         if kind == "coco":
             # A cached conversion would outlive a change of the data.
             return AllThresholdsCOCOEvaluator(
-                dataset_name, output_dir=folder, allow_cached_coco=False
+                dataset_name,
+                output_dir=folder,
+                allow_cached_coco=False,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
         if kind == "lvis":
             return LVISEvaluator(dataset_name, output_dir=folder)
