@@ -9,7 +9,7 @@ BOOTSTRAP = $(PYTHON) tools/bootstrap.py --detectron2 "$(DETECTRON2)" \
 	$(if $(filter file,$(origin PYTHON)),,--python-was-chosen)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow coverage mutation lint bench soak docs clean
+.PHONY: help setup quickstart test test-slow coverage lint bench soak docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -31,10 +31,6 @@ test-slow: setup ## run the slow tests only
 
 coverage: setup ## run the tests and list the lines of losses and models that they miss
 	@$(VENV_PYTHON) -m pytest --cov=ghm_d2.losses --cov=ghm_d2.modeling --cov-report=term-missing --cov-fail-under=95 $(ARGS)
-
-mutation: setup ## change the losses in 250 places: do their tests notice? (an hour or two)
-	@$(VENV_PYTHON) -c "import cosmic_ray" 2>/dev/null || $(VENV_PYTHON) -m pip install -q -c constraints.txt cosmic-ray
-	@$(VENV_PYTHON) benchmarks/mutation.py $(ARGS)
 
 lint: setup ## check style, formatting and the types of ghm_d2.losses
 	@$(VENV_PYTHON) -m ruff check .

@@ -260,7 +260,7 @@ def main() -> None:
     order = plan(args.kills, args.seed)
     file = args.output / "soak.json"
     results = {
-        "command": f"python tools/soak.py --kills {args.kills} --seed {args.seed}",
+        "command": f"python benchmarks/soak.py --kills {args.kills} --seed {args.seed}",
         "commit": commit(),
         "machine": {
             "processor": processor_name(),

@@ -139,7 +139,7 @@ def test_weights_that_fit_nowhere(model, tmp_path, content, sentence):
     torch.save(content, path)
     with pytest.raises(UserError, match=sentence) as error:
         RestrictedCheckpointer(model).load(str(path))
-    assert "tools/convert_mmdet.py" in str(error.value) and str(path) in str(error.value)
+    assert "ghm-d2 convert-mmdet" in str(error.value) and str(path) in str(error.value)
 
 
 OTHER_MODELS = {

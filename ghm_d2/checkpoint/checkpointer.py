@@ -30,8 +30,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _WAY_OUT = (
-    "where it comes from torchvision or mmdetection, convert it with tools/convert_torchvision.py "
-    "or tools/convert_mmdet.py."
+    "where it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
+    "or ghm-d2 convert-mmdet."
 )
 
 

@@ -197,7 +197,7 @@ def _refuse(file: str, found: Findings) -> None:
     more = f" (the first of {number} such entries)" if number > 1 else ""
     text = found.examples[kinds[0]][0]
     colon = "" if text.startswith("holds ") else ":"  # of the file as a whole
-    raise UserError(f"{file}{colon} {text}{more}. tools/check_dataset.py lists everything.")
+    raise UserError(f"{file}{colon} {text}{more}. ghm-d2 check-data lists everything.")
 
 
 def _log_repairs(file: str, found: Findings) -> None:

@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 # Weights that configs name and nobody publishes in Detectron2's format: how to make them.
 _WEIGHTS_HINTS = {
-    "resnext101_32x4d-a5af3160": "python tools/convert_torchvision.py "
+    "resnext101_32x4d-a5af3160": "ghm-d2 convert-torchvision "
     "https://download.openmmlab.com/pretrain/third_party/resnext101_32x4d-a5af3160.pth {path}",
-    "mobilenet_v2": "python tools/fetch_backbone.py mobilenet_v2 {path}",
-    "retinanet_ghm_": "python tools/convert_mmdet.py URL {path}, with the URL that stands in the "
+    "mobilenet_v2": "ghm-d2 fetch-backbone mobilenet_v2 {path}",
+    "retinanet_ghm_": "ghm-d2 convert-mmdet URL {path}, with the URL that stands in the "
     "config file",
 }
 
