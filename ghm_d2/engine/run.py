@@ -17,7 +17,8 @@ from detectron2.utils import comm
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.checkpoint.origin import changed_data, check_classes, origin_entry
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data import CocoDataset, data_fingerprint, register_coco_dataset
+from ghm_d2.data import CocoDataset, register_coco_dataset
+from ghm_d2.data.registration import data_fingerprint
 from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.pictures import draw_predictions
@@ -161,7 +162,9 @@ def _check_same_data(
 
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     model = GHMTrainer.build_model(cfg)
-    load_trained_weights(cfg, model, args.resume, args.trust_checkpoint)
+    origin = load_trained_weights(cfg, model, args.resume, args.trust_checkpoint)
+    for name in cfg.DATASETS.TEST:
+        check_classes(origin, MetadataCatalog.get(name).get("thing_classes"), name)
     results = GHMTrainer.test(cfg, model)
     # Without ground truth there is nothing that TEST.EXPECTED_RESULTS could be compared with.
     if comm.is_main_process() and not report_submissions(cfg, results):
@@ -177,15 +180,11 @@ def load_trained_weights(
         What the checkpoint says of the classes and the data that it was trained on.
 
     Raises:
-        UserError: the file cannot be loaded, holds weights of other shapes, or was trained on other
-            classes than those of `DATASETS.TEST`.
+        UserError: the file cannot be loaded, or holds weights of other shapes.
     """
     checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.trusted = trusted
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    for name in cfg.DATASETS.TEST:
-        if name in MetadataCatalog.list():
-            check_classes(checkpointer.origin, MetadataCatalog.get(name).get("thing_classes"), name)
     return checkpointer.origin
 
 
