@@ -9,7 +9,7 @@ BOOTSTRAP = $(PYTHON) tools/bootstrap.py --detectron2 "$(DETECTRON2)" \
 	$(if $(filter file,$(origin PYTHON)),,--python-was-chosen)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow coverage mutation lint bench soak docs clean
+.PHONY: help setup quickstart test test-slow coverage lint bench soak docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -32,10 +32,6 @@ test-slow: setup ## run the slow tests only
 coverage: setup ## run the tests and list the lines of losses and models that they miss
 	@$(VENV_PYTHON) -m pytest --cov=ghm_d2.losses --cov=ghm_d2.modeling --cov-report=term-missing --cov-fail-under=95 $(ARGS)
 
-mutation: setup ## change the losses in 250 places: do their tests notice? (an hour or two)
-	@$(VENV_PYTHON) -c "import cosmic_ray" 2>/dev/null || $(VENV_PYTHON) -m pip install -q -c constraints.txt cosmic-ray
-	@$(VENV_PYTHON) benchmarks/mutation.py $(ARGS)
-
 lint: setup ## check style, formatting and the types of ghm_d2.losses
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
@@ -46,7 +42,7 @@ bench: setup ## measure speed and memory of the losses
 	@$(VENV_PYTHON) benchmarks/bench_losses.py $(ARGS)
 
 soak: setup ## kill 50 short trainings at random moments and resume them (about 25 minutes)
-	@$(VENV_PYTHON) tools/soak.py $(ARGS)
+	@$(VENV_PYTHON) benchmarks/soak.py $(ARGS)
 
 docs: ## build the documentation into docs/_build/html, every warning an error
 	@$(BOOTSTRAP) --docs

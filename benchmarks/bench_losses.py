@@ -35,7 +35,7 @@ from cases import (
 from tqdm import tqdm
 
 from ghm_d2.errors import UserError
-from ghm_d2.losses.fused import sigmoid_kernel
+from ghm_d2.losses.kernels import sigmoid_kernel
 
 __all__ = ["build_cases", "main", "measure_bandwidth", "run_case"]
 
@@ -198,14 +198,15 @@ def measure_bandwidth(size: int, device: torch.device, args: argparse.Namespace)
         inputs = Logits([max(size // CLASSES, 1)], device, dtype)
         x, labels = inputs.x[0].detach().view(-1).requires_grad_(), inputs.labels[0]
         target = torch.empty_like(x)
-        kernel = sigmoid_kernel(x, labels, None, BINS_C)
+        kernel = sigmoid_kernel(x, labels, None, BINS_C, None)  # no second derivative
         if kernel is None:  # a GPU without Triton
             return []
-        weights = torch.ones(BINS_C, device=device)
+        weights, one = torch.ones(BINS_C, device=device), torch.ones((), device=device)
 
-        def pair(kernel=kernel, weights=weights) -> None:
+        def pair(kernel=kernel, weights=weights, one=one) -> None:
             kernel.counts(BINS_C)
-            kernel.loss_and_gradient(weights)
+            kernel.loss(weights)
+            kernel.gradient(weights, one)
 
         def copy(source=x.detach(), target=target) -> None:  # noqa: B008
             target.copy_(source)

@@ -1,6 +1,6 @@
 """Measures the gradient that each loss sends to the features of one detector, while it trains.
 
-    python tools/fetch_backbone.py mobilenet_v2
+    ghm-d2 fetch-backbone mobilenet_v2
     python benchmarks/feature_gradients.py --dataset bccd=data/train.json,data/images \
         --output benchmarks/results/feature_gradients_bccd.json
 
@@ -78,7 +78,7 @@ def build_detector(dataset: str, options: Sequence[Any] = ()) -> tuple[CfgNode, 
     cfg.DATASETS.TRAIN = (data.name,)
     if cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
         raise UserError(
-            f"{cfg.MODEL.WEIGHTS} does not exist: run python tools/fetch_backbone.py mobilenet_v2."
+            f"{cfg.MODEL.WEIGHTS} does not exist: run ghm-d2 fetch-backbone mobilenet_v2."
         )
     seed_all_rng(cfg.SEED)
     model = build_model(cfg).train()

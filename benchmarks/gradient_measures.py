@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from gradient_variants import Predictions, Variant, own_logits
 from torch import Tensor, nn
 
+from ghm_d2.losses.base import observed
+
 __all__ = ["measure_gradient", "summarize"]
 
 
@@ -24,10 +26,8 @@ def measure_gradient(
     """
     trial = copy.deepcopy(variant)  # its counts end with this batch
     seen: list[tuple[Tensor, Tensor]] = []
-    for loss in getattr(trial, "losses", ()):
-        weight = loss.loss_weight
-        loss.observer = lambda *call, weight=weight: seen.append((call[4], call[5] * weight))
-    value = trial(p)
+    with observed(lambda *call: seen.append((call[4], call[5] * call[0].loss_weight))):
+        value = trial(p)
     at_outputs = torch.autograd.grad(value, outputs, retain_graph=True)
     parameters = list(head.parameters())
     grads = torch.autograd.grad(outputs, [*features, *parameters], at_outputs, retain_graph=True)

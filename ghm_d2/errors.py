@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ __all__ = [
     "USER_ERROR",
     "UserError",
     "cannot",
+    "command",
     "exits_with_one_sentence",
     "program_name",
     "reason",
@@ -87,6 +89,15 @@ def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:
 def program_name(script: str, command: str) -> str:
     """What the user runs: the ``command`` that an installation offers, or else the ``script``."""
     return command if Path(sys.argv[0]).stem == command else script
+
+
+def command(name: str) -> str:
+    """How the reader of a message runs a command of the ``ghm-d2`` program.
+
+    Without an installation, as in a plain checkout, there is ``python -m ghm_d2`` alone.
+    """
+    installed = Path(sys.argv[0]).stem == "ghm-d2" or shutil.which("ghm-d2") is not None
+    return f"{'ghm-d2' if installed else 'python -m ghm_d2'} {name}"
 
 
 @contextlib.contextmanager

@@ -48,44 +48,62 @@ def mask_of(weight: Array | None, shape: tuple[int, ...]) -> Array:
     return np.broadcast_to(mask, shape).copy()
 
 
-def sigmoid_examples(logits: Array, labels: Array, weight: Array | None = None) -> Examples:
-    """Binary cross entropy of each (row, class); labels (R,), K = background, -1 = ignored, or
-    dense (R, K)."""
+def sigmoid_examples(
+    logits: Array,
+    labels: Array,
+    weight: Array | None = None,
+    *,
+    class_weight: Array | None = None,
+    ignored: float = -1,
+) -> Examples:
+    """Binary cross entropy of each (row, class); labels (R,), K = background, or dense (R, K) in
+    [0, 1]. `class_weight` (K,) multiplies the loss of each column."""
     x = np.asarray(logits, dtype=np.float64)
     labels = np.asarray(labels)
     keep = mask_of(weight, x.shape)
+    factor = np.ones(x.shape[1]) if class_weight is None else np.asarray(class_weight, np.float64)
     if labels.ndim == 2:
-        t = labels.astype(np.float64)
+        keep &= labels != ignored
+        t = np.where(labels == ignored, 0, labels).astype(np.float64)
     else:
         t = np.zeros_like(x)
         for row, label in enumerate(labels):
-            if 0 <= label < x.shape[1]:
-                t[row, label] = 1.0
-            elif label == -1:
+            if label == ignored:
                 keep[row] = False
+            elif 0 <= label < x.shape[1]:
+                t[row, label] = 1.0
     # -t ln p - (1 - t) ln(1 - p), in the form that does not overflow
     loss = np.maximum(x, 0) - x * t + np.log1p(np.exp(-np.abs(x)))
-    # |p - t| is 1 - p = sigmoid(-x) for a positive: no cancellation
-    g = np.where(t == 1, sigmoid(-x), sigmoid(x))
-    return Examples(g, loss, np.where(t == 1, -g, g), keep)
+    # p - t is -(1 - p) = -sigmoid(-x) for a positive: no cancellation
+    slope = np.where(t == 1, -sigmoid(-x), sigmoid(x) - np.where(t == 1, 0, t))
+    return Examples(np.abs(slope), factor * loss, factor * slope, keep)
 
 
-def softmax_examples(logits: Array, labels: Array, weight: Array | None = None) -> Examples:
-    """Cross entropy of each row; logits (R, K + 1), labels (R,) in [0, K], -1 = ignored."""
+def softmax_examples(
+    logits: Array,
+    labels: Array,
+    weight: Array | None = None,
+    *,
+    class_weight: Array | None = None,
+    ignored: float = -1,
+) -> Examples:
+    """Cross entropy of each row; logits (R, K + 1), labels (R,) in [0, K]. `class_weight`
+    (K + 1,) multiplies the loss of each row by its class."""
     x = np.asarray(logits, dtype=np.float64)
     rows = x.shape[0]
     keep = mask_of(weight, (rows,))
     g, loss, gradient = np.zeros(rows), np.zeros(rows), np.zeros_like(x)
     log_p = log_softmax(x) if rows else x
     for row, label in enumerate(np.asarray(labels)):
-        if label == -1:
+        if label == ignored:
             keep[row] = False
             continue
         p = np.exp(log_p[row])
         one_hot = np.eye(x.shape[1])[label]
+        factor = 1.0 if class_weight is None else class_weight[label]
         g[row] = p[one_hot == 0].sum()
-        loss[row] = -log_p[row, label]
-        gradient[row] = p - one_hot
+        loss[row] = -factor * log_p[row, label]
+        gradient[row] = factor * (p - one_hot)
     return Examples(g, loss, gradient, keep)
 
 
@@ -207,8 +225,14 @@ class GHMReference:
         return loss, gradient
 
 
-def ghm_c(*, bins=30, momentum=0.75, activation="sigmoid", **switches) -> GHMReference:
-    examples = {"sigmoid": sigmoid_examples, "softmax": softmax_examples}[activation]
+def ghm_c(
+    *, bins=30, momentum=0.75, activation="sigmoid", class_weight=None, ignored=-1, **switches
+) -> GHMReference:
+    of_activation = {"sigmoid": sigmoid_examples, "softmax": softmax_examples}[activation]
+
+    def examples(*call: Array | None) -> Examples:
+        return of_activation(*call, class_weight=class_weight, ignored=ignored)
+
     return GHMReference(examples, bins=bins, momentum=momentum, **switches)
 
 

@@ -15,7 +15,7 @@ from detectron2.engine import defaults
 from foreign import Call
 from tiny import unregister_all, write_coco
 
-from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.checkpoint import RestrictedCheckpointer, load_trained_weights
 from ghm_d2.checkpoint.checkpointer import (
     newest_checkpoint,
 )
@@ -139,7 +139,7 @@ def test_weights_that_fit_nowhere(model, tmp_path, content, sentence):
     torch.save(content, path)
     with pytest.raises(UserError, match=sentence) as error:
         RestrictedCheckpointer(model).load(str(path))
-    assert "tools/convert_mmdet.py" in str(error.value) and str(path) in str(error.value)
+    assert "ghm-d2 convert-mmdet" in str(error.value) and str(path) in str(error.value)
 
 
 OTHER_MODELS = {
@@ -171,6 +171,82 @@ def test_weights_of_another_architecture_are_named(tmp_path, caplog, monkeypatch
     torch.save(small_model("ghm_r_faster_rcnn_R_50", seed=5).state_dict(), path)
     RestrictedCheckpointer(small_model(RETINANET)).load(str(path))
     assert "head.cls_score" in caplog.text and "roi_heads.box_predictor" in caplog.text
+
+
+@pytest.fixture(params=[False, True], ids=["", "bias_correction"])
+def trained(request, tmp_path):
+    """The file of a GHM model with two groups that has trained, and a model without any counts."""
+    opts = ["SOLVER.IMS_PER_BATCH", 4, "MODEL.GHM.RETINANET.CLS.BIAS_CORRECTION", request.param]
+    model = small_model(RETINANET, *opts)
+    for name, x in model.named_buffers():
+        if name.startswith("ghm_"):
+            x.fill_(7)
+    path = str(tmp_path / "trained.pth")
+    torch.save({"model": model.state_dict(), "iteration": 3}, path)
+    return path, lambda *more: small_model(RETINANET, *opts, *more, seed=2)
+
+
+def counts(model):
+    return torch.cat([x.double() for n, x in model.named_buffers() if n.startswith("ghm_")])
+
+
+@pytest.fixture
+def lines(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
+    caplog.set_level(logging.INFO, "ghm_d2")
+    return lambda: [r.getMessage() for r in caplog.records if "start at 0" in r.getMessage()]
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["", "nothing to resume"])
+def test_weights_to_start_from_leave_their_counts_behind(trained, tmp_path, lines, resume):
+    path, build = trained
+    model = build()
+    RestrictedCheckpointer(model, str(tmp_path)).resume_or_load(path, resume=resume)
+    assert not counts(model).any()
+    assert [line.partition(":")[0] for line in lines()] == [
+        "the running counts of 4 losses start at 0"
+    ]
+    weights = torch.load(path)["model"]["head.cls_score.weight"]
+    assert torch.equal(model.head.cls_score.weight, weights)
+
+
+def test_loading_resuming_and_evaluating_keep_them(trained, tmp_path, lines):
+    path, build = trained
+    model = build()
+    RestrictedCheckpointer(model).load(path)
+    assert (counts(model) == 7).all()
+    (tmp_path / "last_checkpoint").write_text("trained.pth")
+    model = build()
+    RestrictedCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert (counts(model) == 7).all()
+    cfg = small_config(RETINANET, "MODEL.WEIGHTS", path, "OUTPUT_DIR", str(tmp_path))
+    for resume in (False, True):
+        model = build()
+        load_trained_weights(cfg, model, resume)
+        assert (counts(model) == 7).all()
+    assert not lines()
+
+
+def test_weights_without_counts_and_a_new_model_say_nothing(tmp_path, lines):
+    model = small_model(RETINANET)
+    RestrictedCheckpointer(model, str(tmp_path)).resume_or_load("", resume=False)
+    assert not counts(model).any() and not lines()
+
+
+@pytest.mark.parametrize(("resume", "evaluate"), [(False, False), (False, True), (True, True)])
+def test_other_bins_start_at_0_and_evaluate(trained, tmp_path, resume, evaluate):
+    path, build = trained
+    model = build("MODEL.GHM.RETINANET.CLS.BINS", 20, "MODEL.GHM.RETINANET.REG.BINS", 5)
+    if evaluate:
+        (tmp_path / "last_checkpoint").write_text("trained.pth")
+        cfg = small_config(RETINANET, "MODEL.WEIGHTS", path, "OUTPUT_DIR", str(tmp_path))
+        load_trained_weights(cfg, model, resume)
+    else:
+        RestrictedCheckpointer(model, str(tmp_path)).resume_or_load(path, resume=resume)
+    assert not counts(model).any()
+    assert torch.equal(
+        model.head.cls_score.weight, torch.load(path)["model"]["head.cls_score.weight"]
+    )
 
 
 def test_truncated_files(model, tmp_path):

@@ -44,6 +44,24 @@ def test_compiled_losses_agree_without_a_graph_break():
         assert torch.equal(plain.ghm_r.acc_sum, other.ghm_r.acc_sum)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax", "boxes"])
+def test_the_exact_density_compiles_without_a_graph_break(kind):
+    settings = {"momentum": 0.0, "density": "exact"}
+    if kind == "boxes":
+        loss_fn, x, target = GHMRLoss(**settings), torch.randn(50, 4) * 0.05, torch.zeros(50, 4)
+    else:
+        loss_fn = GHMCLoss(activation=kind, **settings)
+        x, target = torch.randn(50, 8) * 3, torch.randint(-1, 8, (50,))
+    compiled = torch.compile(loss_fn, backend="aot_eager", fullgraph=True)
+    grads = []
+    for call in (loss_fn, compiled):
+        leaf = x.clone().requires_grad_()
+        loss = call(leaf, target)
+        loss.backward()
+        grads.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.slow
 def test_compiled_training_forward_agrees():
     plain, other = small_model("ghm_retinanet_R_50"), small_model("ghm_retinanet_R_50")

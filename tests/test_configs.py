@@ -96,7 +96,6 @@ BASELINES = {
         "GHM.RETINANET.REG.LOSS_TYPE": "asl1",
         "GHM.RETINANET.REG.LOSS_WEIGHT": 1.0,
     },
-    "ghm_c_ghm_r_retinanet_R_50": {},
     "sl1_faster_rcnn_R_50": TWO_STAGE | HEAD_OFF,
     "ghm_r_rpn_faster_rcnn_R_50": TWO_STAGE | HEAD_OFF | RPN_ON,
     "ghm_r_box_head_faster_rcnn_R_50": TWO_STAGE,

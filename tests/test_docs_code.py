@@ -2,9 +2,13 @@
 
 import re
 
+import pytest
 import torch
-from tiny import ROOT
+from detectron2.config import get_cfg
+from tiny import RETINANET, ROOT, TINY, unregister_all, write_coco
 
+from ghm_d2 import add_ghm_config
+from ghm_d2.data import register_datasets
 from ghm_d2.modeling import GHMRetinaNet
 
 
@@ -17,7 +21,7 @@ BLOCKS = blocks("own_detector.md") + blocks("lazy.md")
 
 
 def test_every_block_is_run():
-    assert [len(blocks(page)) for page in PAGES] == [3, 1]
+    assert [len(blocks(page)) for page in PAGES] == [4, 1]
 
 
 def run(number):
@@ -57,8 +61,30 @@ def test_the_box_head():
     assert run(2)["box_predictor"](torch.rand(5, 1024))[0].shape == (5, 4)
 
 
+def test_the_trainer(tmp_path):
+    """Two steps with a shipped config, the second of which moves along a clipped gradient."""
+    trainer = run(3)["Trainer"]
+    register_datasets([f"doc_trainer={write_coco(tmp_path)}"])
+    try:
+        cfg = get_cfg()
+        add_ghm_config(cfg)
+        cfg.merge_from_file(RETINANET)
+        cfg.merge_from_list([word for pair in TINY.items() for word in pair])
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("doc_trainer",), ()
+        cfg.MODEL.RETINANET.NUM_CLASSES = 3
+        cfg.OUTPUT_DIR = str(tmp_path)
+        assert cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model"
+        cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-3
+        own = trainer(cfg)
+        own.train()
+    finally:
+        unregister_all()
+    gradients = [p.grad for p in own.model.parameters() if p.grad is not None]
+    assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_the_config():
-    model = run(3)["model"]
+    model = run(4)["model"]
     assert (model._target_, model.ghm_c.bins, model.ghm_r.mu) == (GHMRetinaNet, 30, 0.02)
 
 

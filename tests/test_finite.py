@@ -1,7 +1,6 @@
 """A NaN anywhere stops training: one sentence, good weights, a batch that can be replayed."""
 
 import logging
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -10,17 +9,16 @@ from detectors import small_config
 from detectron2.engine import AMPTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from tiny import ROOT, forget_program, tiny_pairs, unregister_all, write_coco
+from tiny import forget_program, tiny_pairs, unregister_all, write_coco
 
+from ghm_d2.cli import replay
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
-from ghm_d2.engine import GHMTrainer, finite
+from ghm_d2.engine import GHMTrainer
 from ghm_d2.engine.finite import NotFiniteError
 from ghm_d2.engine.preemption import Preempted, StopOnSigterm
+from ghm_d2.engine.processes import end_process
 from ghm_d2.engine.replay import load_replay
 from ghm_d2.errors import exits_with_one_sentence
-
-sys.path.insert(0, str(ROOT / "tools"))
-import replay_batch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +71,9 @@ def nan_image(batch):
 
 def replayed(message, capsys):
     """What the tool prints for the file that the message names, and its exit code."""
-    file = message.split("replay_batch.py ")[1].split(" ")[0].rstrip(".")
+    file = message.split("ghm_d2 replay ")[1].split(" ")[0].rstrip(".")
     with pytest.raises(SystemExit) as stop:
-        replay_batch.main([file])
+        replay.main([file])
     return capsys.readouterr().out, stop.value.code
 
 
@@ -168,12 +166,12 @@ def test_a_gradient_stops_without_amp_and_is_left_to_the_scaler_with_it(make, mo
     assert "iteration 1: 1 gradients are not finite, the first that of head.bbox_pred" in message
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
-    check = trainer._finite
-    check._scaled = True
+    check = trainer._trainer.check
+    check._precision = torch.float16
     weight.grad.fill_(torch.inf)
     check._losses = {"loss": torch.zeros(())}
     check.after_backward()
-    check._scaled = False
+    check._precision = None
     with pytest.raises(NotFiniteError):
         check.after_backward()
     weight.grad.fill_(3e38)
@@ -184,11 +182,9 @@ def test_a_gradient_stops_without_amp_and_is_left_to_the_scaler_with_it(make, mo
 
 
 def test_under_amp_the_check_knows_it(make):
-    trainer = make()
-    inner = AMPTrainer.__new__(AMPTrainer)
-    inner.__dict__.update(model=trainer.model, precision=torch.float16, _hooks=[])
-    check = finite.FiniteCheck(trainer.cfg, inner, str)
-    assert check._scaled and check._precision == torch.float16 and inner._hooks == [check]
+    trainer = make(SOLVER__AMP__ENABLED=True)
+    assert isinstance(trainer._trainer, AMPTrainer)
+    assert trainer._trainer.check._precision == torch.float16
 
 
 def test_weights_that_overflow_are_never_written(make, tmp_path):
@@ -240,9 +236,9 @@ def test_replay_refuses_other_files(tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "x.pth")
     for words in ([str(tmp_path / "x.pth")], [str(tmp_path / "gone.pth")], []):
         with pytest.raises(SystemExit) as stop:
-            replay_batch.main(words)
+            replay.main(words)
         assert stop.value.code == 2
-        assert capsys.readouterr().err.startswith("replay_batch.py: error: ")
+        assert capsys.readouterr().err.startswith("ghm-d2 replay: error: ")
 
 
 def worker(rank, folder, where):
@@ -277,7 +273,7 @@ def worker(rank, folder, where):
         trainer.train()
     except Exception as error:
         (folder / f"{where}_{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-    torch.distributed.destroy_process_group()
+    end_process(0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the batch must lie on the CPU")
@@ -288,7 +284,7 @@ def test_two_processes_stop_together(tmp_path, where):
     write_coco(tmp_path)
     context = torch.multiprocessing.spawn(worker, (tmp_path, where), nprocs=2, join=False)
     for process in context.processes:
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0, "a process hangs or died"
     first, second = ((tmp_path / f"{where}_{rank}.txt").read_text() for rank in (0, 1))
     if where == "other":

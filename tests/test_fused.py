@@ -5,9 +5,7 @@ import threading
 import pytest
 import torch
 
-from ghm_d2.losses import GHMCLoss, GHMRLoss, fused
-from ghm_d2.losses.block_regions import region_finder
-from ghm_d2.losses.blocks import BLOCK, Blocks
+from ghm_d2.losses import GHMCLoss, GHMRLoss, kernels
 from ghm_d2.losses.functional import (
     count_unit_regions,
     harmonized_sum,
@@ -15,6 +13,8 @@ from ghm_d2.losses.functional import (
     sigmoid_examples,
     unit_region_index,
 )
+from ghm_d2.losses.kernels.cpu_blocks import BLOCK, Blocks
+from ghm_d2.losses.kernels.cpu_regions import region_finder
 
 MU = 0.02
 HALVES = [torch.float32, torch.float16, torch.bfloat16]
@@ -38,6 +38,15 @@ def classification(shape, dtype=torch.float32, seed=0):
     return logits, labels
 
 
+def sigmoid_kernel(logits, labels, keep, bins):
+    """The kernel alone; its second derivative is tested through the modules."""
+    return kernels.sigmoid_kernel(logits, labels, keep, bins, None)
+
+
+def regression_kernel(pred, target, keep, mu, bins):
+    return kernels.regression_kernel(pred, target, keep, mu, bins, None)
+
+
 def eager_sigmoid(logits, labels, valid, bins, weights):
     """Counts, weighted loss and its gradient, in float64 from the rounded inputs."""
     x = logits.double().requires_grad_()
@@ -54,16 +63,18 @@ def check(kernel, expected, weights, dtype, off_by=0):
     found = kernel.counts(weights.numel())
     assert found.dtype == torch.int64
     assert (found.cpu() - counts).abs().sum() <= 2 * off_by
-    got, gradient = (t.cpu() for t in kernel.loss_and_gradient(weights.to(found.device)))
+    weights = weights.to(found.device)
+    one = torch.ones((), device=found.device)
+    got, gradient = kernel.loss(weights).cpu(), kernel.gradient(weights, one).cpu()
     assert gradient.dtype == dtype
     torch.testing.assert_close(got.double(), total, rtol=1e-5, atol=1e-6)
     if not off_by:
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
         torch.testing.assert_close(gradient.double().view_as(grad), grad, rtol=tolerance, atol=1e-6)
     # Once more without what counting kept, as a second backward pass does.
-    again, second = kernel.loss_and_gradient(weights.to(found.device))
-    torch.testing.assert_close(again.cpu(), got, rtol=1e-6, atol=0)
-    torch.testing.assert_close(second.cpu(), gradient, rtol=1e-6, atol=0)
+    again, second = kernel.loss(weights).cpu(), kernel.gradient(weights, one).cpu()
+    torch.testing.assert_close(again, got, rtol=1e-6, atol=0)
+    torch.testing.assert_close(second, gradient, rtol=1e-6, atol=0)
 
 
 def smooth_weights(bins):
@@ -78,7 +89,7 @@ def test_sigmoid_equals_eager(shape, dtype, threads):
     weights = torch.rand(30, generator=torch.Generator().manual_seed(1))
     valid = (labels >= 0).unsqueeze(1)
     expected = eager_sigmoid(logits, labels, valid, 30, weights)
-    kernel = fused.sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, 30)
+    kernel = sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, 30)
     check(kernel, expected, weights, dtype)
 
 
@@ -87,7 +98,7 @@ def test_any_number_of_regions(bins):
     logits, labels = classification((4000, 20))
     weights = smooth_weights(bins)
     expected = eager_sigmoid(logits, labels, (labels >= 0).unsqueeze(1), bins, weights)
-    kernel = fused.sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, bins)
+    kernel = sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, bins)
     # float64 and float32 may disagree beside an edge; of many regions, some norm is beside one.
     check(kernel, expected, weights, logits.dtype, off_by=0 if bins < 50 else 5)
 
@@ -102,7 +113,7 @@ def test_dropped_examples_even_with_nan(rows):
     expected = eager_sigmoid(logits, labels, valid, 30, weights)
     spoiled = torch.where(valid, logits, torch.nan)
     check(
-        fused.sigmoid_kernel(spoiled.view(-1).requires_grad_(), labels, keep, 30),
+        sigmoid_kernel(spoiled.view(-1).requires_grad_(), labels, keep, 30),
         expected,
         weights,
         logits.dtype,
@@ -115,7 +126,7 @@ def test_dense_labels():
     weights = torch.rand(30)
     expected = eager_sigmoid(logits, dense, None, 30, weights)
     check(
-        fused.sigmoid_kernel(logits.view(-1).requires_grad_(), dense, None, 30),
+        sigmoid_kernel(logits.view(-1).requires_grad_(), dense, None, 30),
         expected,
         weights,
         logits.dtype,
@@ -128,7 +139,7 @@ def test_large_logits():
     weights = torch.rand(30)
     expected = eager_sigmoid(logits, labels, None, 30, weights)
     check(
-        fused.sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, 30),
+        sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, 30),
         expected,
         weights,
         logits.dtype,
@@ -140,7 +151,7 @@ def test_losses_of_tiny_gradients_keep_their_digits():
     labels = torch.full((1000,), 4)
     weights = torch.ones(30)
     expected = eager_sigmoid(logits, labels, None, 30, weights)
-    got, _ = fused.sigmoid_kernel(logits.view(-1), labels, None, 30).loss_and_gradient(weights)
+    got = sigmoid_kernel(logits.view(-1), labels, None, 30).loss(weights)
     torch.testing.assert_close(got.double(), expected[1], rtol=1e-5, atol=0)
 
 
@@ -161,7 +172,7 @@ def test_regression_equals_eager(size, dtype, masked, threads):
     expected = count_unit_regions(region, 10), total.detach(), x.grad
     spoiled = pred if keep is None else torch.where(keep, pred, torch.nan)
     check(
-        fused.regression_kernel(spoiled.clone().requires_grad_(), target, keep, MU, 10),
+        regression_kernel(spoiled.clone().requires_grad_(), target, keep, MU, 10),
         expected,
         weights,
         dtype,
@@ -170,8 +181,9 @@ def test_regression_equals_eager(size, dtype, masked, threads):
 
 def test_modules_use_the_kernels(monkeypatch):
     used = []
-    original = fused._FusedSum.apply
-    monkeypatch.setattr(fused._FusedSum, "apply", lambda *a: used.append(1) or original(*a))
+    fused = kernels.FusedExamples
+    original = fused.weighted_sum
+    monkeypatch.setattr(fused, "weighted_sum", lambda *a: used.append(1) or original(*a))
     GHMCLoss()(*classification((10, 3)))
     GHMRLoss()(torch.randn(5, 4), torch.randn(5, 4))
     assert len(used) == 2
@@ -257,13 +269,12 @@ def test_long_tensors_alone_are_dealt_to_the_pool(threads):
 def test_without_gradient_the_loss_is_the_same():
     logits, labels = classification((3000, 8))
     weights = torch.rand(30)
-    kernels = [
-        fused.sigmoid_kernel(logits.view(-1).requires_grad_(wanted), labels, None, 30)
+    with_gradient, without = (
+        sigmoid_kernel(logits.view(-1).requires_grad_(wanted), labels, None, 30)
         for wanted in (True, False)
-    ]
-    assert torch.equal(kernels[0].counts(30), kernels[1].counts(30))
-    (a, gradient), (b, none) = (kernel.loss_and_gradient(weights) for kernel in kernels)
-    assert a == b and gradient is not None and none is None
+    )
+    assert torch.equal(with_gradient.counts(30), without.counts(30))
+    assert torch.equal(with_gradient.loss(weights), without.loss(weights))
 
 
 @pytest.fixture(scope="module")
@@ -271,9 +282,9 @@ def triton_kernels():
     """The CUDA kernels; on the CPU, Triton's interpreter runs them (see conftest.py)."""
     # The interpreter of older versions does not know all that the kernels use.
     pytest.importorskip("triton", minversion="3.0")
-    from ghm_d2.losses import triton_kernels
+    from ghm_d2.losses.kernels import triton
 
-    return triton_kernels
+    return triton
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -294,7 +305,9 @@ def test_triton_sigmoid_equals_eager(triton_kernels, dtype, keep_shape):
         valid = valid & keep
     weights = smooth_weights(30)
     expected = eager_sigmoid(logits, labels, valid, 30, weights)
-    kernel = triton_kernels.TritonSigmoid(*on_device(logits.view(-1), labels, keep), 7, True)
+    kernel = triton_kernels.TritonSigmoid(
+        logits.view(-1).to(DEVICE), None, *on_device(labels, keep), 7
+    )
     check(kernel, expected, weights, dtype)
 
 
@@ -310,7 +323,7 @@ def test_triton_regression_equals_eager(triton_kernels, bins):
     total = harmonized_sum(loss, region, weights)
     total.backward()
     expected = count_unit_regions(region, bins), total.detach(), x.grad
-    kernel = triton_kernels.TritonRegression(*on_device(pred, target, keep), MU, True)
+    kernel = triton_kernels.TritonRegression(pred.to(DEVICE), None, *on_device(target, keep), MU)
     check(kernel, expected, weights, pred.dtype, off_by=9 if bins == 1000 else 0)
 
 

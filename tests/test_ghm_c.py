@@ -309,3 +309,241 @@ def test_large_logits_keep_the_digits_of_float64():
     x, labels = np.array([[20.5, -20.5], [3.0, 30.0]]), np.array([2, 0])
     loss, _ = sigmoid_examples(torch.from_numpy(x), torch.from_numpy(labels))
     np.testing.assert_allclose(loss.numpy(), ref.sigmoid_examples(x, labels).loss, rtol=1e-15)
+
+
+# Layouts, soft targets, ignored labels, class weights: the same examples in another dress.
+
+LAYOUTS = {
+    "(B, N, K)": ((3, 10), {}),
+    "(N, K, H, W)": ((2, 3, 5), {"class_dim": 1}),
+    "(N, K, H, W) from behind": ((2, 3, 5), {"class_dim": -3}),
+    "(K, R)": ((30,), {"class_dim": 0}),
+}
+
+
+def in_layout(x, rows, class_dim=-1):
+    """(R, K) as the layout of `rows` with the classes along `class_dim`."""
+    return np.moveaxis(x.reshape(*rows, -1), -1, class_dim)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("masked", [None, "rows", "examples"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_the_plain_one_rearranged(evaluate, layout, activation, masked, dtype):
+    rows, settings = LAYOUTS[layout]
+    rng = np.random.default_rng(20)
+    x, labels = ref.draw_logits(rng, 30, 4, activation=activation)
+    weight = None
+    if masked:
+        whole = masked == "examples" and activation == "sigmoid"
+        weight = rng.integers(0, 2, x.shape if whole else 30).astype(np.float32)
+    arranged = weight
+    if weight is not None:
+        arranged = in_layout(weight, rows, **settings) if weight.ndim == 2 else weight.reshape(rows)
+    expected_loss, expected = ref.ghm_c(activation=activation)(x, labels, weight)
+    loss, grad = evaluate(
+        GHMCLoss(activation=activation, **settings),
+        in_layout(x, rows, **settings),
+        labels.reshape(rows),
+        arranged,
+        dtype=dtype,
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    np.testing.assert_allclose(grad, in_layout(expected, rows, **settings), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dense_labels_in_a_layout(evaluate, layout):
+    rows, settings = LAYOUTS[layout]
+    x, labels = ref.draw_logits(np.random.default_rng(21), 30, 4, ignored=0)
+    t = dense(labels, 4)
+    expected_loss, expected = ref.ghm_c()(x, t)
+    loss, grad = evaluate(
+        GHMCLoss(**settings), in_layout(x, rows, **settings), in_layout(t, rows, **settings)
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    np.testing.assert_allclose(grad, in_layout(expected, rows, **settings), rtol=1e-4, atol=1e-7)
+
+
+def draw_soft(rng, rows, classes, bins=30, margin=1e-5):
+    """Logits and soft targets whose gradient norms lie beside no edge; some are 0 or 1."""
+    x = rng.normal(-1, 2, size=(4 * rows, classes)).astype(np.float32)
+    t = rng.random((4 * rows, classes)).astype(np.float32)
+    t[rng.random(t.shape) < 0.4] = 0
+    t[rng.random(t.shape) < 0.1] = 1
+    good = ref.rows_off_edges(ref.sigmoid_examples(x, t), bins, margin)
+    return x[good][:rows], t[good][:rows]
+
+
+SOFT = pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"momentum": 0.0, "normalize_by": "all_bins"},
+        {"decay_empty_bins": True, "bias_correction": True, "loss_weight": 3.0},
+        {"bins": 7},
+    ],
+    ids=str,
+)
+
+
+@SOFT
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_soft_targets(evaluate, switches, weighted, dtype):
+    rng = np.random.default_rng(22)
+    loss_fn, oracle = GHMCLoss(**switches), ref.ghm_c(**switches)
+    for rows in (40, 3, 40):
+        x, t = draw_soft(rng, 4 * rows, 3, switches.get("bins", 30))
+        if dtype == torch.float16:
+            x = x.astype(np.float16).astype(np.float32)
+            good = ref.rows_off_edges(ref.sigmoid_examples(x, t), switches.get("bins", 30), 1e-5)
+            x, t = x[good], t[good]
+        weight = rng.integers(0, 2, x.shape).astype(np.float32) if weighted else None
+        loss, grad = evaluate(loss_fn, x, t, weight, dtype=dtype)
+        expected_loss, expected = oracle(x, t, weight)
+        assert loss == pytest.approx(expected_loss, rel=2e-5)
+        low = dtype == torch.float16
+        np.testing.assert_allclose(grad, expected, rtol=2e-3 if low else 1e-4, atol=1e-7)
+        np.testing.assert_allclose(loss_fn.acc_sum, oracle.counts.sums, rtol=1e-6)
+
+
+def test_soft_targets_of_zero_and_one_are_the_hard_ones(evaluate):
+    x, labels = ref.draw_logits(np.random.default_rng(23), 40, 4, ignored=0)
+    hard = dense(labels, 4)
+    almost = hard.astype(np.float64)
+    almost[0, 0] = abs(almost[0, 0] - 1e-12)  # one soft target: no kernel
+    expected = evaluate(GHMCLoss(), x, labels)
+    found = evaluate(GHMCLoss(), x, almost)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_logits_of_one_class_need_no_axis(evaluate, soft):
+    rng = np.random.default_rng(24)
+    x, t = draw_soft(rng, 40, 1)
+    if not soft:
+        t = (t > 0.5).astype(np.int64)
+        good = ref.rows_off_edges(ref.sigmoid_examples(x, t), 30, 1e-5)
+        x, t = x[good], t[good]
+    weight = rng.integers(0, 2, len(x)).astype(np.float32)
+    expected_loss, expected = ref.ghm_c()(x, t, weight[:, None])
+    loss, grad = evaluate(GHMCLoss(), x[:, 0], t[:, 0], weight)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    np.testing.assert_allclose(grad, expected[:, 0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("ignore_index", [255, -100, 2, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_another_ignored_label(evaluate, activation, ignore_index, dtype):
+    x, labels = ref.draw_logits(np.random.default_rng(25), 40, 4, activation=activation)
+    labels[labels == -1] = ignore_index
+    loss_fn = GHMCLoss(activation=activation, ignore_index=ignore_index)
+    oracle = ref.ghm_c(activation=activation, ignored=ignore_index)
+    loss, grad = evaluate(loss_fn, x, labels, dtype=dtype)
+    expected_loss, expected = oracle(x, labels)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(loss_fn.acc_sum, oracle.counts.sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ignore_index", [255, -1])
+@pytest.mark.parametrize("kind", [np.int64, np.float32])
+def test_ignored_entries_of_dense_labels(evaluate, ignore_index, kind):
+    rng = np.random.default_rng(26)
+    x, labels = ref.draw_logits(rng, 40, 4, ignored=0)
+    t = dense(labels, 4).astype(kind)
+    t[rng.random(t.shape) < 0.2] = ignore_index
+    loss, grad = evaluate(GHMCLoss(ignore_index=ignore_index), x, t)
+    expected_loss, expected = ref.ghm_c(ignored=ignore_index)(x, t)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("density", ["unit_region", "exact"])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_class_weights_multiply_the_loss_and_leave_the_counts(
+    evaluate, activation, density, as_tensor
+):
+    rng = np.random.default_rng(27)
+    factors = [0.0, 0.5, 1.0, 4.0]
+    momentum = 0.0 if density == "exact" else 0.75
+    settings = {"activation": activation, "momentum": momentum, "density": density}
+    loss_fn = GHMCLoss(class_weight=torch.tensor(factors) if as_tensor else factors, **settings)
+    oracle = ref.ghm_c(
+        class_weight=np.array(factors + [1.0] * (activation == "softmax")), **settings
+    )
+    plain = ref.ghm_c(**settings)
+    for rows in (40, 5):
+        x, labels = ref.draw_logits(rng, rows, 4, activation=activation)
+        loss, grad = evaluate(loss_fn, x, labels)
+        expected_loss, expected = oracle(x, labels)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-7)
+        plain(x, labels)
+        np.testing.assert_allclose(loss_fn.acc_sum, plain.counts.sums, rtol=1e-6)
+
+
+def test_a_class_weight_of_the_background(evaluate):
+    x, labels = ref.draw_logits(np.random.default_rng(28), 40, 4, activation="softmax")
+    factors = np.array([1.0, 2.0, 3.0, 4.0, 0.1])
+    loss, _ = evaluate(GHMCLoss(activation="softmax", class_weight=factors.tolist()), x, labels)
+    expected, _ = ref.ghm_c(activation="softmax", class_weight=factors)(x, labels)
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_class_weights_are_settings_and_no_state():
+    loss_fn = GHMCLoss(class_weight=[1, 2, 3])
+    assert list(loss_fn.state_dict()) == ["acc_sum"]
+    assert loss_fn.half().class_weight.tolist() == [1.0, 2.0, 3.0]
+    assert loss_fn.class_weight.dtype == torch.float32
+    assert "class_weight=[1.0, 2.0, 3.0]" in repr(loss_fn)
+    assert "ignore_index=255, " in repr(GHMCLoss(ignore_index=255, class_weight=[1.0]))
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    class_dim=st.sampled_from([-1, 0, 1]),
+    ignore_index=st.sampled_from([None, 255, -7]),
+    soft=st.booleans(),
+    weighted=st.booleans(),
+    class_weighted=st.booleans(),
+    normalize_by=st.sampled_from(["valid_bins", "all_bins"]),
+    decay=st.booleans(),
+    correction=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_every_switch_together(
+    evaluate, seed, class_dim, ignore_index, soft, weighted, class_weighted, normalize_by, decay,
+    correction, dtype,
+):  # fmt: skip
+    rng = np.random.default_rng(seed)
+    settings = {
+        "normalize_by": normalize_by,
+        "decay_empty_bins": decay,
+        "bias_correction": correction,
+    }
+    factors = rng.uniform(0, 3, 3).tolist() if class_weighted else None
+    layout = {"class_dim": class_dim, "ignore_index": ignore_index, "class_weight": factors}
+    loss_fn = GHMCLoss(**layout, **settings)
+    ignored = -1 if ignore_index is None else ignore_index
+    oracle = ref.ghm_c(class_weight=factors, ignored=ignored, **settings)
+    for rows in (12, 2, 12):
+        if soft:
+            x, t = draw_soft(rng, rows, 3)
+            if ignore_index is not None:
+                t[rng.random(t.shape) < 0.2] = ignore_index
+        else:
+            x, t = ref.draw_logits(rng, rows, 3)
+            t[t == -1] = ignored
+        weight = rng.integers(0, 2, rows).astype(np.float32) if weighted else None
+        arranged = np.moveaxis(t, -1, class_dim) if soft else t
+        loss, grad = evaluate(loss_fn, np.moveaxis(x, -1, class_dim), arranged, weight, dtype=dtype)
+        expected_loss, expected = oracle(x, t, weight)
+        assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-7)
+        np.testing.assert_allclose(np.moveaxis(grad, class_dim, -1), expected, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(loss_fn.acc_sum, oracle.counts.sums, rtol=1e-6)

@@ -120,8 +120,8 @@ def test_the_largest_label_is_k():
         assert torch.isfinite(call())
 
 
-@pytest.mark.parametrize("value", [-1.0, 0.5, 2.0, NAN])
-def test_dense_labels_are_zero_or_one(value):
+@pytest.mark.parametrize("value", [-1.0, -0.1, 1.01, 2.0, NAN, INF])
+def test_dense_labels_lie_between_zero_and_one(value):
     labels = torch.zeros(4, 3)
     labels[1, 2] = value
     assert_refused("labels", *classification("sigmoid", labels=labels))
@@ -387,3 +387,134 @@ def test_dropped_examples_need_not_be_finite_without_a_kernel(by, value):
         boxes = GHMRLoss()(logits.detach(), torch.zeros_like(clean), weight)
         expected = GHMRLoss()(clean[kept], torch.zeros_like(clean[kept]))
         assert boxes.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("class_dim", 1.0),
+        ("class_dim", None),
+        ("ignore_index", "255"),
+        ("ignore_index", 0.5),
+        ("class_weight", 2.0),
+        ("class_weight", [[1.0, 1.0, 1.0]]),
+        ("class_weight", torch.ones(1, 3)),
+        ("class_weight", [1.0, -1.0, 1.0]),
+        ("class_weight", [1.0, NAN, 1.0]),
+        ("class_weight", "abc"),
+    ],
+)
+def test_layout_and_class_weights(name, value):
+    with refuses(name):
+        GHMCLoss(**{name: value})
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("count", [1, 5, 0])
+def test_as_many_class_weights_as_classes(activation, count):
+    _, call = classification(activation)
+    loss_fn = GHMCLoss(activation=activation, class_weight=[1.0] * count)
+    with pytest.raises(ValueError, match=f"class_weight must have .*3 values .*got {count}"):
+        loss_fn(torch.randn(4, 3), torch.tensor([0, 1, -1, 2]))
+
+
+@pytest.mark.parametrize("class_dim", [2, -3])
+def test_the_class_axis_exists(class_dim):
+    with pytest.raises(ValueError, match=rf"class_dim must be an axis .*\(4, 3\), got {class_dim}"):
+        GHMCLoss(class_dim=class_dim)(torch.randn(4, 3), torch.zeros(4).long())
+
+
+def test_labels_beside_another_ignored_one():
+    loss_fn = GHMCLoss(ignore_index=255)
+    logits = torch.randn(4, 3)
+    for bad in (-1, 4, 254):
+        with pytest.raises(ValueError, match=r"lie in \[0, 3\] .* or be 255 \(ignored\)"):
+            loss_fn(logits, torch.tensor([0, 255, 3, bad]))
+    assert torch.isfinite(loss_fn(logits, torch.tensor([0, 255, 3, 1], dtype=torch.uint8)))
+
+
+# A loss is used by name in messages about what PyTorch would report from deep inside.
+def losses_of(kind, rows=6):
+    if kind == "boxes":
+        return GHMRLoss(), torch.randn(rows, 4), torch.randn(rows, 4)
+    return GHMCLoss(activation=kind), torch.randn(rows, 3), torch.arange(rows) % 3
+
+
+KINDS = pytest.mark.parametrize("kind", ["sigmoid", "softmax", "boxes"])
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.grad(f)(x),
+        lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        lambda f, x: torch.func.hessian(f)(x),
+        lambda f, x: torch.func.jacrev(f)(x),
+    ],
+    ids=["grad", "vmap", "jvp", "hessian", "jacrev"],
+)
+def test_transforms_are_refused_in_words(kind, transform):
+    loss_fn, x, target = losses_of(kind)
+    with pytest.raises(ValueError, match="must be a plain tensor, got one inside a transform"):
+        transform(lambda x: loss_fn(x, target), x)
+    assert not loss_fn.acc_sum.any()
+
+
+@KINDS
+def test_a_batched_target_or_weight_is_refused_in_words(kind):
+    loss_fn, x, target = losses_of(kind)
+    with pytest.raises(ValueError, match="inside a transform of torch.func"):
+        torch.func.vmap(lambda t: loss_fn(x, t))(torch.stack([target, target]))
+    with pytest.raises(ValueError, match="weight .*inside a transform of torch.func"):
+        torch.func.vmap(lambda w: loss_fn(x, target, w))(torch.ones(2, len(x)))
+
+
+@KINDS
+def test_a_trace_is_refused_in_words(kind):
+    loss_fn, x, target = losses_of(kind)
+    with pytest.raises(ValueError, match="must not be traced"):
+        torch.jit.trace(loss_fn, (x, target))
+
+
+@KINDS
+@pytest.mark.parametrize("density", ["unit_region", "exact"])
+def test_meta_tensors_have_a_loss_without_a_value(kind, density):
+    make, momentum = (GHMRLoss, {}) if kind == "boxes" else (GHMCLoss, {"activation": kind}), 0.0
+    make, settings = make
+    with torch.device("meta"):
+        loss_fn = make(momentum=momentum, density=density, **settings)
+        _, x, target = losses_of(kind)
+    x.requires_grad_()
+    loss = loss_fn(x, target)
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and x.grad.shape == x.shape
+    loss_fn.raise_deferred_errors()
+
+
+@KINDS
+def test_a_module_from_the_meta_device_is_filled_by_reset_parameters(kind):
+    settings = {} if kind == "boxes" else {"activation": kind, "class_weight": [1.0, 2.0, 3.0]}
+    make = GHMRLoss if kind == "boxes" else GHMCLoss
+    with torch.device("meta"):
+        loss_fn = make(bias_correction=True, **settings)
+    loss_fn.to_empty(device="cpu")
+    for buffer in loss_fn.buffers():
+        buffer.fill_(7)  # what memory may hold
+    loss_fn.reset_parameters()
+    _, x, target = losses_of(kind)
+    fresh = make(bias_correction=True, **settings)
+    assert torch.equal(loss_fn(x, target), fresh(x, target))
+    assert torch.equal(loss_fn.acc_sum, fresh.acc_sum)
+
+
+@KINDS
+def test_fake_tensors_have_a_loss_without_a_value(kind):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        loss_fn, x, target = losses_of(kind)
+        loss = loss_fn(x.requires_grad_(), target)
+        loss.backward()
+    assert loss.shape == () and x.grad.shape == x.shape

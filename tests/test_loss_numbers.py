@@ -2,12 +2,14 @@
 
 from unittest import mock
 
+import numpy as np
 import pytest
+import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghm_d2.losses import GHMCLoss, GHMRLoss, fused
+from ghm_d2.losses import GHMCLoss, GHMRLoss, kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOMENTA = (0.0, 0.9, 0.999)
@@ -22,7 +24,7 @@ KINDS = pytest.mark.parametrize("kind", MODULES)
 
 
 def eager():
-    return mock.patch.object(fused, "_has_kernel", return_value=False)
+    return mock.patch.object(kernels, "_has_kernel", return_value=False)
 
 
 def run(loss_fn, inputs, weight=None):
@@ -172,3 +174,191 @@ def test_counts_of_a_hundred_million_are_exact(kind):
     assert loss_fn.acc_sum.tolist() == [rows * 100 / 4, 0.0]
     expected = 4 * torch.nn.functional.softplus(torch.tensor(-5.0)).item()
     assert loss.item() == pytest.approx(expected if kind == "sigmoid" else 0.0, rel=1e-4)
+
+
+SCALES = (1.0, 2.0**8, 2.0**16)
+
+
+class TestLossScale:
+    """A GradScaler multiplies the loss: the gradient must be rounded after that, never before."""
+
+    def expected(self, kind, x, target, **settings):
+        """Loss and unrounded gradient of the float64 oracle, from the rounded inputs."""
+        make = ref.ghm_r if kind == "boxes" else ref.ghm_c
+        if kind == "softmax":
+            settings["activation"] = "softmax"
+        return make(**settings)(x.double().numpy(), target.numpy())
+
+    def check(self, kind, x, target, scale, **settings):
+        found = x.detach().clone().requires_grad_()
+        loss = MODULES[kind](**settings)(found, target)
+        (loss * scale).backward()
+        value, gradient = self.expected(kind, x, target, **settings)
+        assert loss.item() == pytest.approx(value, rel=1e-4)
+        expected = torch.from_numpy(gradient * scale)
+        # To the last digit of what the type holds, and not a zero where it holds something else.
+        rounding = torch.finfo(x.dtype)
+        torch.testing.assert_close(
+            found.grad.double(),
+            expected,
+            rtol=max(rounding.eps, 2e-5),
+            atol=rounding.smallest_normal * max(rounding.eps, 1e-30),
+        )
+
+    @KINDS
+    @pytest.mark.parametrize("path", ["kernel", "eager"])
+    @pytest.mark.parametrize("scale", SCALES)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_against_the_oracle(self, kind, path, scale, dtype):
+        rng = np.random.default_rng(4)
+        precise = {torch.float16: np.float16}.get(dtype, np.float32)
+        if kind == "boxes":
+            x, target = ref.draw_boxes(rng, 400, 10, dtype=precise, margin=1e-4)
+            target = torch.from_numpy(target)
+        else:
+            x, labels = ref.draw_logits(rng, 400, 5, activation=kind, dtype=precise, margin=1e-5)
+            target = torch.from_numpy(labels)
+        x = torch.from_numpy(x).to(dtype)
+        if dtype == torch.bfloat16:  # rounded across an edge: the counts would differ
+            keep = self.off_edges(kind, x, target)
+            x, target = x[keep], target[keep]
+        with eager() if path == "eager" else mock.patch.dict({}):
+            self.check(kind, x, target, scale, momentum=0.0)
+
+    def off_edges(self, kind, x, target):
+        arrays = x.double().numpy(), target.numpy()
+        if kind == "boxes":
+            return torch.from_numpy(
+                ref.rows_off_edges(ref.asl1_examples(*arrays, mu=0.02), 10, 1e-5)
+            )
+        examples = getattr(ref, f"{kind}_examples")(*arrays)
+        return torch.from_numpy(ref.rows_off_edges(examples, 30, 1e-5))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("path", ["kernel", "eager"])
+    def test_the_background_at_the_start(self, dtype, path):
+        # 1.6 million easy negatives at the prior: each gradient is far below half of 2^-24
+        logits = torch.full((20_000, 80), -4.595, dtype=dtype, requires_grad=True)
+        loss_fn = GHMCLoss(momentum=0.0)
+        with eager() if path == "eager" else mock.patch.dict({}):
+            (loss_fn(logits, torch.full((20_000,), 80)) * 65536).backward()
+        expected = torch.sigmoid(logits.detach().double())[0, 0].item()  # one region: mean of g
+        total = logits.grad.double().sum().item() / 65536
+        assert total == pytest.approx(expected, rel=1e-2)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_ten_million_examples(self, dtype):
+        logits = torch.full((10_000_000, 1), -4.595, dtype=dtype, requires_grad=True)
+        (GHMCLoss(momentum=0.0)(logits, torch.ones(10_000_000).long()) * 65536).backward()
+        expected = torch.sigmoid(logits.detach()[0].double()).item()
+        total = logits.grad.double().sum().item() / 65536
+        assert total == pytest.approx(expected, rel=1e-2)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("scale", SCALES)
+    def test_cuda_kernels_take_the_factor_before_they_round(self, dtype, scale):
+        # by Triton's interpreter where there is no GPU
+        pytest.importorskip("triton", minversion="3.0")
+        from ghm_d2.losses.kernels import triton
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        weights = torch.full((30,), 1e-6, device=device)  # of a million examples in a region
+        factor = torch.tensor(scale, device=device)
+        x = torch.full((500, 4), -4.595, dtype=dtype, device=device)
+        labels = torch.full((500,), 4, device=device)
+        kernel = triton.TritonSigmoid(x.view(-1), None, labels, None, 4)
+        got = kernel.gradient(weights, factor).double()
+        expected = (torch.sigmoid(x.double()) * 1e-6 * scale).to(dtype).double().view(-1)
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=6e-8 if scale == 1 else 0)
+        pred = torch.full((500,), 0.01, dtype=dtype, device=device)
+        kernel = triton.TritonRegression(pred, None, torch.zeros_like(pred), None, 0.02)
+        slope = pred.double() / (pred.double() ** 2 + 0.02**2).sqrt()
+        expected = (slope * 1e-6 * scale).to(dtype).double()
+        got = kernel.gradient(weights[:10], factor).double()
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=6e-8 if scale == 1 else 0)
+
+
+class TestSecondDerivatives:
+    """The weights are constants of each call, in the second derivative as in the first."""
+
+    def hessian(self, kind, x, target, momentum=0.0):
+        def loss(x):
+            return MODULES[kind](momentum=momentum)(x, target)
+
+        return torch.autograd.functional.hessian(loss, x)
+
+    @KINDS
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_hessian_equals_that_of_float64(self, kind, dtype):
+        x, target = draw(kind, 6, 3, 0.05 if kind == "boxes" else 2.0, dtype, 5)
+        found = self.hessian(kind, x, target)
+        exact = self.hessian(kind, x.double(), target.double() if kind == "boxes" else target)
+        assert exact.abs().max() > 1e-3
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.double(), exact, rtol=8 * eps, atol=8 * eps)
+
+    @pytest.mark.parametrize("kind", ["sigmoid", "boxes"])
+    def test_hessian_is_that_of_the_formulas(self, kind):
+        # one region: every weight is 1 / N
+        x, target = draw(kind, 5, 3, 0.05 if kind == "boxes" else 2.0, torch.float32, 6)
+        make = GHMRLoss if kind == "boxes" else GHMCLoss
+        found = torch.autograd.functional.hessian(
+            lambda x: make(bins=1, momentum=0.0)(x, target), x
+        )
+        if kind == "boxes":
+            d = (x - target).double()
+            second, kept = 0.02**2 / (d * d + 0.02**2) ** 1.5, torch.ones_like(d)
+        else:
+            p = x.double().sigmoid()
+            second, kept = p * (1 - p), (target >= 0).unsqueeze(1).expand_as(p).double()
+        expected = torch.diag((second * kept / kept.sum()).flatten())
+        torch.testing.assert_close(
+            found.double().reshape(expected.shape), expected, rtol=1e-4, atol=1e-6
+        )
+
+    @KINDS
+    def test_a_gradient_penalty(self, kind):
+        def penalised(dtype):
+            x, target = draw(kind, 40, 3, 0.05 if kind == "boxes" else 2.0, torch.float32, 7)
+            x = x.to(dtype).requires_grad_()
+            target = target.to(dtype) if kind == "boxes" else target
+            loss = MODULES[kind]()(x, target)
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss**2 + gradient.pow(2).sum()).backward()
+            return x.grad.double()
+
+        torch.testing.assert_close(
+            penalised(torch.float32), penalised(torch.float64), rtol=1e-3, atol=1e-5
+        )
+
+    @KINDS
+    def test_gradgradcheck(self, kind):
+        x, target = draw(kind, 5, 2, 0.05 if kind == "boxes" else 2.0, torch.float64, 8)
+        loss_fn = MODULES[kind]().eval()
+        assert torch.autograd.gradcheck(lambda x: loss_fn(x, target), (x.requires_grad_(),))
+        assert torch.autograd.gradgradcheck(lambda x: loss_fn(x, target), (x,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_targets_that_want_a_gradient_get_it(dtype):
+    # such as a teacher that learns too: both sides of the difference move
+    pred, target = draw("boxes", 20, 0, 0.05, dtype, 9)
+    pred, target = pred.requires_grad_(), target.requires_grad_()
+    GHMRLoss()(pred, target).backward()
+    torch.testing.assert_close(target.grad, -pred.grad)
+    soft = torch.rand(20, 3, dtype=dtype).requires_grad_()
+    logits = torch.randn(20, 3, dtype=dtype)
+    GHMCLoss(momentum=0.0, bins=1)(logits, soft).backward()
+    # d BCE(x, t) / dt = -x, times 1 / N
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # of the weights
+    torch.testing.assert_close(soft.grad, -logits / 60, rtol=4 * eps, atol=4 * eps)
+
+
+def test_logits_overwritten_after_the_loss_are_noticed():
+    logits = torch.randn(50, 3, dtype=torch.float16, requires_grad=True)
+    x = logits * 1
+    loss = GHMCLoss()(x, torch.arange(50) % 3)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

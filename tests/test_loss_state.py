@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
+import torch.utils.checkpoint
 
 from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
+from ghm_d2.losses.base import observed
 from ghm_d2.losses.functional import count_unit_regions
 
 
@@ -238,8 +240,7 @@ def test_a_copy_has_its_own_counts():
 def test_counts_are_exact_above_two_to_the_24():
     n = 2**24 + 6  # a float32 sum of ones stops at 2^24
     loss_fn = GHMRLoss(bins=1, momentum=0.75)
-    with torch.no_grad():
-        loss = loss_fn(torch.zeros(1).expand(n), torch.zeros(1).expand(n))
+    loss = loss_fn(torch.zeros(1).expand(n), torch.zeros(1).expand(n))
     assert loss_fn.acc_sum.item() == n / 4  # exact in float32
     assert loss.item() == 0
 
@@ -247,9 +248,7 @@ def test_counts_are_exact_above_two_to_the_24():
 def test_counts_of_logits_are_exact_above_two_to_the_24():
     n = 2**24 + 6
     loss_fn = GHMCLoss(bins=2, momentum=0.75)
-    with torch.no_grad():
-        logits = torch.full((n, 1), -5.0)
-        loss_fn(logits, torch.ones(1, dtype=torch.int64).expand(n))
+    loss_fn(torch.full((n, 1), -5.0), torch.ones(1, dtype=torch.int64).expand(n))
     assert loss_fn.acc_sum.tolist() == [n / 4, 0.0]
 
 
@@ -258,9 +257,10 @@ def test_the_observer_sees_arguments_counts_and_weights_of_each_call(density):
     momentum = 0.0 if density == "exact" else 0.5
     loss_fn = GHMCLoss(bins=4, momentum=momentum, loss_weight=7.0, density=density)
     seen = []
-    loss_fn.observer = lambda *args: seen.append(args)
     logits, labels = torch.tensor([[0.0], [-9.0], [-9.0]]), torch.tensor([1, 1, 1])
-    loss_fn.forward_pooled([logits], [labels])
+    with observed(lambda *args: seen.append(args)):
+        loss_fn.forward_pooled([logits], [labels])
+    loss_fn.forward_pooled([logits], [labels])  # nobody looks any more
     ((module, predictions, targets, weights, counts, region_weights),) = seen
     assert module is loss_fn and predictions[0] is logits and targets[0] is labels
     assert weights == [None]
@@ -284,8 +284,8 @@ def test_counts_kept_without_bias_correction_load_as_steady_averages(decay):
     expected[0], expected[-1] = 4.0, 1.0
     assert torch.equal(loss_fn.acc_sum, expected)
     weights = []
-    loss_fn.observer = lambda *args: weights.append(args[-1])
-    loss_fn.eval()(pred, target)
+    with observed(lambda *args: weights.append(args[-1])):
+        loss_fn.eval()(pred, target)
     # region 0: S = 4 as it stands; the last one: S = 0.5 * 1 + 0.5 * 2 after two updates
     assert weights[0][0].item() == pytest.approx(1 / (4 * 2))
     assert weights[0][-1].item() == pytest.approx(1 / (1.5 / 0.75 * 2))
@@ -348,3 +348,158 @@ def test_a_second_process_with_the_same_examples_doubles_the_counts_alone(make, 
     torch.testing.assert_close(synced(*inputs), expected, rtol=1e-6, atol=0)
     assert torch.equal(unsynced.acc_sum, alone.acc_sum)
     assert torch.equal(synced.acc_sum, 2 * alone.acc_sum)
+
+
+# Which calls are training steps: training mode, gradients enabled, not a repetition.
+
+DOUBLE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+
+
+def typed(inputs, dtype):
+    x, target = inputs
+    return x.detach().to(dtype).requires_grad_(), target
+
+
+@KINDS
+@SWITCHES
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_validation_pass_in_training_mode_writes_nothing(make, call, switches, mode):
+    rng = np.random.default_rng(10)
+    loss_fn = make(**switches)
+    loss_fn(*call(rng))
+    before = copy.deepcopy(loss_fn.state_dict())
+    inputs = call(rng)
+    with mode():
+        losses = [loss_fn(*inputs) for _ in range(4)]
+    assert all(torch.equal(before[name], x) for name, x in loss_fn.state_dict().items())
+    # and its value is that of the step that would follow
+    expected = loss_fn(*inputs)
+    assert all(torch.equal(loss, expected) for loss in losses)
+
+
+def checkpointed(loss_fn, inputs, **settings):
+    """Loss and gradient behind a layer, both repeated by activation checkpointing."""
+    x, target = inputs
+
+    def work(x):
+        return loss_fn(torch.tanh(x * 1.5), target) + loss_fn(torch.tanh(x * 0.5), target)
+
+    loss = torch.utils.checkpoint.checkpoint(work, x, **settings) if settings else work(x)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+@KINDS
+@SWITCHES
+@DOUBLE
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_recomputation_keeps_the_weights_and_writes_nothing(
+    make, call, switches, dtype, early_stop
+):
+    plain, repeated = make(**switches), make(**switches)
+    rng = np.random.default_rng(11)
+    for _ in range(3):
+        inputs = call(rng)
+        expected = checkpointed(plain, typed(inputs, dtype))
+        with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+            found = checkpointed(repeated, typed(inputs, dtype), use_reentrant=False)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        for name, x in plain.state_dict().items():
+            assert torch.equal(repeated.state_dict()[name], x), name
+
+
+@KINDS
+@DOUBLE
+def test_each_level_in_a_checkpoint_of_its_own(make, call, dtype):
+    # repeated in the reverse order
+    def run(**settings):
+        loss_fn, rng, total, inputs = make(), np.random.default_rng(12), 0.0, []
+        for rows in (20, 7, 3):
+            x, target = typed(call(rng, rows), dtype)
+            inputs.append(x)
+            if settings:
+                total += torch.utils.checkpoint.checkpoint(
+                    lambda x, target=target: loss_fn(x * 1.25, target), x, **settings
+                )
+            else:
+                total += loss_fn(x * 1.25, target)
+        total.backward()
+        return [x.grad for x in inputs], loss_fn.acc_sum
+
+    (expected, counts), (found, others) = run(), run(use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(counts, others)
+
+
+@KINDS
+@DOUBLE
+def test_the_reentrant_kind_is_refused_in_words(make, call, dtype):
+    loss_fn = make()
+    with pytest.raises(ValueError, match="use_reentrant must be False"):
+        checkpointed(loss_fn, typed(call(np.random.default_rng(13)), dtype), use_reentrant=True)
+    assert not loss_fn.acc_sum.any()
+
+
+@KINDS
+def test_the_reentrant_kind_is_right_where_nothing_is_written(make, call):
+    loss_fn, inputs = make(), call(np.random.default_rng(13))
+    loss_fn(*inputs)
+    loss_fn.eval()
+    expected = checkpointed(loss_fn, typed(inputs, torch.float32))
+    found = checkpointed(loss_fn, typed(inputs, torch.float32), use_reentrant=True)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@KINDS
+def test_a_recomputation_is_not_observed(make, call):
+    seen = []
+    with observed(lambda *arguments: seen.append(1)):
+        inputs = typed(call(np.random.default_rng(14)), torch.float32)
+        checkpointed(make(), inputs, use_reentrant=False)
+    assert len(seen) == 2
+
+
+@KINDS
+@SWITCHES
+def test_weights_of_other_losses_load_strictly(make, call, switches):
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2), "loss": make(**switches)})
+    model["loss"](*call(np.random.default_rng(15)))
+    before = copy.deepcopy(model["loss"].state_dict())
+    others = {k: v + 1 for k, v in model.state_dict().items() if k.startswith("layer")}
+    model.load_state_dict(others)
+    assert torch.equal(model["layer"].weight, others["layer.weight"])
+    assert all(torch.equal(before[k], v) for k, v in model["loss"].state_dict().items())
+    del others["layer.bias"]  # what is really missing is still said
+    with pytest.raises(RuntimeError, match="layer.bias"):
+        model.load_state_dict(others)
+
+
+@KINDS
+@SWITCHES
+def test_reset_parameters_starts_anew(make, call, switches):
+    rng = np.random.default_rng(16)
+    used, fresh = make(**switches), make(**switches)
+    used(*call(rng)), used(*call(rng))
+    used.reset_parameters()
+    inputs = call(rng)
+    assert torch.equal(used(*inputs), fresh(*inputs))
+    for name, x in fresh.state_dict().items():
+        assert torch.equal(used.state_dict()[name], x)
+
+
+@KINDS
+def test_outside_training_steps_no_process_waits_for_another(make, call, monkeypatch):
+    def wait(counts):
+        raise AssertionError("a process that validates alone would hang here")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", wait)
+    loss_fn, alone, inputs = make(sync=True), make(), call(np.random.default_rng(17))
+    expected = alone(*inputs)
+    with torch.no_grad():
+        # each process is taken to have these examples
+        torch.testing.assert_close(loss_fn(*inputs), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss_fn.eval()(*inputs), expected, rtol=1e-6, atol=0)
+    with pytest.raises(AssertionError, match="validates alone"):
+        loss_fn.train()(*inputs)

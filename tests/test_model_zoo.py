@@ -89,7 +89,9 @@ def test_unknown_config_is_a_runtime_error_as_in_detectron2(monkeypatch):
 def test_no_zoo(monkeypatch):
     """What is published elsewhere names the conversion; what has no weights has none."""
     monkeypatch.setenv("GHM_D2_ZOO", "")
-    with pytest.raises(ZooError, match=r"fpn_1x_coco_20200130-a437fda3.pth.*convert_mmdet.py CHEC"):
+    with pytest.raises(
+        ZooError, match=r"fpn_1x_coco_20200130-a437fda3.pth.*ghm-d2 convert-mmdet C"
+    ):
         model_zoo.get_checkpoint_url("mmdet/ghm_retinanet_R_50.yaml")
     with pytest.raises(ZooError, match="trained weights of ghm_retinanet_R_50.yaml are not avail"):
         model_zoo.get("ghm_retinanet_R_50.yaml", trained=True)

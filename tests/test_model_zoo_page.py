@@ -145,9 +145,9 @@ def test_installed_wheel_works_on_its_own(tmp_path):
     said = run_python(COMMANDS, tmp_path, PYTHONPATH=str(tmp_path / "installed")).splitlines()
     assert said == [
         str(root / "configs" / "ghm_faster_rcnn_R_50.yaml"),
-        "ghm-d2-predict: error: the input gone.png does not exist.",
+        "ghm-d2 predict: error: the input gone.png does not exist.",
         "2",
-        "ghm-d2-train: error: unrecognized arguments: --input gone.png --output out "
+        "ghm-d2 train: error: unrecognized arguments: --input gone.png --output out "
         "(--help lists the options).",
         "2",
     ]

@@ -14,9 +14,9 @@ from tiny import CLASSES, RETINANET, coco_content, forget_program, one_sentence,
 from tiny import write_coco as write
 
 from ghm_d2.checkpoint.origin import ORIGIN, changed_data, check_classes, origin_entry, read_origin
+from ghm_d2.cli.predict import main as predict
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.data.registration import data_fingerprint
-from ghm_d2.deploy.predict_command import main as predict
 from ghm_d2.engine import main
 from ghm_d2.errors import UserError
 from ghm_d2.model_zoo.export import export_run
@@ -139,7 +139,7 @@ def test_prediction_names_the_classes_of_the_weights(run, tmp_path, capsys):
     change(run / "second.json", exchange_names)
     argv += ["--dataset", f"second={run / 'second.json'},{run / 'images'}"]
     capsys.readouterr()
-    error = one_sentence(predict, argv, capsys, "predict.py")
+    error = one_sentence(predict, argv, capsys, "ghm-d2 predict")
     assert "the classes of second are those of the weights in another order" in error
 
 

@@ -21,11 +21,11 @@ from ghm_d2.analysis.statistics import measure, summarize
 from ghm_d2.config import validate_ghm_config
 from ghm_d2.engine.pictures import plot_training
 from ghm_d2.errors import UserError
-from ghm_d2.losses import GHMCLoss, GHMRLoss
-from ghm_d2.losses.base import HarmonizedLoss
+from ghm_d2.losses import GHMCLoss, GHMRLoss, base
+from ghm_d2.losses.base import HarmonizedLoss, observed
 from ghm_d2.run_folder import RunFolder
 from tests import reference
-from tests.detectors import NUM_CLASSES, TWO_IMAGES, batch, small_model, step
+from tests.detectors import NUM_CLASSES, TWO_IMAGES, batch, small_model
 
 
 def oracle(loss, calls, counter):
@@ -112,13 +112,13 @@ def test_measure_against_the_oracle(make, pieces, monkeypatch):
     counter = None if loss.density == "exact" else counter_of(loss)
     rng = np.random.default_rng(3)
     seen = []
-    loss.observer = lambda *arguments: seen.append(measure(*arguments))
     for rows in (120, 40, 5):
         first, second = draw(loss, rng, rows), draw(loss, rng, 31)
         mask = torch.from_numpy(rng.integers(0, 2, 31)).float()
         empty = [a[:0] for a in first]
         calls = [(*first, None), (*empty, None), (*second, mask)]
-        value = loss.forward_pooled(*map(list, zip(*calls, strict=True)))
+        with observed(lambda *arguments: seen.append(measure(*arguments))):
+            value = loss.forward_pooled(*map(list, zip(*calls, strict=True)))
         assert_equals_oracle(seen[-1], oracle(loss, calls, counter))
         expected = loss.loss_weight * seen[-1].harmonized_sum.item()
         assert value.item() == pytest.approx(expected, rel=2e-5)
@@ -127,12 +127,12 @@ def test_measure_against_the_oracle(make, pieces, monkeypatch):
 def test_dense_labels_and_no_example():
     loss, counter = GHMCLoss(), counter_of(GHMCLoss())
     seen = []
-    loss.observer = lambda *arguments: seen.append(measure(*arguments))
     logits, labels = draw(loss, np.random.default_rng(0), 50)
     dense = torch.nn.functional.one_hot(labels.clamp(min=0), 6)[:, :5]
-    loss(logits, dense)
+    with observed(lambda *arguments: seen.append(measure(*arguments))):
+        loss(logits, dense)
+        loss(logits, torch.full_like(labels, -1))
     assert_equals_oracle(seen[0], oracle(loss, [(logits, dense, None)], counter))
-    loss(logits, torch.full_like(labels, -1))
     summary = summarize([[seen[1]]])
     assert (summary["examples"], summary["harmonized_loss"]) == (0, 0.0)
     for key in ("plain_loss", "gradient_share_easy", "non_empty_regions", "largest_weight"):
@@ -185,7 +185,7 @@ class Net(torch.nn.Module):
         self.observed = []
 
     def forward(self, iteration):
-        self.observed.append({m.observer is not None for m in (self.ghm_c[0], self.ghm_r)})
+        self.observed.append(bool(base._observers))
         x = self.layer(torch.linspace(-3, 3, 80).view(20, 4) + iteration / 50)
         boxes = x[: 10 * (iteration % 2)]
         return self.ghm_c[0](x, torch.arange(20) % 5) + self.ghm_r(boxes, boxes.detach() + 0.1)
@@ -227,8 +227,7 @@ def test_period_files_and_cost(tmp_path):
     json_log = JSONWriter(str(tmp_path / "metrics.json"))
     writer = PeriodicWriter([json_log, TensorboardXWriter(str(tmp_path))], 20)
     trainer = Trainer(net, [hook, writer], 45)
-    assert [i for i, flags in enumerate(net.observed) if flags == {True}] == [19, 39, 44]
-    assert all(flags == {False} for i, flags in enumerate(net.observed) if i not in (19, 39, 44))
+    assert [i for i, seen in enumerate(net.observed) if seen] == [19, 39, 44]
 
     bare = Trainer(Net(), [], 45)
     extra = {i: a - b for i, (a, b) in enumerate(zip(trainer.ops, bare.ops, strict=True)) if a != b}
@@ -279,7 +278,7 @@ def test_no_observer_is_left_after_an_error(tmp_path):
     net.layer.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="finite"):
         Trainer(net, [hook], 3)
-    assert net.ghm_c[0].observer is None and net.ghm_r.observer is None
+    assert not base._observers
 
 
 @pytest.fixture
@@ -412,9 +411,3 @@ def test_the_period_fits_the_writers(period):
     cfg.MODEL.GHM.STATISTICS_PERIOD = period
     with pytest.raises(UserError, match=f"STATISTICS_PERIOD must be .* multiple of 20.* {period}"):
         validate_ghm_config(cfg)
-
-
-def test_a_model_step_without_the_hook_has_no_observer():
-    model = small_model("ghm_retinanet_R_50")
-    step(model, batch(*TWO_IMAGES))
-    assert all(m.observer is None for m in model.modules() if isinstance(m, HarmonizedLoss))

@@ -168,7 +168,7 @@ def test_of_processes_that_ask_at_once_one_generates(tmp_path, few, monkeypatch)
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(600)
     assert [child.exitcode for child in children] == [0, 0, 0]
     assert len(list(tmp_path.glob("writer-*"))) == 1
     assert sorted(p.name for p in root.iterdir()) == ["ghm_synthetic", "ghm_synthetic.lock"]

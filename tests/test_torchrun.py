@@ -104,7 +104,7 @@ def test_sigterm_stops_both_processes(start, tmp_path):
     job = start(LAUNCHER, "out", "DATALOADER.NUM_WORKERS", 1, iterations=5000)
     wait_for(tmp_path / "out" / "model_0000002.pth", job)
     os.killpg(job.pid, signal.SIGTERM)
-    text = job.communicate(timeout=120)[0]
+    text = job.communicate(timeout=600)[0]
     assert job.returncode == 75, text[-3000:]
     assert text.count("Stopped by SIGTERM after") == 1 and "Traceback" not in text
     name = (tmp_path / "out" / "last_checkpoint").read_text()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -54,36 +53,6 @@ def test_optimizer_clips_the_full_model(cfg):
     optimizer.step()
     assert model.weight.grad.item() == pytest.approx(0.6, rel=1e-5)
     assert model.bias.grad.item() == pytest.approx(0.8, rel=1e-5)
-
-
-@pytest.mark.parametrize(("device", "given"), [("cpu", {"device_ids": None}), ("cuda", {})])
-def test_a_cpu_model_is_wrapped_without_device_ids(cfg, monkeypatch, device, given):
-    calls = []
-
-    def create(model, **kwargs):
-        calls.append(kwargs)
-
-    def init(self, cfg):
-        defaults.create_ddp_model(None, broadcast_buffers=False)
-
-    monkeypatch.setattr("ghm_d2.engine.trainer.create_ddp_model", create)
-    monkeypatch.setattr(defaults, "create_ddp_model", create)
-    monkeypatch.setattr(DefaultTrainer, "__init__", init)
-    cfg.MODEL.DEVICE = device
-    GHMTrainer(cfg)
-    assert calls == [{"broadcast_buffers": False, **given}]
-    assert defaults.create_ddp_model is create
-
-
-def test_the_exchange_is_undone_after_an_error(cfg, monkeypatch):
-    def init(self, cfg):
-        raise RuntimeError("no model")
-
-    monkeypatch.setattr(DefaultTrainer, "__init__", init)
-    cfg.MODEL.DEVICE = "cpu"
-    with pytest.raises(RuntimeError, match="no model"):
-        GHMTrainer(cfg)
-    assert defaults.create_ddp_model is create_ddp_model
 
 
 def test_evaluators(cfg, data, tmp_path):

@@ -155,7 +155,7 @@ def test_what_is_written(finished, tmp_path):
     assert entry["seconds_per_iteration"] == median(r["time"] for r in rows if "time" in r) > 0
     ap = next(row["bbox/AP"] for row in rows if "bbox/AP" in row)
     assert entry["box_ap"] == {"second": round(ap, 2)}
-    assert 0 < entry["seconds_per_image"] < 60 and entry["memory_mib"] is None
+    assert entry["seconds_per_image"] > 0 and entry["memory_mib"] is None
     assert (entry["train_data"], entry["classes"]) == (["first"], ["disc", "bar", "cup"])
     assert (entry["iterations"], entry["images_per_batch"]) == (5, 2)
     assert entry["versions"]["torch"] == torch.__version__

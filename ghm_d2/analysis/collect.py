@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.modeling.meta_arch import GeneralizedRCNN, ProposalNetwork, RetinaNet
 from detectron2.modeling.proposal_generator import RPN
@@ -19,6 +18,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from ..data.loader import build_test_mapper
 from ..errors import UserError
 from .distributions import ClassificationDistribution, RegressionDistribution
 
@@ -93,7 +93,7 @@ def collect(
         sigmoid = not isinstance(module, FastRCNNOutputLayers) or module.use_sigmoid_ce
         activation = "sigmoid" if sigmoid else "softmax"
         parts[name] = PartDistributions.from_config(cfg, name, activation)
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = build_test_mapper(cfg)
     mapper.is_train = True  # resized as for the test, yet with the ground truth
     unreadable = []
     images = 0

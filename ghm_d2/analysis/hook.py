@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..losses.base import HarmonizedLoss
+from ..losses.base import HarmonizedLoss, observed
 from ..run_folder import STATISTICS as FILE
 from .statistics import SHARES, CallStatistics, measure, summarize
 
@@ -39,9 +40,9 @@ def build_gradient_statistics(cfg: CfgNode, model: nn.Module) -> "GradientStatis
 class GradientStatistics(HookBase):
     """Observes every harmonised loss of a model at each ``period``-th iteration and the last one.
 
-    It must run before the hook that writes the logs. Between two observed steps the losses have no
-    observer and do nothing that they would not do without this hook. Under several processes the
-    statistics are those of the main one (its counts are everybody's with ``MODEL.GHM.SYNC``).
+    It must run before the hook that writes the logs. Between two observed steps nobody looks at the
+    losses, and they do what they would do without this hook. Under several processes the statistics
+    are those of the main one; with ``MODEL.GHM.SYNC`` its counts are those of all of them.
     """
 
     def __init__(self, model: nn.Module, period: int, file: str) -> None:
@@ -61,20 +62,21 @@ class GradientStatistics(HookBase):
                 parent, _, last = path.rpartition(".")
                 self.losses.setdefault(parent if last.isdigit() else path, []).append(module)
         self._calls: dict[HarmonizedLoss, list[CallStatistics]] | None = None  # None: not observed
+        self._observation = ExitStack()
 
     def before_step(self) -> None:
-        """Sets the observers where this iteration is to be observed."""
+        """Observes the losses where this iteration is to be observed."""
         following = self.trainer.iter + 1
         if following % self.period == 0 or following == self.trainer.max_iter:
             self._calls = {}
-            self._observe(self._record)
+            self._observation.enter_context(observed(self._record))
 
     def after_step(self) -> None:
-        """Clears the observers and writes what they saw."""
+        """Writes what was seen."""
+        self._observation.close()
         if self._calls is None:
             return
         calls, self._calls = self._calls, None
-        self._observe(None)
         with PathManager.open(self.file, "a") as stream:
             for name, modules in self.losses.items():
                 copies = [calls[module] for module in modules if module in calls]
@@ -86,12 +88,8 @@ class GradientStatistics(HookBase):
                 stream.write(json.dumps(head | _rounded(summary)) + "\n")
 
     def after_train(self) -> None:
-        """Leaves no observer behind a step that was broken off."""
-        self._observe(None)
-
-    def _observe(self, observer: Any) -> None:
-        for module in (module for modules in self.losses.values() for module in modules):
-            module.observer = observer
+        """Ends the observation of a step that was broken off."""
+        self._observation.close()
 
     def _record(self, module: HarmonizedLoss, *arguments: Any) -> None:
         self._calls.setdefault(module, []).append(measure(module, *arguments))

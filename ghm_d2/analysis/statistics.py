@@ -41,8 +41,8 @@ class CallStatistics:
         gradient: float64 (bins, 3), ``sum_i w_i g_i`` by region and by easy, medium, hard.
         num_examples: int64 scalar.
         plain_sum: float64 scalar, ``sum_i loss_i``.
-        num_positives: int64 scalar, the examples with target 1 or, for softmax, of a foreground
-            class; 0 for boxes.
+        num_positives: int64 scalar, the examples with a target of at least 1/2 or, for softmax, of
+            a foreground class; 0 for boxes.
         positive_sum: float64 scalar, ``sum_i loss_i`` over these.
         harmonized_sum: float64 scalar, ``sum_i w_i loss_i``: the loss without ``loss_weight``.
         largest_weight: float64 scalar, the largest ``beta_i = N w_i`` (paper, eq. 9); 1 is the
@@ -100,7 +100,7 @@ def kept_examples(
 
 def _positives(labels: Tensor, columns: int, activation: str) -> Tensor:
     if labels.dim() == 2:
-        return labels == 1
+        return labels >= 0.5
     if activation == "softmax":
         return labels < columns - 1
     return labels.unsqueeze(1) == torch.arange(columns, device=labels.device)
@@ -115,7 +115,7 @@ def measure(
     counts: Tensor | None = None,
     region_weights: Tensor | None = None,
 ) -> CallStatistics:
-    """The statistics of one call; the arguments are those of ``HarmonizedLoss.observer``.
+    """The statistics of one call; the arguments are those of :func:`ghm_d2.losses.base.observed`.
 
     Args:
         loss: the module that was called.

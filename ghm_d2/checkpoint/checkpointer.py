@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from ghm_d2.errors import UserError
 from ghm_d2.files import whole_file
+from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
@@ -20,14 +22,15 @@ from .unpickler import load_file
 
 __all__ = [
     "RestrictedCheckpointer",
+    "load_trained_weights",
     "newest_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
 
 _WAY_OUT = (
-    "where it comes from torchvision or mmdetection, convert it with tools/convert_torchvision.py "
-    "or tools/convert_mmdet.py."
+    "where it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
+    "or ghm-d2 convert-mmdet."
 )
 
 
@@ -86,6 +89,19 @@ def newest_checkpoint(folder: str) -> tuple[str | None, list[str]]:
     )
 
 
+def _reset_counts(model: torch.nn.Module, path: str) -> None:
+    losses = [module for module in model.modules() if isinstance(module, HarmonizedLoss)]
+    counted = [loss for loss in losses if loss.acc_sum.any()]
+    for loss in losses:
+        loss.reset_parameters()
+    if counted:
+        logger.info(
+            "the running counts of %d losses start at 0: those in %s are of its own training",
+            len(counted),
+            path,
+        )
+
+
 class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     """`DetectionCheckpointer` that refuses files with code, and weights that fit nowhere.
 
@@ -142,6 +158,9 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Detectron2's, from the newest checkpoint that can be read, the same in all processes.
 
+        Weights to start from bring the running counts of their own training along: these start at
+        0, as another data set's would stand in the way for many steps. :meth:`load` keeps them.
+
         Args:
             path: weights to start from where `resume` is False or there is no checkpoint.
             resume: whether to go on from the last checkpoint in `save_dir`.
@@ -154,7 +173,9 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         """
         name = self._common_checkpoint() if resume else None
         if name is None:
-            return self.load(path, checkpointables=[])
+            rest = self.load(path, checkpointables=[])
+            _reset_counts(self.model, path)
+            return rest
         return self.load(os.path.join(self.save_dir, name))
 
     def _common_checkpoint(self) -> str | None:
@@ -213,3 +234,42 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
                 f"of classes, of the training, or start anew with MODEL.WEIGHTS {self._filename}."
             )
         super()._log_incompatible_keys(incompatible)
+
+
+def load_trained_weights(
+    cfg: CfgNode, model: torch.nn.Module, resume: bool = False, trusted: bool = False
+) -> Record:
+    """Load `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`, into a model.
+
+    Returns:
+        What the checkpoint says of the classes and the data that it was trained on.
+
+    Raises:
+        UserError: the file cannot be loaded, or holds weights of other shapes.
+    """
+    checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.trusted = trusted
+    if resume:
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS)
+    else:
+        checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    return checkpointer.origin
+
+
+class _EvaluationCheckpointer(RestrictedCheckpointer):
+    """Refuses weights that do not fit, where training would start these layers afresh."""
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        super()._log_incompatible_keys(incompatible)
+        # A detector infers without its running counts, whatever BINS they are of.
+        wrong = [x for x in incompatible.incorrect_shapes if not self._is_of_a_loss(x[0])]
+        if wrong:
+            name, found, expected = wrong[0]
+            raise UserError(
+                f"the weights do not fit the model: {name} has the shape {found} instead of "
+                f"{expected} ({len(wrong)} such parameters); evaluate with the config, and the "
+                "number of classes, of the training."
+            )
+
+    def _is_of_a_loss(self, name: str) -> bool:
+        return isinstance(self.model.get_submodule(name.rpartition(".")[0]), HarmonizedLoss)

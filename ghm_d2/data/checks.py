@@ -1,4 +1,4 @@
-"""What can be wrong with a data set, found one by one: for `--dataset` and tools/check_dataset.py.
+"""What can be wrong with a data set, found one by one: for `--dataset` and ghm-d2 check-data.
 
 Each generator yields every problem that it meets. Registration refuses the data at the first kind
 that stops a training and logs how often it met those that training repairs; the tool lists all.

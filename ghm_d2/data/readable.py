@@ -78,7 +78,7 @@ class ReadableMapper:
         if len(self._failed) > _FEW and times > _SHARE * self._seen:
             raise TooManyUnreadable(
                 f"{times} of {self._seen} images could not be read, the last {name} ({reason}): "
-                "check the disk, or list all of them with tools/check_dataset.py."
+                "check the disk, or list all of them with ghm-d2 check-data."
             )
         logger.warning(
             "%s cannot be used (%s): %s; %d of %d images so far, in this worker of the loader",

@@ -14,11 +14,11 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 from torch import Tensor, nn
 
+from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import check_classes
 from ghm_d2.deploy.detections import check_detector
 from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser
 from ghm_d2.engine.checks import check_inference
-from ghm_d2.engine.run import load_trained_weights
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError, reason
 from ghm_d2.run_parts import Record

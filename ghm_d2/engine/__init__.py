@@ -1,6 +1,17 @@
-"""The training script: command line, checks, trainer, summary."""
+"""The training script: command line, checks, trainer, summary.
 
-from ghm_d2.engine.run import main
-from ghm_d2.engine.trainer import GHMTrainer
+A name is imported when it is first used: :func:`build_optimizer` does not need the trainer.
+"""
 
-__all__ = ["GHMTrainer", "main"]
+from importlib import import_module
+from typing import Any
+
+__all__ = ["GHMTrainer", "build_optimizer", "main"]
+
+_MODULES = {"GHMTrainer": "trainer", "build_optimizer": "clipping", "main": "run"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 def train_program() -> str:
     """What the user runs to train: the installed command or the script."""
-    return program_name("train_net.py", "ghm-d2-train")
+    return program_name("train_net.py", "ghm-d2 train")
 
 
 def _parser() -> Parser:

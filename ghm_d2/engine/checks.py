@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from ghm_d2.checkpoint.checkpointer import newest_checkpoint
 from ghm_d2.checkpoint.files import fetch
 from ghm_d2.config import validate_ghm_config
+from ghm_d2.data.keypoints import check_keypoints
 from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.processes import started_by_torchrun
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
@@ -29,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 # Weights that configs name and nobody publishes in Detectron2's format: how to make them.
 _WEIGHTS_HINTS = {
-    "resnext101_32x4d-a5af3160": "python tools/convert_torchvision.py "
+    "resnext101_32x4d-a5af3160": "ghm-d2 convert-torchvision "
     "https://download.openmmlab.com/pretrain/third_party/resnext101_32x4d-a5af3160.pth {path}",
-    "mobilenet_v2": "python tools/fetch_backbone.py mobilenet_v2 {path}",
-    "retinanet_ghm_": "python tools/convert_mmdet.py URL {path}, with the URL that stands in the "
+    "mobilenet_v2": "ghm-d2 fetch-backbone mobilenet_v2 {path}",
+    "retinanet_ghm_": "ghm-d2 convert-mmdet URL {path}, with the URL that stands in the "
     "config file",
 }
 
@@ -137,6 +138,8 @@ def _check_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
         _check_class_count(cfg, name)
     for name in train:
         _check_masks(cfg, name)
+    if cfg.MODEL.KEYPOINT_ON:
+        _check_keypoints(cfg, train, test)
     for name in test:
         _check_evaluator(name)
     _check_class_names(dict.fromkeys(train + test))
@@ -169,6 +172,21 @@ def _check_masks(cfg: CfgNode, name: str) -> None:
         raise UserError(
             f"MODEL.MASK_ON is True, but {without} objects of the data set {name} have no "
             "segmentation: annotate them, or give MODEL.MASK_ON False to train on boxes alone."
+        )
+
+
+def _check_keypoints(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
+    number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    for name in dict.fromkeys((*train, *test)):
+        mirrored = name in train and cfg.INPUT.RANDOM_FLIP == "horizontal"
+        check_keypoints(name, MetadataCatalog.get(name), number, mirrored=mirrored)
+    compared = [n for n in test if MetadataCatalog.get(n).get("num_keypoints", 0) is not None]
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17  # COCO's persons
+    if compared and sigmas != number:
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS must hold a tolerance for each of the {number} keypoints, "
+            f"of which it has {len(cfg.TEST.KEYPOINT_OKS_SIGMAS)}: give for example "
+            f'TEST.KEYPOINT_OKS_SIGMAS "[{", ".join(["0.05"] * number)}]".'
         )
 
 

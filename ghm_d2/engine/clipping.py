@@ -7,16 +7,18 @@ it a limit of 35 almost never acts. "full_model" takes the norm over all paramet
 from typing import Any
 
 import torch
+from detectron2 import solver
 from detectron2.config import CfgNode
-from detectron2.solver import build_optimizer
 
-__all__ = ["CLIP_TYPES", "build_clipping_optimizer", "clip_gradients"]
+__all__ = ["CLIP_TYPES", "build_optimizer", "clip_gradients"]
 
 CLIP_TYPES = ("value", "norm", "full_model")  # the last one is ours
 
 
-def build_clipping_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build Detectron2's optimizer, with global-norm clipping where the config asks for it.
+
+    A trainer of your own whose ``build_optimizer`` returns this takes every config of this project.
 
     Args:
         cfg: `SOLVER.CLIP_GRADIENTS` with CLIP_TYPE "full_model" limits the `NORM_TYPE`-norm of all
@@ -28,12 +30,12 @@ def build_clipping_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.opti
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
-        return build_optimizer(cfg, model)
+        return solver.build_optimizer(cfg, model)
 
     stock = cfg.clone()  # Detectron2 does not know the type: it builds the optimizer without any
     stock.defrost()
     stock.SOLVER.CLIP_GRADIENTS.ENABLED = False
-    optimizer = build_optimizer(stock, model)
+    optimizer = solver.build_optimizer(stock, model)
 
     clip_gradients(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
     return optimizer

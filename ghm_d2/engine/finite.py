@@ -2,18 +2,18 @@
 
 Detectron2 looks at the losses on the main process alone and never at the gradients. Here every
 process looks, before the optimizer's step, so that the weights in memory are still good; all stop
-together, and the batch is saved for ``tools/replay_batch.py``.
+together, and the batch is saved for ``ghm-d2 replay``.
 """
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,27 +43,34 @@ class NotFiniteError(UserError, FloatingPointError):
     exit_code = 3
 
 
-class FiniteCheck(HookBase):
-    """Looks at losses and gradients of every step between backward pass and optimizer.
+class FiniteCheck:
+    """Looks at losses and gradients of every step before the optimizer moves the weights.
 
-    A hook of the trainer inside `DefaultTrainer`, whose :meth:`guard` stands around each step. One
+    :class:`CheckedTrainer` calls :meth:`before_forward`, :meth:`after_forward` and
+    :meth:`after_backward` inside :meth:`guard`. Nothing hangs on the model, so that it can be
+    copied and pickled at any time, and a forward pass outside the step meets no other process. One
     process waits for its device once, where Detectron2 is about to wait to log the losses; several
     also ask each other after the forward pass, before one of them can wait for the gradients of
     another that has stopped. Under mixed precision the gradients are left to the GradScaler.
     """
 
-    def __init__(self, cfg: CfgNode, trainer: SimpleTrainer, last_checkpoint: Any) -> None:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        last_checkpoint: Callable[[], str],
+        precision: torch.dtype | None = None,
+    ) -> None:
         """
         Args:
             cfg: config of the training.
-            trainer: the trainer inside `DefaultTrainer`; the hook registers itself with it.
+            model: what is trained, wrapped for several processes or not.
             last_checkpoint: called for the name of the last checkpoint, "" without one.
+            precision: dtype of mixed precision; None without it.
         """
         self._cfg = cfg
         self._last_checkpoint = last_checkpoint
-        self._precision: torch.dtype | None = getattr(trainer, "precision", None)
-        self._scaled = isinstance(trainer, AMPTrainer)
-        model = trainer.model
+        self._precision = precision
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._votes = comm.get_world_size() > 1
@@ -72,9 +79,6 @@ class FiniteCheck(HookBase):
         self._batch: list[dict[str, Any]] | None = None
         self._losses: dict[str, Tensor] = {}
         self._agreed = False
-        model.register_forward_pre_hook(self._before_forward)
-        model.register_forward_hook(self._after_forward)
-        trainer.register_hooks([self])
 
     @contextlib.contextmanager
     def guard(self, iteration: int) -> Iterator[None]:
@@ -96,7 +100,7 @@ class FiniteCheck(HookBase):
         except UserError as error:
             if self._agreed:
                 raise
-            self._leave_together(str(error))
+            self._leave_together(str(error), error.exit_code)
             raise
         except (ValueError, FloatingPointError) as error:
             if self._agreed or self._batch is None:
@@ -106,16 +110,17 @@ class FiniteCheck(HookBase):
         except Exception as error:
             self._leave_together(_of(error))
             raise
+        finally:
+            self._losses = {}  # their graph would stay in memory
 
-    def _before_forward(self, model: nn.Module, inputs: tuple) -> None:
-        if model.training:
-            self._batch = inputs[0]
-            self._state = ForwardState.of(self._model)
+    def before_forward(self, batch: list[dict[str, Any]]) -> None:
+        """Notes what the forward pass is about to read."""
+        self._batch = batch
+        self._state = ForwardState.of(self._model)
 
-    def _after_forward(self, model: nn.Module, inputs: tuple, losses: Any) -> None:
-        if not model.training:
-            return
-        self._losses = losses if isinstance(losses, dict) else {"total_loss": losses}
+    def after_forward(self, losses: dict[str, Tensor]) -> None:
+        """Stops all processes where a loss of one of them is not finite."""
+        self._losses = losses
         if self._votes:
             bad = not bool(self._finite_losses().all())
             if any_process(bad):
@@ -126,7 +131,7 @@ class FiniteCheck(HookBase):
     def after_backward(self) -> None:
         """Stops where a loss or a gradient is not finite."""
         flags = [self._finite_losses().all()]
-        if not self._scaled:
+        if self._precision is None:
             flags.append(torch.isfinite(torch.stack(self._gradient_norms())).all())
         # One look at the device, where Detectron2 is about to have its own to log the losses. The
         # gradients are the mean over all processes, so that all of them see the same here.
@@ -181,11 +186,15 @@ class FiniteCheck(HookBase):
         """All processes are here; `words` is empty where this one has nothing to say."""
         mine = (NotFiniteError.exit_code, self._report(words) if words else "")
         reports = [each for each in comm.all_gather(mine) if each[1]]
-        met = any(code == NotFiniteError.exit_code for code, _ in reports)
+        codes = {code for code, _ in reports}
         text = " ".join(report for _, report in reports)
-        raise (NotFiniteError if met else UserError)(text) from cause
+        if NotFiniteError.exit_code in codes:
+            raise NotFiniteError(text) from cause
+        error = UserError(text)
+        error.exit_code = min(codes)  # that of the process which has failed
+        raise error from cause
 
-    def _leave_together(self, words: str) -> None:
+    def _leave_together(self, words: str, exit_code: int = 1) -> None:
         """Lets the other processes stop too, while this one raises what it has."""
         # Before its second forward pass, DistributedDataParallel orders its buckets together.
         elsewhere = self._meets or (self._batch is None and self._steps == 2)
@@ -193,7 +202,7 @@ class FiniteCheck(HookBase):
             self._agreed = True
             any_process(True)
             text = f"process {comm.get_rank()} has stopped: {words.rstrip('.')}."
-            comm.all_gather((UserError.exit_code, text))
+            comm.all_gather((exit_code, text))
 
     def _report(self, words: str) -> str:
         """Saves the batch; what the training says of it."""
@@ -214,7 +223,7 @@ class FiniteCheck(HookBase):
         name = f"iteration_{self._iteration:07d}_process_{comm.get_rank()}.pth"
         path = os.path.join(self._cfg.OUTPUT_DIR, _FOLDER, name)
         weights = {**self._model.state_dict(), **self._state.buffers}
-        precision = str(self._precision).removeprefix("torch.") if self._scaled else None
+        precision = str(self._precision).removeprefix("torch.") if self._precision else None
         replay = Replay(
             self._cfg, self._batch, weights, self._state, self._iteration, message, precision
         )
@@ -222,7 +231,7 @@ class FiniteCheck(HookBase):
             save_replay(path, replay)
         except UserError as error:  # a full disk must not hide what has happened
             return f"the batch could not be saved: {str(error).rstrip('.')}"
-        return f"to look closer, run python tools/replay_batch.py {path}"
+        return f"to look closer, run ghm-d2 replay {path}"
 
     def _diagnose(self) -> str:
         """Levels and modules; nothing where another forward pass is not possible."""
@@ -231,7 +240,7 @@ class FiniteCheck(HookBase):
         device = next(self._model.parameters()).device.type
         try:
             self._state.restore(self._model)
-            with torch.autocast(device, self._precision, enabled=self._scaled):
+            with torch.autocast(device, self._precision, enabled=self._precision is not None):
                 return diagnose(self._model, self._batch).summary()
         except RuntimeError as error:  # such as no memory for it
             logger.warning("no closer look at the batch: %s", error)

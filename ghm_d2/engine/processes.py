@@ -1,15 +1,18 @@
 """The processes of a job: started by torchrun, or by Detectron2's launcher."""
 
 import argparse
+import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +25,8 @@ from ghm_d2.engine.agreement import any_process
 from ghm_d2.errors import UserError
 
 __all__ = [
+    "end_process",
+    "exit_code_of",
     "is_restarted",
     "join_torchrun",
     "launch_processes",
@@ -168,12 +173,12 @@ def launch_processes(work: Callable[..., None], args: argparse.Namespace, *more:
         several = args.num_gpus * args.num_machines > 1
         with _passes_sigterm_on() if several else contextlib.nullcontext():
             launch(
-                work,
+                _whole_process if several else work,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(args, *more),
+                args=(work, args, *more) if several else (args, *more),
             )
     except ProcessExitedException as error:
         if error.exit_code == -signal.SIGTERM:  # not yet in its training
@@ -196,13 +201,57 @@ def _passes_sigterm_on() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def leave_process_group() -> None:
-    """Ends the communication threads while the interpreter still runs.
+def _whole_process(work: Callable[..., None], *arguments: Any) -> NoReturn:
+    """What a process does that Detectron2's launcher has spawned, its end included."""
+    end_process(exit_code_of(lambda: work(*arguments)))
 
-    Left to the exit of the process, as Detectron2 does, gloo's were seen to abort it (once in some
-    dozens of runs). Nobody leaves before all have arrived: process 0 holds the store that the
-    others use.
+
+def exit_code_of(work: Callable[[], None]) -> int:
+    """Calls a function as a whole program; an error of its own is printed.
+
+    Returns:
+        The exit code that the interpreter would have ended with. Nothing of the call is left: no
+        traceback keeps its models or their process groups alive.
+    """
+    try:
+        work()
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends one process of a job at once, after what was registered for its end.
+
+    The interpreter's own end would abort some of them, with 134 in place of their code: gloo's
+    threads still hold tensors of Python's and take its lock to give them back, for which the
+    interpreter, once it is ending, ends the thread in the middle of a destructor ("terminate called
+    without an active exception").
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads, or closed
+            stream.flush()
+    os._exit(code)
+
+
+def leave_process_group() -> None:
+    """Ends gloo's threads while the interpreter still runs; see :func:`end_process` for why.
+
+    They end with the last reference to their group. Detectron2 keeps two of them, and models in
+    reference cycles the others. Nobody leaves before all have arrived: process 0 holds the store
+    that the others use.
     """
     if comm.get_world_size() > 1:
         comm.synchronize()
         dist.destroy_process_group()
+        comm._LOCAL_PROCESS_GROUP = None  # what comm.create_local_process_group has set
+        comm.create_local_process_group.cache_clear()
+        comm._get_global_gloo_group.cache_clear()
+        gc.collect()

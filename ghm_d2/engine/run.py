@@ -9,21 +9,23 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from ghm_d2.checkpoint import RestrictedCheckpointer
-from ghm_d2.checkpoint.origin import changed_data, check_classes, origin_entry
+from ghm_d2.checkpoint import load_trained_weights
+from ghm_d2.checkpoint.origin import changed_data, check_datasets, origin_entry
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, register_coco_dataset
+from ghm_d2.data.loader import build_test_mapper
 from ghm_d2.data.registration import data_fingerprint
 from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.pictures import draw_predictions
-from ghm_d2.engine.preemption import Preempted
 from ghm_d2.engine.processes import (
+    end_process,
+    exit_code_of,
     is_restarted,
     join_torchrun,
     launch_processes,
@@ -40,7 +42,7 @@ from ghm_d2.errors import UserError, exits_with_one_sentence
 from ghm_d2.run_folder import RunFolder
 from ghm_d2.run_parts import Record
 
-__all__ = ["load_trained_weights", "main"]
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,17 +53,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr; code 1
-            where the results are not those of `TEST.EXPECTED_RESULTS`; code 75 where SIGTERM
-            stopped a training, which `--resume` takes up again.
+            where the results are not those of `TEST.EXPECTED_RESULTS`; code 3 where something was
+            not finite; code 75 where SIGTERM stopped a training, which `--resume` takes up again.
+            A process that torchrun has started ends with that code instead.
     """
-    with exits_with_one_sentence(train_program()), reported_once():
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
-        args.restarted = False
-        if started_by_torchrun():
-            _join(args)
-            _work(args, *main_first(lambda: _prepare(args)))
-        else:
+    if not started_by_torchrun():
+        with exits_with_one_sentence(train_program()):
+            args = _parse(argv)
             launch_processes(_work, args, *_prepare(args))
+    elif code := exit_code_of(lambda: _work_in_torchrun(argv)):
+        end_process(code)
+    else:
+        leave_process_group()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    args.restarted = False
+    return args
+
+
+def _work_in_torchrun(argv: Sequence[str] | None) -> None:
+    with exits_with_one_sentence(train_program()), reported_once():
+        args = _parse(argv)
+        _join(args)
+        _work(args, *main_first(lambda: _prepare(args)))
 
 
 def _prepare(args: argparse.Namespace) -> tuple[CfgNode, list[CocoDataset]]:
@@ -93,12 +109,8 @@ def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -
     default_setup(cfg, args)
     setup_ghm_logger(cfg, comm.get_rank())
     with exits_with_one_sentence(train_program()), reported_once():
-        try:
-            _evaluate(args, cfg) if args.eval_only else _train(args, cfg, datasets)
-        except Preempted:
-            leave_process_group()
-            raise
-    leave_process_group()
+        _evaluate(args, cfg) if args.eval_only else _train(args, cfg, datasets)
+    comm.synchronize()  # process 0 holds the store that the others use
 
 
 def _train(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -> None:
@@ -119,7 +131,7 @@ def _train(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) 
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes") or ()
     data = {name: data_fingerprint(name) for name in cfg.DATASETS.TRAIN}
     if trainer.start_iter:
-        _check_same_data(trainer.checkpointer.origin, cfg, classes, data)
+        _check_same_data(trainer.checkpointer.origin, cfg, data)
     trainer.checkpointer.origin_entry = origin_entry(classes, data)
     if comm.is_main_process():
         if trainer.start_iter:
@@ -141,7 +153,7 @@ def _train(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) 
         tested = [d for d in datasets if d.name in cfg.DATASETS.TEST]
         summarize_training(
             run,
-            partial(draw_predictions, pictured, DatasetMapper(cfg, is_train=False), model),
+            partial(draw_predictions, pictured, build_test_mapper(cfg), model),
             getattr(trainer, "_last_eval_results", None),
             next_command(train_program(), cfg.OUTPUT_DIR, tested) if cfg.DATASETS.TEST else None,
             iterations=trainer.max_iter,
@@ -149,10 +161,8 @@ def _train(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) 
         )
 
 
-def _check_same_data(
-    origin: Record, cfg: CfgNode, classes: Sequence[str], data: Mapping[str, Mapping[str, Any]]
-) -> None:
-    check_classes(origin, classes, cfg.DATASETS.TRAIN[0])
+def _check_same_data(origin: Record, cfg: CfgNode, data: Mapping[str, Mapping[str, Any]]) -> None:
+    check_datasets(origin, cfg.DATASETS.TRAIN)
     if changes := changed_data(origin, data):
         raise UserError(
             f"--resume: the data is not that of the checkpoint ({'; '.join(changes)}): take the "
@@ -163,40 +173,8 @@ def _check_same_data(
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     model = GHMTrainer.build_model(cfg)
     origin = load_trained_weights(cfg, model, args.resume, args.trust_checkpoint)
-    for name in cfg.DATASETS.TEST:
-        check_classes(origin, MetadataCatalog.get(name).get("thing_classes"), name)
+    check_datasets(origin, cfg.DATASETS.TEST)
     results = GHMTrainer.test(cfg, model)
     # Without ground truth there is nothing that TEST.EXPECTED_RESULTS could be compared with.
     if comm.is_main_process() and not report_submissions(cfg, results):
         verify_results(cfg, results)
-
-
-def load_trained_weights(
-    cfg: CfgNode, model: torch.nn.Module, resume: bool = False, trusted: bool = False
-) -> Record:
-    """Load `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`, into a model.
-
-    Returns:
-        What the checkpoint says of the classes and the data that it was trained on.
-
-    Raises:
-        UserError: the file cannot be loaded, or holds weights of other shapes.
-    """
-    checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.trusted = trusted
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return checkpointer.origin
-
-
-class _EvaluationCheckpointer(RestrictedCheckpointer):
-    """Refuses weights that do not fit, where training would start these layers afresh."""
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        super()._log_incompatible_keys(incompatible)
-        if wrong := incompatible.incorrect_shapes:
-            name, found, expected = wrong[0]
-            raise UserError(
-                f"the weights do not fit the model: {name} has the shape {found} instead of "
-                f"{expected} ({len(wrong)} such parameters); evaluate with the config, and the "
-                "number of classes, of the training."
-            )

@@ -1,29 +1,30 @@
 """The trainer: Detectron2's, with evaluators, global clipping and several processes on CPUs."""
 
-import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults, hooks
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
-from ghm_d2.data.loader import build_train_loader
+from ghm_d2.data.loader import build_test_mapper, build_train_loader
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.engine.agreement import of_main_process
-from ghm_d2.engine.clipping import build_clipping_optimizer
+from ghm_d2.engine.clipping import build_optimizer
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator, costs_recorded
 from ghm_d2.engine.finite import FiniteCheck, FiniteWeights, WithoutTracebacks
 from ghm_d2.engine.preemption import StopOnSigterm
 from ghm_d2.engine.process_states import ProcessStates
+from ghm_d2.engine.step import CheckedAMPTrainer, CheckedTrainer
 from ghm_d2.errors import UserError
 from ghm_d2.randomness import preserved
 from ghm_d2.run_folder import RunFolder
@@ -37,41 +38,43 @@ EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 _WITHOUT_TRACEBACKS = WithoutTracebacks()
 
 
-@contextlib.contextmanager
-def _ddp_without_device_ids() -> Iterator[None]:
-    """DefaultTrainer wraps the model with device_ids=[local rank], which a CPU model must not have.
-
-    It offers no argument for that, so the function that it calls is exchanged while it is built.
-    """
-
-    def create(model: torch.nn.Module, **kwargs: object) -> torch.nn.Module:
-        return create_ddp_model(model, device_ids=None, **kwargs)
-
-    defaults.create_ddp_model = create
-    try:
-        yield
-    finally:
-        defaults.create_ddp_model = create_ddp_model
-
-
-@contextlib.contextmanager
-def _restricted_checkpointer() -> Iterator[None]:
-    """Likewise for DefaultTrainer's checkpointer, which runs whatever a .pkl names."""
-    defaults.DetectionCheckpointer = RestrictedCheckpointer
-    try:
-        yield
-    finally:
-        defaults.DetectionCheckpointer = DetectionCheckpointer
-
-
 class GHMTrainer(DefaultTrainer):
     """`DefaultTrainer` with an evaluator for each box data set and `full_model` clipping."""
 
     def __init__(self, cfg: CfgNode) -> None:
+        """Builds what `DefaultTrainer` builds, around a step and a checkpointer of our own.
+
+        Args:
+            cfg: config of the training.
+        """
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        # In the order of DefaultTrainer, which draws the same random numbers.
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        # A CPU model must not have device_ids, which Detectron2 gives where none are.
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        ddp = _ddp_without_device_ids() if on_cpu else contextlib.nullcontext()
-        with ddp, _restricted_checkpointer():
-            super().__init__(cfg)
+        options = {"device_ids": None} if on_cpu else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **options)
+        step = CheckedAMPTrainer if cfg.SOLVER.AMP.ENABLED else CheckedTrainer
+        self._trainer = step(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = RestrictedCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self._trainer.check = FiniteCheck(
+            cfg,
+            model,
+            self.checkpointer.get_checkpoint_file,
+            getattr(self._trainer, "precision", None),
+        )
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, those around its checkpoints, and the gradient statistics."""
@@ -83,15 +86,8 @@ class GHMTrainer(DefaultTrainer):
         stop = StopOnSigterm(self.checkpointer, states)
         stock.insert(place, states)
         stock.insert(place + 1 + comm.is_main_process(), stop)
-        self._finite = FiniteCheck(self.cfg, self._trainer, self.checkpointer.get_checkpoint_file)
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
         statistics = build_gradient_statistics(self.cfg, self.model)
         return [statistics, FiniteWeights(self.cfg.SOLVER.CHECKPOINT_PERIOD), *stock]
-
-    def run_step(self) -> None:
-        """Detectron2's step, stopped before the optimizer where something is not finite."""
-        with self._finite.guard(self.iter):
-            super().run_step()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Detectron2's; whether there is a checkpoint is what the main process finds."""
@@ -114,13 +110,13 @@ class GHMTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
         """Detectron2's, over images that can be read."""
-        mapper = ReadableMapper(DatasetMapper(cfg, False), is_train=False)
+        mapper = ReadableMapper(build_test_mapper(cfg), is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's optimizer; see :func:`build_clipping_optimizer`."""
-        return build_clipping_optimizer(cfg, model)
+        """Detectron2's optimizer; see :func:`build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def test(
@@ -155,7 +151,10 @@ class GHMTrainer(DefaultTrainer):
         if kind == "coco":
             # A cached conversion would outlive a change of the data.
             return AllThresholdsCOCOEvaluator(
-                dataset_name, output_dir=folder, allow_cached_coco=False
+                dataset_name,
+                output_dir=folder,
+                allow_cached_coco=False,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
         if kind == "lvis":
             return LVISEvaluator(dataset_name, output_dir=folder)

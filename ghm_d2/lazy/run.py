@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import register_coco_dataset
 from ghm_d2.engine.arguments import Parser, add_process_options
-from ghm_d2.engine.processes import launch_processes, leave_process_group, reported_once
+from ghm_d2.engine.processes import launch_processes, reported_once
 from ghm_d2.errors import exits_with_one_sentence
 
 from .config import load_config
@@ -78,4 +78,4 @@ def _work(args: argparse.Namespace, plan: Plan) -> None:
         default_setup(cfg, args)
         setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="ghm_d2")
         (evaluate_only if args.eval_only else train)(cfg, resume=args.resume)
-    leave_process_group()
+    comm.synchronize()  # process 0 holds the store that the others use

@@ -21,10 +21,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ghm_d2.analysis.hook import FILE, GradientStatistics
-from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.checkpoint import RestrictedCheckpointer, load_trained_weights
 from ghm_d2.engine.clipping import clip_gradients
 from ghm_d2.engine.pictures import plot_training
-from ghm_d2.engine.run import load_trained_weights
 from ghm_d2.engine.submission import report_submissions
 from ghm_d2.engine.summary import ap_table
 from ghm_d2.errors import UserError

@@ -1,7 +1,7 @@
 """What GHM-C and GHM-R share: settings, running counts, and the step from counts to weights."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,15 +15,41 @@ from .checks import (
     check_flag,
     check_fraction,
     check_non_negative,
+    check_plain,
     raise_first,
 )
 from .density import exact_gradient_density
-from .examples import EagerExamples, Examples
+from .kernels import EagerExamples, Examples
 
-__all__ = ["HarmonizedLoss", "raise_deferred_errors"]
+__all__ = ["HarmonizedLoss", "observed", "raise_deferred_errors"]
 
-# So many updates that 1 - alpha^n is 1.
+# A number of updates after which 1 - alpha^n has long been 1 in float64.
 _STEADY = 1 << 40
+
+# A prediction, a target and the mask of what counts, as `HarmonizedLoss._checked` returns them.
+Arguments = tuple[Tensor, Tensor, Tensor | None]
+
+_observers: list[Callable[..., None]] = []
+
+
+@contextmanager
+def observed(observer: Callable[..., None]) -> Iterator[None]:
+    """Inside, every call of a harmonised loss also calls ``observer``.
+
+    It stands outside the modules, so that a model can be copied and saved at any moment.
+
+    Args:
+        observer: called with ``(loss module, predictions, targets, masks, counts,
+            region_weights)``: three lists with an entry for each tensor of the call, in the layout
+            (R, K) and (R,) of GHM-C whatever it was called with; the int64 (bins,) counts R_j of
+            the call and its float32 (bins,) weights w_j (without ``loss_weight``), both None with
+            the exact density. A recomputation by activation checkpointing is not a call.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 class HarmonizedLoss(nn.Module):
@@ -31,18 +57,14 @@ class HarmonizedLoss(nn.Module):
 
     Attributes:
         acc_sum: float32 (bins,), the exponential moving average of the region counts,
-            ``S_j <- alpha * S_j + (1 - alpha) * R_j``. Saved with the model; written in training
-            mode alone.
+            ``S_j <- alpha * S_j + (1 - alpha) * R_j``. Saved with the model; written by training
+            steps alone: in training mode, with gradients enabled, and not once more where
+            activation checkpointing repeats a forward pass.
         num_updates: int64 (bins,), how often region j was averaged; with ``bias_correction`` alone.
-        observer: called by every call of the loss, unless it is None, with ``(loss module,
-            predictions, targets, weights, counts, region_weights)``: the arguments of
-            :meth:`forward_pooled`, the int64 (bins,) counts R_j of the call and its float32
-            (bins,) weights w_j (without ``loss_weight``); both None with the exact density.
     """
 
     acc_sum: Tensor
     num_updates: Tensor
-    observer: Callable[..., None] | None = None
     # What messages call the two arguments of a subclass, and what they say of a NaN in them.
     argument_names: tuple[str, str]
     not_finite_message: str
@@ -89,6 +111,13 @@ class HarmonizedLoss(nn.Module):
         names += ["bias_correction", "sync", "density"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
+    def reset_parameters(self) -> None:
+        """Sets the running counts to 0, as in a new module; also after ``to_empty``."""
+        with torch.no_grad():
+            self.acc_sum.zero_()
+            if self.bias_correction:
+                self.num_updates.zero_()
+
     def raise_deferred_errors(self) -> None:
         """Raises the ValueError of an earlier call on a CUDA device, if there is one; synchronises.
 
@@ -124,41 +153,45 @@ class HarmonizedLoss(nn.Module):
             )
         first = predictions[0] if predictions else None
         device = first.device.type if isinstance(first, Tensor) else "cpu"
+        device = "cpu" if device == "meta" else device  # which has no autocast to switch off
         # Region weights are ratios of counts, which half precision cannot hold.
         with torch.autocast(device, enabled=False):
             checks = ValueChecks()
-            zipped = zip(predictions, targets, weights, strict=True)
-            examples = [self._examples(*each, checks) for each in zipped]
-            observe = self.observer and partial(self.observer, self, predictions, targets, weights)
-            return self._loss(predictions, examples, checks, observe)
+            arguments = []
+            for each in zip(predictions, targets, weights, strict=True):
+                for name, value in zip((*self.argument_names, "weight"), each, strict=True):
+                    check_plain(name, value)
+                arguments.append(self._checked(*each, checks))
+            return self._loss(predictions, arguments, checks)
 
-    def _examples(
+    def _checked(
         self, prediction: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
-    ) -> Examples | None:
-        """The checked examples of one tensor; None without any."""
+    ) -> Arguments:
+        """Prediction, target and bool mask of one tensor in the layout of :meth:`_examples`."""
+        raise NotImplementedError
+
+    def _examples(self, prediction: Tensor, target: Tensor, keep: Tensor | None) -> Examples:
+        """The examples of one tensor that holds some."""
         raise NotImplementedError
 
     def _loss(
-        self,
-        inputs: Sequence[Tensor],
-        examples: Sequence[Examples | None],
-        checks: ValueChecks,
-        observe: Callable[..., None] | None = None,
+        self, inputs: Sequence[Tensor], arguments: Sequence[Arguments], checks: ValueChecks
     ) -> Tensor:
         """One histogram, one update and one loss over the examples of all tensors.
 
         Args:
             inputs: the predictions, named only to keep an empty loss on their graph.
-            examples: those of each input, None for one without any.
+            arguments: what :meth:`_checked` made of each, and of its target and weight.
             checks: what has been required of the arguments so far.
-            observe: see :attr:`observer`; called with ``(counts, region_weights)``.
 
         Returns:
             A scalar, float32 at least.
         """
         # Sums over nothing are 0, and keep the prediction on the graph: DDP waits for all of them.
         terms = [x.sum(dtype=torch.float32) for x in inputs if not x.numel()]
-        present = [each for each in examples if each is not None]
+        present = [self._examples(*each) for each in arguments if each[0].numel()]
+        recomputed = self._is_recomputed()
+        writes = self.training and torch.is_grad_enabled() and not recomputed
         state = counts = region_weights = None
         if self.density == "exact":
             eager = cast(list[EagerExamples], present)  # no kernel computes the exact density
@@ -167,20 +200,44 @@ class HarmonizedLoss(nn.Module):
             counts = torch.zeros_like(self.acc_sum, dtype=torch.int64)
             for each in present:
                 counts += each.counts(self.bins)
-            scale = self.loss_weight * self._pool(counts)
+            scale = self.loss_weight * self._pool(counts, writes)
             state = self._updated(counts)
             region_weights = self._region_weights(counts, state)
             weights = region_weights * scale
             terms += [each.weighted_sum(weights) for each in present]
-        if observe is not None:
-            observe(counts, region_weights)
+        if not recomputed:
+            columns = [list(column) for column in zip(*arguments, strict=True)] or [[], [], []]
+            for observer in _observers:
+                observer(self, *columns, counts, region_weights)
         loss = sum(terms[1:], start=terms[0]) if terms else self.acc_sum.new_zeros(())
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
         holds = checks.all_hold()
         checks.defer_to(self._failures)
-        if state is not None and self.training:
+        if state is not None and writes:
             self._write(state, holds)
         return loss if holds is None else torch.where(holds, loss, torch.nan)
+
+    def _is_recomputed(self) -> bool:
+        """Whether activation checkpointing repeats an earlier call, inside a backward pass.
+
+        The gradient then keeps the weights of that call, which the graph of the loss holds; the
+        counts must not be averaged in a second time.
+
+        Raises:
+            ValueError: it is the reentrant kind, whose first pass had no graph to hold anything.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False
+        if torch._C._current_graph_task_id() == -1:
+            return False
+        hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+        if self.training and self.density != "exact" and hooks is not None and hooks(True) is None:
+            raise ValueError(
+                "use_reentrant must be False in torch.utils.checkpoint around a harmonised loss, "
+                "got True: its first pass runs without gradients, so that the running counts "
+                "cannot tell it from a validation"
+            )
+        return True
 
     @torch.no_grad()
     def _updated(self, counts: Tensor) -> dict[str, Tensor]:
@@ -213,12 +270,20 @@ class HarmonizedLoss(nn.Module):
             buffer = getattr(self, name)
             buffer.copy_(value if holds is None else torch.where(holds, value, buffer))
 
-    def _pool(self, counts: Tensor) -> int:
-        """Adds up ``counts`` over all processes in place; returns how many there are."""
+    def _pool(self, counts: Tensor, meet: bool) -> int:
+        """Adds up ``counts`` over all processes in place; returns how many there are.
+
+        Where processes do not ``meet``, as outside training steps, this one's counts stand for
+        those of each: one process may validate alone, and would wait for the others for ever.
+        """
         if not (self.sync and dist.is_available() and dist.is_initialized()):
             return 1
-        dist.all_reduce(counts)
-        return dist.get_world_size()
+        world = dist.get_world_size()
+        if meet:
+            dist.all_reduce(counts)
+        else:
+            counts *= world
+        return world
 
     def _exact_terms(self, examples: Sequence[EagerExamples]) -> list[Tensor]:
         if not examples:
@@ -235,24 +300,42 @@ class HarmonizedLoss(nn.Module):
         parts = weights.split([each.loss.numel() for each in examples])
         return [(each.loss.flatten() * w).sum() for each, w in zip(examples, parts, strict=True)]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes averages that were kept without bias correction as they stand."""
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        """Takes weights of a detector with other losses, and counts without bias correction.
+
+        Counts that are not there stay as they are; averages that were kept without bias correction
+        count as steady.
+        """
         acc_sum = state_dict.get(f"{prefix}acc_sum")
         if self.bias_correction and acc_sum is not None:
             state_dict.setdefault(f"{prefix}num_updates", (acc_sum > 0).long() * _STEADY)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *args)
+        own = {f"{prefix}acc_sum", f"{prefix}num_updates"}
+        missing_keys += [key for key in missing if key not in own]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HarmonizedLoss":
         """Follows ``model.half()`` with everything but the counts, which pass 65504."""
-        counts = self.acc_sum
+        before = {name: x for name, x in self._buffers.items() if x is not None}
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.acc_sum.dtype != torch.float32:
-            self.acc_sum = counts.to(self.acc_sum.device)
+        for name, x in before.items():
+            if (moved := getattr(self, name)).dtype != x.dtype:
+                setattr(self, name, x.to(moved.device))
         return self
 
 
-def example_mask(weight: Tensor | None, shape: torch.Size, checks: ValueChecks) -> Tensor | None:
-    """Turns ``weight`` into a bool mask that broadcasts to examples of ``shape``.
+def example_mask(
+    weight: Tensor | None, rows: torch.Size, examples: torch.Size, checks: ValueChecks
+) -> Tensor | None:
+    """Turns ``weight`` of shape ``rows`` or ``examples`` into a bool mask of the same shape.
 
     A positive weight keeps an example and 0 drops it: the published code uses its weights as a
     mask, so their size has no effect.
@@ -261,12 +344,11 @@ def example_mask(weight: Tensor | None, shape: torch.Size, checks: ValueChecks) 
         return None
     if not isinstance(weight, Tensor):
         raise ValueError(f"weight must be a tensor or None, got {type(weight).__name__}")
-    if weight.shape not in (shape, shape[:1]):
-        allowed = " or ".join(dict.fromkeys(str(tuple(s)) for s in (shape[:1], shape)))
+    if weight.shape not in (rows, examples):
+        allowed = " or ".join(dict.fromkeys(str(tuple(s)) for s in (rows, examples)))
         raise ValueError(f"weight must have shape {allowed}, got {tuple(weight.shape)}")
     checks.require((weight >= 0).all(), "weight must be 0 or positive; it holds NaN or less")
-    mask = weight > 0
-    return mask if mask.shape == shape else mask.view(-1, *[1] * (len(shape) - 1))
+    return weight > 0
 
 
 def raise_deferred_errors(model: nn.Module) -> None:

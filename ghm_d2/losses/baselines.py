@@ -98,6 +98,7 @@ class CrossEntropyLoss(nn.Module):
         """The settings, as ``print(model)`` shows them."""
         return f"loss_weight={self.loss_weight!r}"
 
+    @torch.jit.unused
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See :func:`cross_entropy_loss`."""
         return self.loss_weight * cross_entropy_loss(logits, labels)
@@ -116,6 +117,7 @@ class OHEMLoss(nn.Module):
         ratio = self.negatives_per_positive
         return f"loss_weight={self.loss_weight!r}, negatives_per_positive={ratio!r}"
 
+    @torch.jit.unused
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See :func:`ohem_loss`."""
         return self.loss_weight * ohem_loss(logits, labels, self.negatives_per_positive)
@@ -136,6 +138,7 @@ class ASL1Loss(nn.Module):
         """The settings, as ``print(model)`` shows them."""
         return f"mu={self.mu!r}, loss_weight={self.loss_weight!r}"
 
+    @torch.jit.unused
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """
         Args:

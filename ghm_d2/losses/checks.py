@@ -10,7 +10,7 @@ import math
 import numbers
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "ValueChecks",
@@ -19,8 +19,11 @@ __all__ = [
     "check_flag",
     "check_floating",
     "check_fraction",
+    "check_integer",
+    "check_plain",
     "check_non_negative",
     "check_positive",
+    "is_plain",
     "raise_first",
 ]
 
@@ -30,6 +33,13 @@ def check_bins(bins: int, name: str = "bins") -> int:
     if isinstance(bins, bool) or not isinstance(bins, numbers.Integral) or bins < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {bins!r}")
     return int(bins)
+
+
+def check_integer(name: str, value: int) -> int:
+    """Returns ``value`` as a Python int; raises ValueError unless it is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
 
 
 def check_fraction(name: str, value: float) -> float:
@@ -78,6 +88,31 @@ def check_floating(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be a floating-point tensor, got {got}")
 
 
+def check_plain(name: str, value: Tensor | None) -> None:
+    """Raises ValueError inside torch.jit.trace and the transforms of torch.func.
+
+    A trace would hold the weights of its one call for ever, and a transform sees one example where
+    the density needs all of them.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        raise ValueError(
+            f"{name} must not be traced: a harmonised loss depends on the counts of its earlier "
+            f"calls; trace the detector in eval mode, where it computes no loss"
+        )
+    if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise ValueError(
+            f"{name} must be a plain tensor, got one inside a transform of torch.func (vmap, grad, "
+            f"jvp, ...): differentiate with torch.autograd"
+        )
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor has values to look at here and now; not so of meta and fake tensors."""
+    return type(value) in (Tensor, nn.Parameter) and not value.is_meta
+
+
 class ValueChecks:
     """The conditions on tensor values of one call; raises at once on the CPU, later elsewhere."""
 
@@ -89,7 +124,11 @@ class ValueChecks:
 
         On the CPU now; on another device, or while torch.compile traces, the condition is kept.
         """
-        if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._kept.append((condition, message))
+        elif not is_plain(condition):
+            return
+        elif condition.device.type == "cpu":
             if not condition:
                 raise ValueError(message)
         else:

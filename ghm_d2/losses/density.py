@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import check_floating, check_positive
+from .checks import check_floating, check_positive, is_plain
 from .functional import count_unit_regions
 
 __all__ = ["exact_gradient_density"]
@@ -38,7 +38,7 @@ def exact_gradient_density(
     g = gradient_norm.detach().flatten()
     g = g if g.dtype == torch.float64 else g.float()
     keep = None if valid is None else valid.flatten()
-    if g.device.type == "cpu":
+    if _may_look(g):
         inside = (g >= 0) & (g <= 1)
         if not (inside if keep is None else inside | ~keep).all():
             raise ValueError("gradient_norm must lie in [0, 1]; it holds NaN or a value outside")
@@ -51,6 +51,11 @@ def exact_gradient_density(
     return density.view(gradient_norm.shape)
 
 
+def _may_look(g: Tensor) -> bool:
+    """Whether a value can be asked for without a wait for a device or a break in a graph."""
+    return g.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(g)
+
+
 def _sorted_density(g: Tensor, half: float) -> Tensor:
     """The density at each of ascending norms, of a window that reaches ``half`` to either side.
 
@@ -59,7 +64,7 @@ def _sorted_density(g: Tensor, half: float) -> Tensor:
     lies above somebody's window.
     """
     # On another device the host would have to wait for their number; there all are searched for.
-    start = int(torch.searchsorted(g, half)) if g.device.type == "cpu" else 0
+    start = int(torch.searchsorted(g, half)) if _may_look(g) else 0
     large = g[start:]
     # large[k] lies above the windows of the first ends[k] norms.
     ends = torch.searchsorted(g + half, large, right=True)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_choice, check_floating, check_positive, is_plain
+
 __all__ = [
     "authentic_smooth_l1_loss",
     "count_unit_regions",
@@ -51,8 +53,6 @@ def authentic_smooth_l1_loss(
     Raises:
         ValueError: shapes differ, ``mu`` is not above 0, or ``reduction`` is unknown.
     """
-    from .checks import check_choice, check_floating, check_positive
-
     check_choice("reduction", reduction, ("none", "mean", "sum"))
     check_floating("pred", pred)
     check_floating("target", target)
@@ -90,7 +90,7 @@ def sigmoid_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         logits: (R, K).
         labels: int64 (R,) with a class in [0, K), anything else meaning "no class"; or dense
-            (R, K) of 0 and 1.
+            (R, K) targets in [0, 1].
 
     Returns:
         ``(loss, gradient_norm)``, both (R, K); the norm in [0, 1] carries no gradient.
@@ -172,7 +172,7 @@ def count_unit_regions(region: Tensor, bins: int) -> Tensor:
         int64 (M,). Never float32, where counting by ones stops at 2^24.
     """
     region = region.flatten()
-    if region.device.type == "cpu" and not torch.compiler.is_compiling():
+    if region.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(region):
         return torch.bincount(region, minlength=bins + 1)[:bins]
     # torch.bincount makes a CUDA device wait for the host to learn the largest index.
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=region.device)

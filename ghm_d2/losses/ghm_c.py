@@ -1,13 +1,20 @@
 """GHM-C: gradient-harmonised classification."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .base import HarmonizedLoss, example_mask
-from .checks import ValueChecks, check_choice, check_floating
-from .examples import EagerExamples, Examples, FusedExamples
+from .base import Arguments, HarmonizedLoss, example_mask
+from .checks import (
+    ValueChecks,
+    check_choice,
+    check_floating,
+    check_integer,
+    check_non_negative,
+)
 from .functional import sigmoid_examples, softmax_examples
-from .fused import sigmoid_kernel
+from .kernels import EagerExamples, Examples, sigmoid_kernel
 
 __all__ = ["GHMCLoss"]
 
@@ -37,6 +44,9 @@ class GHMCLoss(HarmonizedLoss):
         bias_correction: bool = False,
         sync: bool = False,
         density: str = "unit_region",
+        class_dim: int = -1,
+        ignore_index: int | None = None,
+        class_weight: Sequence[float] | Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +64,13 @@ class GHMCLoss(HarmonizedLoss):
                 share, so that the mean over processes is the loss of all examples together.
                 Every process must then make every call.
             density: "unit_region", or "exact" (paper, eq. 6; window 1 / bins; needs momentum 0).
+            class_dim: the axis of the logits that counts classes, such as 1 for (N, K, H, W).
+                Logits of one axis, (N,), are of one class and have none.
+            ignore_index: label of what is ignored, such as 255, in labels of either kind. None: -1
+                in labels that name classes, nothing in dense ones.
+            class_weight: (K,), at least 0: factor of the loss of each class (in softmax, of each
+                row by its class; K + 1 values name the background's too, which is 1 otherwise).
+                It does not change the counts, and it takes the whole-tensor path.
 
         Raises:
             ValueError: an argument is out of range; the message names it.
@@ -69,22 +86,47 @@ class GHMCLoss(HarmonizedLoss):
             density=density,
         )
         self.activation = check_choice("activation", activation, ("sigmoid", "softmax"))
+        self.class_dim = check_integer("class_dim", class_dim)
+        ignored = None if ignore_index is None else check_integer("ignore_index", ignore_index)
+        self.ignore_index = ignored
+        self._class_weight = _check_class_weight(class_weight)
+        self.register_buffer("class_weight", None, persistent=False)
+        self._set_class_weight(self.acc_sum.device)
+
+    def _set_class_weight(self, device: torch.device) -> None:
+        if self._class_weight is not None:
+            self.class_weight = torch.tensor(self._class_weight, device=device)
+
+    def reset_parameters(self) -> None:
+        """Sets the running counts to 0, as in a new module; also after ``to_empty``."""
+        super().reset_parameters()
+        self._set_class_weight(self.acc_sum.device)
 
     def extra_repr(self) -> str:
         """The settings, as ``print(model)`` shows them."""
-        return f"activation={self.activation!r}, {super().extra_repr()}"
+        text = f"activation={self.activation!r}, {super().extra_repr()}"
+        defaults = {"class_dim": -1, "ignore_index": None, "_class_weight": None}
+        for name, default in defaults.items():
+            if (value := getattr(self, name)) != default:
+                text += f", {name.lstrip('_')}={value!r}"
+        return text
 
+    @torch.jit.unused
     def forward(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
         """
         Args:
-            logits: (R, K) for sigmoid, (R, K + 1) for softmax; float16, bfloat16, float32, float64.
-            labels: integer (R,): a class in [0, K), K = background, -1 = ignored; or, for sigmoid
-                alone, dense (R, K) of 0 and 1.
-            weight: (R,) or the examples' shape ((R, K) for sigmoid, (R,) for softmax); 0 drops an
-                example, a positive value keeps it. None keeps all.
+            logits: (R, K) for sigmoid, (R, K + 1) for softmax, or any shape with the classes along
+                ``class_dim``; float16, bfloat16, float32, float64.
+            labels: integers of the shape of the logits without ``class_dim``, (R,): a class in
+                [0, K), K = background, or what ``ignore_index`` says; or, for sigmoid alone, dense
+                targets in [0, 1] of the logits' shape. Soft targets (label smoothing, mixup,
+                quality) have the gradient norm ``|sigmoid(x) - t|`` too.
+            weight: of the shape of the labels that name classes or, for sigmoid, of the logits; 0
+                drops an example, a positive value keeps it. None keeps all.
 
         Returns:
-            A scalar on the graph, float32 (float64 for float64 logits); 0 without examples.
+            A scalar on the graph, float32 (float64 for float64 logits); 0 without examples. It can
+            be differentiated twice, with the weights of the examples as constants.
 
         Raises:
             ValueError: a shape, type or value is wrong; see :meth:`raise_deferred_errors` for
@@ -92,67 +134,143 @@ class GHMCLoss(HarmonizedLoss):
         """
         return self.forward_pooled([logits], [labels], [weight])
 
-    def _examples(
+    def _checked(
         self, logits: Tensor, labels: Tensor, weight: Tensor | None, checks: ValueChecks
-    ) -> Examples | None:
+    ) -> Arguments:
+        """Logits (R, K), labels (R,) with -1 = ignored or dense (R, K), mask (R, 1) or (R, K)."""
         check_floating("logits", logits)
-        if logits.dim() != 2:
-            raise ValueError(f"logits must be 2-dimensional, got shape {tuple(logits.shape)}")
+        sigmoid = self.activation == "sigmoid"
+        if logits.dim() < (1 if sigmoid else 2):
+            needed = "an axis" if sigmoid else "an axis of rows and one of classes"
+            raise ValueError(f"logits must have {needed}, got shape {tuple(logits.shape)}")
         if not isinstance(labels, Tensor):
             raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
-        if labels.dim() == 2 and self.activation == "sigmoid":
-            return self._dense_examples(logits, labels, weight, checks)
-        if labels.shape != logits.shape[:1]:
-            dense = f" or {tuple(logits.shape)}" if self.activation == "sigmoid" else ""
+        shape = logits.shape
+        if logits.dim() == 1:
+            axis, rows = 1, shape  # one class
+        elif -logits.dim() <= self.class_dim < logits.dim():
+            axis = self.class_dim % logits.dim()
+            rows = shape[:axis] + shape[axis + 1 :]
+        else:
             raise ValueError(
-                f"labels must have shape ({logits.shape[0]},){dense}, got {tuple(labels.shape)}"
+                f"class_dim must be an axis of the logits, whose shape is {tuple(shape)}, "
+                f"got {self.class_dim}"
             )
+        dense = sigmoid and labels.shape == shape
+        if not dense and labels.shape != rows:
+            allowed = " or ".join(str(tuple(s)) for s in ((rows, shape) if sigmoid else (rows,)))
+            raise ValueError(
+                f"labels must have shape {allowed}, got {tuple(labels.shape)} beside logits of "
+                f"shape {tuple(shape)}"
+            )
+        keep = example_mask(weight, rows, shape if sigmoid else rows, checks)
+        if keep is not None and sigmoid:
+            keep = _to_rows(keep, axis) if keep.shape == shape else keep.reshape(-1, 1)
+        x = _to_rows(logits, axis)
+        if self.class_weight is not None:
+            self._check_number_of_class_weights(x.shape[1])
+        if dense:
+            return x, *self._dense_labels(_to_rows(labels, axis), keep, checks)
+        labels = labels if labels.dim() == 1 else labels.reshape(-1)
+        return x, self._class_labels(labels, x.shape[1], checks), keep
+
+    def _class_labels(self, labels: Tensor, columns: int, checks: ValueChecks) -> Tensor:
         if labels.dtype not in _INTEGERS:
-            raise ValueError(f"labels of shape (R,) must be integers, got {labels.dtype}")
-        sigmoid = self.activation == "sigmoid"
-        background = logits.shape[1] if sigmoid else logits.shape[1] - 1
+            raise ValueError(f"labels that name classes must be integers, got {labels.dtype}")
         labels = labels.long()
-        checks.require(
-            ((labels >= -1) & (labels <= background)).all(),
-            f"labels must lie in [-1, {background}] "
-            f"(-1 = ignored, {background} = background); they hold a value outside",
-        )
-        shape = logits.shape if sigmoid else labels.shape
-        keep = example_mask(weight, shape, checks)
-        if logits.numel() == 0:
-            return None
-        if sigmoid:
-            return self._sigmoid_examples(logits, labels, keep)
-        valid = labels >= 0 if keep is None else (labels >= 0) & keep
-        return EagerExamples(*softmax_examples(_without(logits, valid.unsqueeze(1)), labels), valid)
-
-    def _dense_examples(
-        self, logits: Tensor, labels: Tensor, weight: Tensor | None, checks: ValueChecks
-    ) -> Examples | None:
-        if labels.shape != logits.shape:
-            raise ValueError(
-                f"labels must have shape ({logits.shape[0]},) or {tuple(logits.shape)}, "
-                f"got {tuple(labels.shape)}"
+        background = columns if self.activation == "sigmoid" else columns - 1
+        inside = (labels >= 0) & (labels <= background)
+        if self.ignore_index in (None, -1):
+            checks.require(
+                (inside | (labels == -1)).all(),
+                f"labels must lie in [-1, {background}] "
+                f"(-1 = ignored, {background} = background); they hold a value outside",
             )
+            return labels
+        ignored = labels == self.ignore_index
         checks.require(
-            ((labels == 0) | (labels == 1)).all(), "labels of shape (R, K) must be 0 or 1"
+            (inside | ignored).all(),
+            f"labels must lie in [0, {background}] ({background} = background) or be "
+            f"{self.ignore_index} (ignored); they hold a value outside",
         )
-        keep = example_mask(weight, logits.shape, checks)
-        return self._sigmoid_examples(logits, labels, keep) if logits.numel() else None
+        return labels.masked_fill(ignored, -1)
 
-    def _sigmoid_examples(self, logits: Tensor, labels: Tensor, keep: Tensor | None) -> Examples:
-        if self.density == "unit_region":
-            flat = logits.contiguous().view(-1)
-            kernel = sigmoid_kernel(flat, labels, keep, self.bins)
-            if kernel is not None:
-                return FusedExamples(flat, kernel)
+    def _dense_labels(
+        self, labels: Tensor, keep: Tensor | None, checks: ValueChecks
+    ) -> tuple[Tensor, Tensor | None]:
+        if labels.is_complex():
+            raise ValueError(f"labels must be real numbers, got {labels.dtype}")
+        inside = (labels >= 0) & (labels <= 1)
+        if self.ignore_index is not None:
+            valid = labels != self.ignore_index
+            inside, labels = inside | ~valid, labels.masked_fill(~valid, 0)
+            keep = valid if keep is None else keep & valid
+        checks.require(inside.all(), "labels of the logits' shape must lie in [0, 1]")
+        return labels, keep
+
+    def _check_number_of_class_weights(self, columns: int) -> None:
+        allowed = [columns] if self.activation == "sigmoid" else [columns - 1, columns]
+        if len(self.class_weight) not in allowed:
+            raise ValueError(
+                f"class_weight must have {' or '.join(map(str, allowed))} values for logits of "
+                f"{columns} columns, got {len(self.class_weight)}"
+            )
+
+    def _examples(self, logits: Tensor, labels: Tensor, keep: Tensor | None) -> Examples:
+        if self.activation == "softmax":
+            return self._softmax_examples(logits, labels, keep)
         valid = keep
         if labels.dim() == 1:
             counted = (labels >= 0).unsqueeze(1)
             valid = counted if keep is None else counted & keep
-        if valid is not None:
-            logits = _without(logits, valid)
-        return EagerExamples(*sigmoid_examples(logits, labels), valid)
+
+        def eager(x: Tensor) -> EagerExamples:
+            x = x.view(logits_shape)
+            if valid is not None:
+                x = _without(x, valid)
+            loss, norm = sigmoid_examples(x, labels)
+            if class_weight is not None:
+                loss = loss * class_weight
+            return EagerExamples(loss, norm, valid)
+
+        logits_shape, class_weight = logits.shape, self.class_weight
+        flat = logits.contiguous().view(-1)
+        if self.density == "unit_region" and class_weight is None:
+            kernel = sigmoid_kernel(flat, labels, keep, self.bins, eager)
+            if kernel is not None:
+                return kernel
+        return eager(flat)
+
+    def _softmax_examples(
+        self, logits: Tensor, labels: Tensor, keep: Tensor | None
+    ) -> EagerExamples:
+        valid = labels >= 0 if keep is None else (labels >= 0) & keep.flatten()
+        loss, norm = softmax_examples(_without(logits, valid.unsqueeze(1)), labels)
+        if self.class_weight is not None:
+            background = self.class_weight.new_ones(logits.shape[1] - len(self.class_weight))
+            loss = loss * torch.cat([self.class_weight, background])[labels.clamp(min=0)]
+        return EagerExamples(loss, norm, valid)
+
+
+def _to_rows(x: Tensor, axis: int) -> Tensor:
+    """(R, K) from any shape whose axis of classes is ``axis``; one class without such an axis."""
+    if x.dim() == axis:
+        return x.unsqueeze(1)
+    if x.dim() == 2 and axis == 1:
+        return x
+    return x.movedim(axis, -1).reshape(x.numel() // max(x.shape[axis], 1), x.shape[axis])
+
+
+def _check_class_weight(values: Sequence[float] | Tensor | None) -> list[float] | None:
+    if values is None:
+        return None
+    if isinstance(values, Tensor):
+        if values.dim() != 1:
+            raise ValueError(f"class_weight must have shape (K,), got {tuple(values.shape)}")
+        values = values.tolist()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"class_weight must be (K,) numbers or None, got {type(values).__name__}")
+    return [check_non_negative("class_weight", value) for value in values]
 
 
 def _without(logits: Tensor, valid: Tensor) -> Tensor:

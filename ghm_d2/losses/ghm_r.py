@@ -1,12 +1,12 @@
 """GHM-R: gradient-harmonised box regression."""
 
+import torch
 from torch import Tensor
 
-from .base import HarmonizedLoss, example_mask
+from .base import Arguments, HarmonizedLoss, example_mask
 from .checks import ValueChecks, check_floating, check_positive
-from .examples import EagerExamples, Examples, FusedExamples
 from .functional import regression_examples
-from .fused import regression_kernel
+from .kernels import EagerExamples, Examples, regression_kernel
 
 __all__ = ["GHMRLoss"]
 
@@ -62,11 +62,12 @@ class GHMRLoss(HarmonizedLoss):
         """The settings, as ``print(model)`` shows them."""
         return f"mu={self.mu!r}, {super().extra_repr()}"
 
+    @torch.jit.unused
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """
         Args:
             pred: predicted deltas of the positives, (P, 4) or any shape; floating point.
-            target: same shape.
+            target: same shape; where it requires a gradient, it gets one too.
             weight: (P,) or ``pred``'s shape; 0 drops an example, a positive value keeps it. None
                 keeps all.
 
@@ -79,25 +80,32 @@ class GHMRLoss(HarmonizedLoss):
         """
         return self.forward_pooled([pred], [target], [weight])
 
-    def _examples(
+    def _checked(
         self, pred: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
-    ) -> Examples | None:
+    ) -> Arguments:
         check_floating("pred", pred)
         check_floating("target", target)
         if pred.shape != target.shape:
             raise ValueError(
                 f"target must have pred's shape {tuple(pred.shape)}, got {tuple(target.shape)}"
             )
-        keep = example_mask(weight, pred.shape, checks)
-        if pred.numel() == 0:
-            return None
-        if self.density == "unit_region":
-            flat = pred.contiguous().view(-1)
-            mask = None if keep is None else keep.expand_as(pred).flatten()
-            other = target.detach().contiguous().view(-1)
-            kernel = regression_kernel(flat, other, mask, self.mu, self.bins)
-            if kernel is not None:
-                return FusedExamples(flat, kernel)
+        keep = example_mask(weight, pred.shape[:1], pred.shape, checks)
         if keep is not None:
-            pred, target = pred.masked_fill(~keep, 0), target.masked_fill(~keep, 0)
-        return EagerExamples(*regression_examples(pred, target, self.mu), keep)
+            keep = keep.view(*keep.shape, *[1] * (pred.dim() - keep.dim()))
+        return pred, target, keep
+
+    def _examples(self, pred: Tensor, target: Tensor, keep: Tensor | None) -> Examples:
+        def eager(x: Tensor) -> EagerExamples:
+            x, y = x.view(target.shape), target
+            if keep is not None:
+                x, y = x.masked_fill(~keep, 0), y.masked_fill(~keep, 0)
+            return EagerExamples(*regression_examples(x, y, self.mu), keep)
+
+        flat = pred.contiguous().view(-1)
+        if self.density == "unit_region":
+            mask = None if keep is None else keep.expand_as(pred).flatten()
+            other = target.contiguous().view(-1)
+            kernel = regression_kernel(flat, other, mask, self.mu, self.bins, eager)
+            if kernel is not None:
+                return kernel
+        return eager(flat)

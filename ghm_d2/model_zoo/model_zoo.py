@@ -142,7 +142,7 @@ def _why_not_available(config_path: str) -> str:
         if model["name"] == _name(config_path):
             return (
                 f"the weights of {config_path} are published by {model['publisher']} in another "
-                f"format: download {model['url']}, convert it with python tools/convert_mmdet.py "
+                f"format: download {model['url']}, convert it with ghm-d2 convert-mmdet "
                 "CHECKPOINT OUTPUT, and give MODEL.WEIGHTS OUTPUT."
             )
     if newest(packaged["models"], _name(config_path)):

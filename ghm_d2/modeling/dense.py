@@ -1,4 +1,4 @@
-"""A harmonised loss over the levels of any dense detector, for groups of images."""
+"""A harmonised loss over the levels of any dense detector, for groups of images; its normaliser."""
 
 import copy
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import SCOPES
 from ..losses import GHMCLoss, GHMRLoss
 
-__all__ = ["DenseLoss"]
+__all__ = ["DenseLoss", "SteadyNormalizer"]
 
 
 class DenseLoss(nn.ModuleList):
@@ -70,6 +70,7 @@ class DenseLoss(nn.ModuleList):
         """As the constructor, but None for None."""
         return None if loss is None else cls(loss, **settings)
 
+    @torch.jit.unused
     def forward(
         self,
         predictions: Sequence[Tensor],
@@ -138,6 +139,34 @@ class DenseLoss(nn.ModuleList):
                 for group in range(1, len(self)):
                     state_dict.setdefault(f"{prefix}{group}.{name}", first)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SteadyNormalizer:
+    """Stands before a ``DenseDetector``: its running averages follow training steps alone.
+
+    Detectron2 updates them, such as the running number of positives that focal loss and smooth L1
+    are divided by, in every pass in training mode: in a validation loss under ``no_grad``, and once
+    more where activation checkpointing repeats a forward pass during the backward pass.
+    """
+
+    _averaged = False  # whether the last forward pass has written its average
+
+    def _ema_update(
+        self, name: str, value: float, initial_value: float, momentum: float = 0.9
+    ) -> float:
+        repeated = torch._C._current_graph_task_id() != -1  # inside a backward pass
+        if repeated and self._averaged:
+            return getattr(self, name)  # what the first computation divided by
+        before = getattr(self, name, None)
+        average = super()._ema_update(name, value, initial_value, momentum)
+        # A reentrant checkpoint computes first without a graph, and writes when it repeats.
+        self._averaged = torch.is_grad_enabled()
+        if not self._averaged:
+            if before is None:
+                delattr(self, name)
+            else:
+                setattr(self, name, before)
+        return average
 
 
 def _rows_of_groups(

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..losses import GHMCLoss
 from ..losses.base import raise_deferred_errors
-from .dense import DenseLoss
+from .dense import DenseLoss, SteadyNormalizer
 
 __all__ = ["GHMFCOS"]
 
 
-class GHMFCOS(FCOS):
+class GHMFCOS(SteadyNormalizer, FCOS):
     """FCOS whose classification loss is harmonised; all else, inference too, is Detectron2's.
 
     There is no GHM-R here: FCOS regresses with the GIoU of whole boxes, while GHM-R harmonises the

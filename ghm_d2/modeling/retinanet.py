@@ -24,13 +24,13 @@ from ..config import (
 )
 from ..losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
 from ..losses.base import raise_deferred_errors
-from .dense import DenseLoss
+from .dense import DenseLoss, SteadyNormalizer
 
 __all__ = ["GHMRetinaNet"]
 
 
 @META_ARCH_REGISTRY.register()
-class GHMRetinaNet(RetinaNet):
+class GHMRetinaNet(SteadyNormalizer, RetinaNet):
     """RetinaNet whose two losses are harmonised; the rest, but for one switch, is Detectron2's.
 
     Shape shorthand:
@@ -167,6 +167,8 @@ class GHMRetinaNet(RetinaNet):
         elif self.cls_baseline is not None:
             logits = cat(pred_logits, dim=1).flatten(0, 1)
             loss_cls = self.cls_baseline(logits, labels.flatten())
+        else:
+            focal_loss = self._focal_loss(pred_logits, labels)
         if self.ghm_r is not None:
             loss_box_reg = self._ghm_r_loss(anchors, pred_anchor_deltas, gt_boxes, positive)
         # Here the step waits for the device, as Detectron2's does; the losses above never do.
@@ -176,7 +178,7 @@ class GHMRetinaNet(RetinaNet):
         # Detectron2 normalises by a running number of positives; a harmonised loss has its own.
         normalizer = self._ema_update("loss_normalizer", max(num_positive, 1), 100)
         if loss_cls is None:
-            loss_cls = self._focal_loss(pred_logits, labels) / normalizer
+            loss_cls = focal_loss / normalizer
         if self.asl1 is not None:
             loss_box_reg = self._asl1_loss(anchors, pred_anchor_deltas, gt_boxes, positive)
             loss_box_reg = loss_box_reg / normalizer

@@ -25,6 +25,11 @@ class GHMROIHeads(StandardROIHeads):
     The losses of masks and keypoints are Detectron2's.
     """
 
+    # As Detectron2 declares them of StandardROIHeads. TorchScript reads the annotations of the
+    # class alone, and would compile the heads that are not there.
+    mask_on: torch.jit.Final[bool]
+    keypoint_on: torch.jit.Final[bool]
+
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         ret = super()._init_box_head(cfg, input_shape)

@@ -1,0 +1,132 @@
+"""Keypoints of `--dataset`: their names, which of them a mirror exchanges, what Detectron2 needs.
+
+COCO's format lists the names of the keypoints in a category and no pairs; Detectron2 wants one list
+for all classes, and for each of a pair the name of the other.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ghm_d2.errors import UserError
+
+__all__ = ["check_keypoints", "fill_in", "find_keypoints", "mirrored_pairs"]
+
+logger = logging.getLogger(__name__)
+
+_SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])", re.IGNORECASE)
+_OTHER = {"left": "right", "right": "left", "l": "r", "r": "l"}
+
+
+def mirrored_pairs(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The pairs that a mirror exchanges: names that differ in left and right, or L and R, alone."""
+    by_lower = {name.lower(): name for name in names}
+    pairs = []
+    for name in names:
+        other = by_lower.get(_SIDE.sub(lambda side: _OTHER[side[0].lower()], name.lower()))
+        if other is not None and other != name and (other, name) not in pairs:
+            pairs.append((name, other))
+    return tuple(pairs)
+
+
+def find_keypoints(content: Mapping[str, Any], file: str) -> tuple[tuple[str, ...], int, int]:
+    """The keypoints of an annotation file.
+
+    Args:
+        content: its tables, each of them checked.
+        file: its name, for messages.
+
+    Returns:
+        The names, or an empty tuple where the categories list none; how many keypoints an object
+        has, 0 where no object has any; how many annotations have none, or no "num_keypoints".
+
+    Raises:
+        UserError: categories list different names, or an annotation has another number of them.
+    """
+    lists: dict[tuple[str, ...], str] = {}  # the names, and the first category that has them
+    for category in content["categories"]:
+        if isinstance(category.get("keypoints"), list) and category["keypoints"]:
+            lists.setdefault(tuple(map(str, category["keypoints"])), category["name"])
+    annotations = content.get("annotations", [])
+    found = [a for a in annotations if a.get("keypoints")]
+    if not found:
+        return (), 0, 0
+    if len(lists) > 1:
+        first, other = list(lists.values())[:2]
+        raise UserError(
+            f"{file}: the categories {first!r} and {other!r} list different keypoints, and "
+            'Detectron2 has one list for all: give every category the same, or remove "keypoints" '
+            "from the file."
+        )
+    names = next(iter(lists), ())
+    number = len(names) or len(found[0]["keypoints"]) // 3
+    for annotation in found:
+        values = annotation["keypoints"]
+        good = isinstance(values, list) and all(type(v) in (int, float) for v in values)
+        if not good or len(values) != 3 * number:
+            raise UserError(
+                f"{file}: the keypoints of annotation {annotation['id']!r} are not {3 * number} "
+                f"numbers, x, y and visibility of each of {number} keypoints."
+            )
+    incomplete = sum(not (a.get("keypoints") and "num_keypoints" in a) for a in annotations)
+    without = len(annotations) - len(found)
+    if without:
+        logger.info(
+            "%s: %d annotations have no keypoints; they count as not labelled.", file, without
+        )
+    return names, number, incomplete
+
+
+def fill_in(records: Sequence[dict[str, Any]], number: int) -> None:
+    """Gives every annotation without keypoints ``number`` that are not labelled, in place.
+
+    Detectron2 and pycocotools take what all of them have.
+    """
+    for record in records:
+        for annotation in record["annotations"]:
+            if not annotation.get("keypoints"):
+                annotation["keypoints"] = [0.0] * (3 * number)
+
+
+def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) -> None:
+    """What a keypoint head needs of a data set to train on.
+
+    Args:
+        name: of the data set.
+        metadata: of Detectron2's catalog.
+        number: of keypoints that the head predicts.
+        mirrored: whether images are mirrored at random.
+
+    Raises:
+        UserError: one sentence with the way out.
+    """
+    found = metadata.get("num_keypoints", len(metadata.get("keypoint_names", ())))
+    if found is None:  # predictions are written, and compared with nothing
+        return
+    if not found:
+        raise UserError(
+            f"MODEL.KEYPOINT_ON is True, but the data set {name} has no keypoints: annotate them, "
+            "or give MODEL.KEYPOINT_ON False to train on boxes alone."
+        )
+    if found != number:
+        raise UserError(
+            f"the objects of the data set {name} have {found} keypoints but "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}: give "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {found}."
+        )
+    if not mirrored:
+        return
+    if not metadata.get("keypoints_named", True):
+        raise UserError(
+            f"the data set {name} does not name its keypoints, so that nothing tells left from "
+            'right in a mirrored image: list the names under "keypoints" in the categories of its '
+            "annotation file, or give INPUT.RANDOM_FLIP none."
+        )
+    pairs = metadata.get("keypoint_flip_map", ())
+    logger.info(
+        "%s: mirrored images exchange %s",
+        name,
+        ", ".join(f"{a} and {b}" for a, b in pairs)
+        or "no keypoints: no names differ in left and right alone",
+    )

@@ -1,0 +1,276 @@
+"""CPU kernels: loss and gradient of harmonised losses, block by block.
+
+A loss written with whole-tensor operations reads and writes memory the size of the logits a dozen
+times. Here a block goes through all operations while it is in the cache.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cpu_blocks import Blocks, Scratch
+from .cpu_regions import Corrections, region_finder
+from .examples import EagerExamples, FusedExamples
+
+__all__ = ["RegressionExamples", "SigmoidExamples"]
+
+# Above this logit, 1 - sigmoid has lost the digits that the loss needs.
+_LARGE = 4.0
+_ROW = 512  # logits that are looked at together for a large one
+
+
+def _table(weights: Tensor) -> Tensor:
+    """The weight of each of [0, bins]."""
+    return torch.cat([weights, weights[-1:]]).float()
+
+
+class _CpuExamples(FusedExamples):
+    """A float32 gradient costs next to nothing beside the loss, so both are computed together.
+
+    Half precision cannot hold a gradient before its factor is known, and computes it afterwards.
+    """
+
+    def __init__(
+        self, prediction: Tensor, eager: Callable[[Tensor], EagerExamples], dropped: Tensor
+    ) -> None:
+        super().__init__(prediction, eager)
+        self._with_gradient = self.differentiate and prediction.dtype == torch.float32
+        self._blocks = Blocks(prediction.numel())
+        self._dropped = self._blocks.cut(dropped)
+        self._number_dropped = dropped.numel()
+        self._gradient: Tensor | None = None
+        self._corrections: list[Corrections | None] = [None] * self._blocks.number
+
+    def loss(self, weights: Tensor) -> Tensor:
+        """See :class:`FusedExamples`; a float32 gradient is written in passing."""
+        total, self._gradient = self._weighted(weights, True, self._with_gradient)
+        return torch.tensor(total, dtype=torch.float32)
+
+    def gradient(self, weights: Tensor, factor: Tensor) -> Tensor:
+        """See :class:`FusedExamples`."""
+        gradient, self._gradient = self._gradient, None
+        if gradient is not None:
+            return gradient if factor == 1 else gradient.mul_(factor)
+        # Half precision, or another pass over a retained graph: the first one gave its memory away.
+        _, gradient = self._weighted(weights * factor, False, True)
+        assert gradient is not None
+        return gradient
+
+    def _weighted(
+        self, weights: Tensor, want_loss: bool, want_gradient: bool
+    ) -> tuple[float, Tensor | None]:
+        """The weighted sum of losses (0 unless wanted), and the gradient (None unless wanted)."""
+        raise NotImplementedError
+
+
+class SigmoidExamples(_CpuExamples):
+    """Binary cross entropy of logits.
+
+    With z = x for a negative and -x for a positive, all examples are alike: the norm is
+    sigmoid(z), the loss softplus(z), and the slope by z is the norm again. So the gradient's
+    memory holds the norms between counting and weighting.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        eager: Callable[[Tensor], EagerExamples],
+        positive: Tensor,
+        dropped: Tensor,
+    ) -> None:
+        """
+        Args:
+            logits: (n,) contiguous; float32, float16 or bfloat16.
+            eager: see :class:`FusedExamples`.
+            positive: ascending int64 positions of the logits whose target is 1.
+            dropped: ascending int64 positions that do not count.
+        """
+        super().__init__(logits, eager, dropped)
+        self._x = self._blocks.split(self.data)
+        self._positive = self._blocks.cut(positive)
+        self._norms: Tensor | None = None
+
+    def _write_norm(self, number: int, norm: Tensor) -> Tensor:
+        x, positive, dropped = self._x[number], self._positive[number], self._dropped[number]
+        if x.dtype == torch.float32:
+            torch.sigmoid(x, out=norm)
+        else:
+            norm.copy_(x).sigmoid_()
+        if positive.numel():
+            norm[positive] = 1 - norm[positive]
+        if dropped.numel():
+            norm[dropped] = 0
+        return norm
+
+    def counts(self, bins: int) -> Tensor:
+        """int64 (bins,): the number of examples in each unit region."""
+        finder = region_finder(bins)
+        kept = torch.empty_like(self.data) if self._with_gradient else None
+        norms = None if kept is None else self._blocks.split(kept)
+
+        def work(numbers: range) -> Tensor:
+            scratch_of = self._blocks.scratch(2 if self._with_gradient else 3)
+            total = torch.zeros(bins + 1, dtype=torch.int64)
+            for i in numbers:
+                scratch = scratch_of(i)
+                norm = self._write_norm(i, scratch.buffers[2] if norms is None else norms[i])
+                _, self._corrections[i] = finder.find(norm, scratch)
+                total += finder.count(scratch)
+            return total
+
+        counts = self._blocks.map(work)
+        self._norms = kept
+        return finder.total(counts, self._number_dropped)
+
+    def _weighted(
+        self, weights: Tensor, want_loss: bool, want_gradient: bool
+    ) -> tuple[float, Tensor | None]:
+        finder, table = region_finder(weights.numel()), _table(weights)
+        kept, self._norms = self._norms, None
+        gradient = kept
+        if gradient is None and want_gradient:
+            gradient = torch.empty_like(self.data)
+        norms = None if kept is None else self._blocks.split(kept)
+        gradients = None if gradient is None else self._blocks.split(gradient)
+
+        def work(numbers: range) -> float:
+            scratch_of = self._blocks.scratch(3 if norms is None else 2)
+            total = 0.0
+            for i in numbers:
+                scratch = scratch_of(i)
+                norm = self._write_norm(i, scratch.buffers[2]) if norms is None else norms[i]
+                region = finder.find_again(norm, scratch, self._corrections[i])
+                loss, weight = scratch.buffers[:2]
+                try:
+                    torch.index_select(table, 0, region, out=weight)
+                except IndexError:  # of a NaN
+                    return torch.nan
+                if want_loss:
+                    # Not torch.dot, which adds up one by one and loses a digit on such a block.
+                    total -= self._negative_loss(i, norm, loss).mul_(weight).sum().item()
+                if gradients is not None:
+                    self._write_gradient(i, norm, weight, gradients[i])
+            return total
+
+        return sum(self._blocks.map(work)), gradient
+
+    def _negative_loss(self, number: int, norm: Tensor, loss: Tensor) -> Tensor:
+        # -softplus(z) = log(1 - sigmoid(z)), but for a large z.
+        x, positive, dropped = self._x[number], self._positive[number], self._dropped[number]
+        torch.neg(norm, out=loss).log1p_()
+        _replace_large(x, loss)
+        if positive.numel():
+            loss[positive] = F.softplus(-x[positive].float()).neg_()
+        if dropped.numel():
+            loss[dropped] = 0
+        return loss
+
+    def _write_gradient(self, number: int, norm: Tensor, weight: Tensor, out: Tensor) -> None:
+        if out.dtype == torch.float32:
+            torch.mul(norm, weight, out=out)
+        else:
+            out.copy_(norm * weight)
+        if (positive := self._positive[number]).numel():
+            out[positive] = -out[positive]
+
+
+def _replace_large(x: Tensor, loss: Tensor) -> None:
+    """Writes -softplus(x) into (n,) ``loss`` wherever x is large, and beside it.
+
+    A mask of single elements would take longer than all the rest: whole rows are looked for.
+    """
+    n = x.numel() // _ROW * _ROW
+    if n:
+        rows = x[:n].view(-1, _ROW)
+        large = (~(rows.amax(1) <= _LARGE)).nonzero().flatten()  # a NaN may hide a large one
+        if large.numel():
+            loss[:n].view(-1, _ROW)[large] = F.softplus(rows[large].float()).neg_()
+    if n < x.numel():
+        loss[n:] = F.softplus(x[n:].float()).neg_()
+
+
+class RegressionExamples(_CpuExamples):
+    """Authentic smooth L1 of the differences between predictions and targets.
+
+    Everything is computed twice, to count and to weight: it is cheap, and memory is not.
+    """
+
+    def __init__(
+        self,
+        pred: Tensor,
+        eager: Callable[[Tensor], EagerExamples],
+        target: Tensor,
+        dropped: Tensor,
+        mu: float,
+    ) -> None:
+        """
+        Args:
+            pred: (n,) contiguous deltas; float32, float16 or bfloat16.
+            eager: see :class:`FusedExamples`.
+            target: (n,) contiguous deltas.
+            dropped: ascending int64 positions that do not count.
+            mu: width of the quadratic part.
+        """
+        super().__init__(pred, eager, dropped)
+        self.mu = mu
+        pairs = zip(self._blocks.split(self.data), self._blocks.split(target), strict=True)
+        self._pairs = list(pairs)
+
+    def _write(self, number: int, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+        """Square of the difference, root, and slope, into the buffers after the first two."""
+        (pred, target), dropped = self._pairs[number], self._dropped[number]
+        square, root, slope = scratch.buffers[2:]
+        slope.copy_(pred).sub_(target)
+        if dropped.numel():
+            slope[dropped] = 0
+        torch.mul(slope, slope, out=square)
+        torch.add(square, self.mu * self.mu, out=root).sqrt_()
+        return square, root, slope.div_(root)
+
+    def counts(self, bins: int) -> Tensor:
+        """int64 (bins,): the number of examples in each unit region."""
+        finder = region_finder(bins)
+
+        def work(numbers: range) -> Tensor:
+            scratch_of = self._blocks.scratch(5)
+            total = torch.zeros(bins + 1, dtype=torch.int64)
+            for i in numbers:
+                scratch = scratch_of(i)
+                norm = self._write(i, scratch)[2].abs_()
+                _, self._corrections[i] = finder.find(norm, scratch)
+                total += finder.count(scratch)
+            return total
+
+        return finder.total(self._blocks.map(work), self._number_dropped)
+
+    def _weighted(
+        self, weights: Tensor, want_loss: bool, want_gradient: bool
+    ) -> tuple[float, Tensor | None]:
+        finder, table = region_finder(weights.numel()), _table(weights)
+        gradient = torch.empty_like(self.data) if want_gradient else None
+        gradients = None if gradient is None else self._blocks.split(gradient)
+
+        def work(numbers: range) -> float:
+            scratch_of = self._blocks.scratch(5)
+            total = 0.0
+            for i in numbers:
+                scratch = scratch_of(i)
+                square, root, slope = self._write(i, scratch)
+                norm = weight = scratch.buffers[1]
+                region = finder.find_again(
+                    torch.abs(slope, out=norm), scratch, self._corrections[i]
+                )
+                try:
+                    torch.index_select(table, 0, region, out=weight)
+                except IndexError:  # of a NaN
+                    return torch.nan
+                if want_loss:
+                    # d^2 / (root + mu), as in functional.regression_examples.
+                    total += square.div_(root.add_(self.mu)).mul_(weight).sum().item()
+                if gradients is not None:
+                    gradients[i].copy_(slope.mul_(weight))
+            return total
+
+        return sum(self._blocks.map(work)), gradient
