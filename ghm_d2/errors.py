@@ -60,11 +60,12 @@ def shown(text: object, limit: int = 300) -> str:
 
     Args:
         text: anything with a text form.
-        limit: in characters; a longer text is cut, which "..." says.
+        limit: in characters; of a longer text, the middle becomes "...".
     """
     text = str(text)
     if len(text) > limit:
-        text = f"{text[: limit - 3]}..."
+        end = limit // 3  # where a path or a message says what it is about
+        text = f"{text[: limit - end - 3]}...{text[-end:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
