@@ -16,8 +16,8 @@ from ghm_d2.ablation.plot import draw_summary
 from ghm_d2.ablation.report import render_markdown, summarize
 from ghm_d2.ablation.results import Store, _figures, read_study
 from ghm_d2.ablation.stats import mean_and_deviation, paired_difference, t_quantile
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.errors import UserError
+from ghm_d2.modeling import validate_ghm_config
 
 
 @pytest.fixture(autouse=True)

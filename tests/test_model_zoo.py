@@ -134,7 +134,7 @@ def test_untrained_model_has_no_weights_of_the_zoo(own, tmp_path, monkeypatch):
     trained = add_model(own, CONFIG, 1, seed=1)
     file = tmp_path / "small.yaml"
     file.write_text(small_config(CONFIG).dump())
-    monkeypatch.setattr("ghm_d2.model_zoo.model_zoo.configs_folder", lambda: tmp_path)
+    monkeypatch.setattr("ghm_d2.config_files.configs_folder", lambda: tmp_path)
     model = model_zoo.get("small.yaml", device="cpu")
     assert model.training and not same_weights(trained, model)
 

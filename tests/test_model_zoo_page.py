@@ -137,10 +137,10 @@ def test_installed_wheel_works_on_its_own(tmp_path):
     assert Path(file).is_relative_to(tmp_path / "installed")
     cfg = model_zoo.get_config(name)
     assert yaml.safe_load(dumped) == yaml.safe_load(cfg.dump())
-    root = tmp_path / "installed" / "ghm_d2" / "model_zoo"
+    root = tmp_path / "installed" / "ghm_d2"
     there = {p.relative_to(root / "configs") for p in (root / "configs").rglob("*.yaml")}
     assert there == {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")}
-    assert (root / "index.json").read_bytes() == PACKAGED_INDEX.read_bytes()
+    assert (root / "model_zoo" / "index.json").read_bytes() == PACKAGED_INDEX.read_bytes()
     assert (tmp_path / "installed" / "ghm_d2" / "py.typed").is_file()
     said = run_python(COMMANDS, tmp_path, PYTHONPATH=str(tmp_path / "installed")).splitlines()
     assert said == [

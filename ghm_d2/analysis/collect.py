@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data.loader import build_test_mapper
 from ..errors import UserError
+from ..modeling.targets import anchor_deltas, proposal_deltas
 from .distributions import ClassificationDistribution, RegressionDistribution
 
 __all__ = ["PartDistributions", "collect", "detector_parts"]
@@ -168,11 +169,14 @@ def _record_dense(
         labels, logits = torch.where(labels >= 0, 1 - labels, labels).long(), logits.unsqueeze(2)
     num_classes = logits.shape[2]
     part.classification.add(logits.flatten(0, 1), labels.flatten())
-    image, index = ((labels >= 0) & (labels < num_classes)).nonzero(as_tuple=True)
-    target = module.box2box_transform.get_deltas(
-        Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
+    pair = anchor_deltas(
+        module.box2box_transform,
+        Boxes.cat(anchors).tensor,
+        torch.cat(pred_anchor_deltas, dim=1),
+        gt_boxes,
+        (labels >= 0) & (labels < num_classes),
     )
-    part.regression.add(torch.cat(pred_anchor_deltas, dim=1)[image, index], target)
+    part.regression.add(*pair)
     return {}
 
 
@@ -186,13 +190,16 @@ def _record_box_head(
     scores, deltas = predictions
     labels = torch.cat([x.gt_classes for x in proposals])
     part.classification.add(scores[:, :-1] if module.use_sigmoid_ce else scores, labels)
-    index = ((labels >= 0) & (labels < module.num_classes)).nonzero(as_tuple=True)[0]
-    proposal_boxes = torch.cat([x.proposal_boxes.tensor for x in proposals])[index]
-    if len(index):  # gt_boxes is missing from an image without ground truth
-        gt_boxes = torch.cat([x.gt_boxes.tensor for x in proposals])[index]
-        columns = proposal_boxes.shape[1]
-        pred = deltas.view(len(deltas), -1, columns)
-        own = labels[index] if pred.shape[1] > 1 else torch.zeros_like(index)
-        target = module.box2box_transform.get_deltas(proposal_boxes, gt_boxes)
-        part.regression.add(pred[index, own], target)
+    # Without ground truth, an image's proposals are background and have no gt_boxes.
+    pair = proposal_deltas(
+        module.box2box_transform,
+        torch.cat([x.proposal_boxes.tensor for x in proposals]),
+        deltas,
+        torch.cat(
+            [(x.gt_boxes if x.has("gt_boxes") else x.proposal_boxes).tensor for x in proposals]
+        ),
+        labels,
+        module.num_classes,
+    )
+    part.regression.add(*pair)
     return {}

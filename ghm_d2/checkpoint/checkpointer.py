@@ -23,7 +23,6 @@ from .unpickler import load_file
 __all__ = [
     "RestrictedCheckpointer",
     "load_trained_weights",
-    "newest_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
@@ -54,39 +53,17 @@ class _RestrictedTorchLoad(Checkpointer):
     """Stands behind DetectionCheckpointer, which leaves everything but .pkl and .pyth to it."""
 
     trusted = False  # whether files may run code; an instance sets it
+    _opened: tuple[str, dict[str, Any]] | None = None  # path and content, until it is loaded
+
+    def _open(self, file: str) -> dict[str, Any]:
+        """What a file holds; one that was opened to see whether it can be is not read twice."""
+        opened, self._opened = self._opened, None
+        if opened is not None and opened[0] == file:
+            return opened[1]
+        return _mapping(load_file(file, trusted=self.trusted), file)
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        return _mapping(load_file(f, trusted=self.trusted), f)
-
-
-def newest_checkpoint(folder: str) -> tuple[str | None, list[str]]:
-    """The newest checkpoint of a training that can be read.
-
-    Args:
-        folder: OUTPUT_DIR.
-
-    Returns:
-        The name of a file in `folder`, or None where there is no `last_checkpoint`; and a sentence
-        for each newer one that cannot be read.
-
-    Raises:
-        UserError: there are checkpoints, and none can be read.
-    """
-    run = RunFolder(folder)
-    if run.last_checkpoint() is None:
-        return None, []
-    reasons = []
-    for name in run.checkpoints():
-        try:
-            if "model" in _mapping(load_file(os.path.join(folder, name)), name):
-                return name, reasons
-            reasons.append(f"{name} holds no model")
-        except UserError as error:
-            reasons.append(str(error).rstrip("."))
-    raise UserError(
-        f"--resume: no checkpoint in {folder} can be read ({'; '.join(reasons)}): write the name "
-        f"of another checkpoint into {LAST_CHECKPOINT}, or leave --resume out."
-    )
+        return self._open(f)
 
 
 def _reset_counts(model: torch.nn.Module, path: str) -> None:
@@ -178,13 +155,35 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             return rest
         return self.load(os.path.join(self.save_dir, name))
 
+    def _open_newest(self) -> str | None:
+        """The newest checkpoint that can be read: its name, or None where there is none at all."""
+        run = RunFolder(self.save_dir)
+        if run.last_checkpoint() is None:
+            return None
+        reasons = []
+        for name in run.checkpoints():
+            path = os.path.join(self.save_dir, name)
+            try:
+                self._opened = path, self._open(path)
+            except UserError as error:
+                reasons.append(str(error).rstrip("."))
+                continue
+            if "model" not in self._opened[1]:
+                reasons.append(f"{name} holds no model")
+                continue
+            for reason in reasons:
+                logger.warning("%s: going back to %s", reason, name)
+            return name
+        raise UserError(
+            f"--resume: no checkpoint in {self.save_dir} can be read ({'; '.join(reasons)}): write "
+            f"the name of another checkpoint into {LAST_CHECKPOINT}, or leave --resume out."
+        )
+
     def _common_checkpoint(self) -> str | None:
         name, failure = None, ""
         if comm.is_main_process():
             try:
-                name, reasons = newest_checkpoint(self.save_dir)
-                for reason in reasons:
-                    logger.warning("%s: going back to %s", reason, name)
+                name = self._open_newest()
             except UserError as error:
                 failure = str(error)
         name, failure = comm.all_gather((name, failure))[0]
@@ -201,7 +200,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._filename = filename
         if filename.endswith(".pkl"):
-            data = _mapping(load_file(filename, trusted=self.trusted), filename)
+            data = self._open(filename)
             if "model" in data and "__author__" in data:
                 return data
             # Caffe2 and Detectron1: detectors have "blobs", ImageNet models do not.
@@ -209,7 +208,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             model = {k: v for k, v in blobs.items() if not str(k).endswith("_momentum")}
             return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):
-            data = _mapping(load_file(filename, trusted=self.trusted), filename)
+            data = self._open(filename)
             state = _mapping(data.get("model_state"), filename)
             model = {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
             return {"model": model, "__author__": "pycls", "matching_heuristics": True}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ghm_d2.data.pictures import read_image
 from ghm_d2.deploy.detections import Comparison, Detections, compare_detections, detect, limits
 from ghm_d2.deploy.export import (
     FORMATS,
@@ -24,7 +25,6 @@ from ghm_d2.deploy.setup import (
     build_detector,
     image_preparer,
     list_files,
-    read_image,
     tool_parser,
 )
 from ghm_d2.engine.arguments import Parser, parse_arguments

@@ -18,7 +18,8 @@ from detectron2.utils.visualizer import Visualizer
 from torch import nn
 from tqdm import tqdm
 
-from ghm_d2.deploy.setup import VIDEO_SUFFIXES, UnreadableError, image_preparer, read_image
+from ghm_d2.data.pictures import UnreadableError, read_image
+from ghm_d2.deploy.setup import VIDEO_SUFFIXES, image_preparer
 from ghm_d2.errors import UserError
 
 __all__ = ["Predictor"]

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog, detection_utils
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
-from PIL import Image
 from torch import Tensor, nn
 
 from ghm_d2.checkpoint import load_trained_weights
@@ -20,17 +19,15 @@ from ghm_d2.deploy.detections import check_detector
 from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser
 from ghm_d2.engine.checks import check_inference
 from ghm_d2.engine.setup import build_config
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import UserError
 from ghm_d2.run_parts import Record
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "UnreadableError",
     "VIDEO_SUFFIXES",
     "build_detector",
     "image_preparer",
     "list_files",
-    "read_image",
     "tool_parser",
 ]
 
@@ -115,22 +112,6 @@ def list_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
 
 def _either(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-class UnreadableError(UserError):
-    """An input that is there but broken, or no image or video at all."""
-
-
-def read_image(file: Path) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, turned as its EXIF data says.
-
-    Raises:
-        UnreadableError: the file is not an image that can be read.
-    """
-    try:
-        return detection_utils.read_image(str(file), "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableError(f"{file} cannot be read as an image ({reason(error)}).") from error
 
 
 def image_preparer(cfg: CfgNode) -> Callable[[np.ndarray], Tensor]:

@@ -15,14 +15,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 
-from ghm_d2.checkpoint.checkpointer import newest_checkpoint
 from ghm_d2.checkpoint.files import fetch
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.data.keypoints import check_keypoints
 from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.processes import started_by_torchrun
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
 from ghm_d2.errors import UserError, similar_names
+from ghm_d2.modeling import validate_ghm_config
+from ghm_d2.run_folder import RunFolder
 
 __all__ = ["check_all", "check_inference"]
 
@@ -238,7 +238,7 @@ def _check_evaluator(name: str) -> None:
 def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
     weights = cfg.MODEL.WEIGHTS
     if args.resume:
-        if newest_checkpoint(cfg.OUTPUT_DIR)[0] is not None:
+        if RunFolder(cfg.OUTPUT_DIR).last_checkpoint() is not None:
             return  # MODEL.WEIGHTS will not be used
         logger.warning(
             "--resume: %s holds no checkpoint; starting from MODEL.WEIGHTS %r",

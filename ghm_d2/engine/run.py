@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
@@ -16,7 +16,6 @@ from detectron2.utils import comm
 
 from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import changed_data, check_datasets, origin_entry
-from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset, register_coco_dataset
 from ghm_d2.data.loader import build_test_mapper
 from ghm_d2.data.registration import data_fingerprint
@@ -103,7 +102,7 @@ def _join(args: argparse.Namespace) -> None:
 def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -> None:
     """One process of the job."""
     if comm.get_world_size() > 1 and not started_by_torchrun():
-        add_ghm_config(get_cfg())  # a spawned process has registered nothing yet
+        # A spawned process has registered what its imports register, and nothing else.
         for dataset in datasets:
             register_coco_dataset(dataset)
     default_setup(cfg, args)
