@@ -218,7 +218,7 @@ def test_summary_survives_what_it_cannot_draw(tmp_path, caplog, capsys, monkeypa
 
     run = RunFolder(tmp_path)
     summary.summarize_training(run, draw, None, None, iterations=12, seconds=61.5)
-    assert "predictions could not be drawn (KeyError: 'no image')" in caplog.text
+    assert "predictions could not be drawn (KeyError: no image)" in caplog.text
     assert "curves could not be drawn (UserError: " in caplog.text
     text = capsys.readouterr().out
     assert "in 1 min 01 s" in text and "give a second --dataset" in text

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
@@ -18,7 +17,7 @@ from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
-from .origin import ORIGIN, check_classes, read_origin
+from .origin import ORIGIN, read_origin
 from .unpickler import load_file
 
 __all__ = [
@@ -245,8 +244,7 @@ def load_trained_weights(
         What the checkpoint says of the classes and the data that it was trained on.
 
     Raises:
-        UserError: the file cannot be loaded, holds weights of other shapes, or was trained on other
-            classes than those of `DATASETS.TEST`.
+        UserError: the file cannot be loaded, or holds weights of other shapes.
     """
     checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.trusted = trusted
@@ -254,9 +252,6 @@ def load_trained_weights(
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS)
     else:
         checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
-    for name in cfg.DATASETS.TEST:
-        if name in MetadataCatalog.list():
-            check_classes(checkpointer.origin, MetadataCatalog.get(name).get("thing_classes"), name)
     return checkpointer.origin
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ghm_d2.analysis.collect import collect, detector_parts
 from ghm_d2.analysis.figures import write_figures
 from ghm_d2.checkpoint import load_trained_weights
+from ghm_d2.checkpoint.origin import check_datasets
 from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.setup import build_config
@@ -72,7 +73,7 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
     setup_logger(str(output))
     records, caption = _records(cfg, args.max_images)
     model = GHMTrainer.build_model(cfg)
-    load_trained_weights(cfg, model)
+    check_datasets(load_trained_weights(cfg, model), cfg.DATASETS.TEST)
     detector_parts(model)
     seed_all_rng(max(cfg.SEED, 0))  # the RPN and the box head sample their examples
     parts = collect(cfg, model, tqdm(records, desc="images", unit="image"))

@@ -14,17 +14,18 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
 from ghm_d2.checkpoint import load_trained_weights
+from ghm_d2.checkpoint.origin import check_classes
 from ghm_d2.deploy.detections import check_detector
 from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser
 from ghm_d2.engine.checks import check_inference
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError
+from ghm_d2.run_parts import Record
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "VIDEO_SUFFIXES",
     "build_detector",
-    "class_metadata",
     "image_preparer",
     "list_files",
     "tool_parser",
@@ -56,32 +57,37 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
     return parser
 
 
-def build_detector(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
-    """The config and the trained detector, in eval mode, that the command line asks for.
+def build_detector(args: argparse.Namespace) -> tuple[CfgNode, nn.Module, Metadata]:
+    """The config, the trained detector in eval mode, and its classes, for a command line.
 
     Raises:
         UserError: config, weights or data set are wrong, or the detector is of another kind.
     """
     for name in ("fvcore", "detectron2", "ghm_d2"):  # they tell what weights were left out
         setup_logger(name=name)
-    cfg, _ = build_config(args, log_to_file=False)
+    cfg, datasets = build_config(args, log_to_file=False)
     check_inference(cfg, args)
     model = build_model(cfg).eval()
     check_detector(model)
-    load_trained_weights(cfg, model)
-    return cfg, model
+    origin = load_trained_weights(cfg, model)
+    for data in datasets:
+        check_classes(origin, data.classes, data.name)
+    return cfg, model, _class_metadata(cfg, model, origin)
 
 
-def class_metadata(cfg: CfgNode, model: nn.Module) -> Metadata:
-    """The metadata of the first data set of the config whose number of classes is the model's.
+def _class_metadata(cfg: CfgNode, model: nn.Module, origin: Record) -> Metadata:
+    """The metadata of the first data set of the config that has the model's classes.
 
-    Without one, empty metadata: its `thing_classes` are not set.
+    These are the ones that the weights name. Where they name none, their number must do. Without
+    such a data set only the names are set, or nothing.
     """
     part = model if hasattr(model, "num_classes") else model.roi_heads
+    known = list(origin.classes) if len(origin.classes) == part.num_classes else None
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if len(MetadataCatalog.get(name).get("thing_classes", ())) == part.num_classes:
+        found = MetadataCatalog.get(name).get("thing_classes", ())
+        if len(found) == part.num_classes and known in (None, list(found)):
             return MetadataCatalog.get(name)
-    return Metadata()
+    return Metadata(thing_classes=known) if known else Metadata()
 
 
 def list_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[Path]:

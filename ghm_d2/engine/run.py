@@ -15,9 +15,10 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ghm_d2.checkpoint import load_trained_weights
-from ghm_d2.checkpoint.origin import changed_data, check_classes, origin_entry
-from ghm_d2.data import CocoDataset, data_fingerprint, register_coco_dataset
+from ghm_d2.checkpoint.origin import changed_data, check_datasets, origin_entry
+from ghm_d2.data import CocoDataset, register_coco_dataset
 from ghm_d2.data.loader import build_test_mapper
+from ghm_d2.data.registration import data_fingerprint
 from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.pictures import draw_predictions
@@ -129,7 +130,7 @@ def _train(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) 
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes") or ()
     data = {name: data_fingerprint(name) for name in cfg.DATASETS.TRAIN}
     if trainer.start_iter:
-        _check_same_data(trainer.checkpointer.origin, cfg, classes, data)
+        _check_same_data(trainer.checkpointer.origin, cfg, data)
     trainer.checkpointer.origin_entry = origin_entry(classes, data)
     if comm.is_main_process():
         if trainer.start_iter:
@@ -159,10 +160,8 @@ def _train(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) 
         )
 
 
-def _check_same_data(
-    origin: Record, cfg: CfgNode, classes: Sequence[str], data: Mapping[str, Mapping[str, Any]]
-) -> None:
-    check_classes(origin, classes, cfg.DATASETS.TRAIN[0])
+def _check_same_data(origin: Record, cfg: CfgNode, data: Mapping[str, Mapping[str, Any]]) -> None:
+    check_datasets(origin, cfg.DATASETS.TRAIN)
     if changes := changed_data(origin, data):
         raise UserError(
             f"--resume: the data is not that of the checkpoint ({'; '.join(changes)}): take the "
@@ -172,7 +171,8 @@ def _check_same_data(
 
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     model = GHMTrainer.build_model(cfg)
-    load_trained_weights(cfg, model, args.resume, args.trust_checkpoint)
+    origin = load_trained_weights(cfg, model, args.resume, args.trust_checkpoint)
+    check_datasets(origin, cfg.DATASETS.TEST)
     results = GHMTrainer.test(cfg, model)
     # Without ground truth there is nothing that TEST.EXPECTED_RESULTS could be compared with.
     if comm.is_main_process() and not report_submissions(cfg, results):
