@@ -16,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 
 from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
+from ghm_d2.data.keypoints import convert_incomplete
 from ghm_d2.data.loader import build_test_mapper, build_train_loader
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.engine.agreement import of_main_process
@@ -149,6 +150,8 @@ class GHMTrainer(DefaultTrainer):
         folder = str(RunFolder(cfg.OUTPUT_DIR).inference(dataset_name, cfg.DATASETS.TEST))
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "coco":
+            if cfg.MODEL.KEYPOINT_ON:
+                convert_incomplete(MetadataCatalog.get(dataset_name))
             # A cached conversion would outlive a change of the data.
             return AllThresholdsCOCOEvaluator(
                 dataset_name,
