@@ -87,8 +87,16 @@ def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:
 
 
 def program_name(script: str, command: str) -> str:
-    """What the user runs: the ``command`` that an installation offers, or else the ``script``."""
-    return command if Path(sys.argv[0]).stem == command else script
+    """What the user runs: the ``command`` that an installation offers, or else the ``script``.
+
+    ``python -m ghm_d2`` is that command too.
+    """
+    started = Path(sys.argv[0])
+    installed = started.stem == command.split()[0] or started.parts[-2:] == (
+        "ghm_d2",
+        "__main__.py",
+    )
+    return command if installed else script
 
 
 def command(name: str) -> str:
