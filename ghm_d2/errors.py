@@ -13,7 +13,6 @@ __all__ = [
     "cannot",
     "command",
     "exits_with_one_sentence",
-    "program_name",
     "reason",
     "shown",
     "similar_names",
@@ -86,25 +85,17 @@ def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:
     return f" (similar: {', '.join(map(shown, found))})" if found else ""
 
 
-def program_name(script: str, command: str) -> str:
-    """What the user runs: the ``command`` that an installation offers, or else the ``script``.
-
-    ``python -m ghm_d2`` is that command too.
-    """
-    started = Path(sys.argv[0])
-    installed = started.stem == command.split()[0] or started.parts[-2:] == (
-        "ghm_d2",
-        "__main__.py",
-    )
-    return command if installed else script
-
-
 def command(name: str) -> str:
     """How the reader of a message runs a command of the ``ghm-d2`` program.
 
-    Without an installation, as in a plain checkout, there is ``python -m ghm_d2`` alone.
+    Without an installation, as in a plain checkout, there is ``python -m ghm_d2`` alone; who ran
+    train_net.py goes on with it.
     """
-    installed = Path(sys.argv[0]).stem == "ghm-d2" or shutil.which("ghm-d2") is not None
+    started = Path(sys.argv[0])
+    as_module = started.parts[-2:] == ("ghm_d2", "__main__.py")
+    if name == "train" and not as_module and started.stem != "ghm-d2":
+        return "train_net.py"
+    installed = started.stem == "ghm-d2" or shutil.which("ghm-d2") is not None
     return f"{'ghm-d2' if installed else 'python -m ghm_d2'} {name}"
 
 
