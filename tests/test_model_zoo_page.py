@@ -102,7 +102,7 @@ def run_python(code, folder=ROOT, **environment):
     return done.stdout
 
 
-# A config by its name from anywhere, and what installed commands say to a missing image.
+# A config by its name from anywhere, and what the installed program says to a missing image.
 COMMANDS = """
 import importlib.metadata, sys
 from ghm_d2.engine.setup import locate_config_file
