@@ -58,10 +58,10 @@ def run(words: list[str], log: Path) -> float:
     return (time.perf_counter() - start) / 60
 
 
-def last_ap(output: Path) -> dict[str, float]:
-    """The box AP, of all classes and each, of the last evaluation in OUTPUT_DIR."""
+def last_ap(output: Path) -> dict[str, float | None]:
+    """The box AP, of all classes and each, of the last evaluation; None where nothing was found."""
     found = {name.removeprefix("bbox/"): ap for name, ap in RunFolder(output).results.items()}
-    return {k: round(v, 2) for k, v in found.items() if k.startswith("AP") and v is not None}
+    return {k: v and round(v, 2) for k, v in found.items() if k.startswith("AP")}
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, object]:
