@@ -92,7 +92,8 @@ def command(name: str) -> str:
     train_net.py goes on with it.
     """
     started = Path(sys.argv[0])
-    if name == "train" and started.stem not in ("ghm-d2", "__main__"):
+    as_module = started.parts[-2:] == ("ghm_d2", "__main__.py")
+    if name == "train" and not as_module and started.stem != "ghm-d2":
         return "train_net.py"
     installed = started.stem == "ghm-d2" or shutil.which("ghm-d2") is not None
     return f"{'ghm-d2' if installed else 'python -m ghm_d2'} {name}"

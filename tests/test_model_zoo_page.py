@@ -102,16 +102,18 @@ def run_python(code, folder=ROOT, **environment):
     return done.stdout
 
 
-# A config by its name from anywhere, and what each installed command says to a missing image.
+# A config by its name from anywhere, and what the installed program says to a missing image.
 COMMANDS = """
 import importlib.metadata, sys
 from ghm_d2.engine.setup import locate_config_file
 print(locate_config_file("configs/ghm_faster_rcnn_R_50.yaml"))
 sys.stderr = sys.stdout
-for command in importlib.metadata.distribution("ghm_d2").entry_points:
-    sys.argv = [command.name, "--config-file", "ghm_retinanet_R_50.yaml", "--input", "gone.png"]
+(program,) = importlib.metadata.distribution("ghm_d2").entry_points
+words = ["--config-file", "ghm_retinanet_R_50.yaml", "--input", "gone.png", "--output", "out"]
+for command in ("predict", "train"):
+    sys.argv = [program.name, command, *words]
     try:
-        command.load()([*sys.argv[1:], "--output", "out"])
+        program.load()()
     except SystemExit as stop:
         print(stop.code)
 """

@@ -20,7 +20,7 @@ from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.setup import build_config
 from ghm_d2.engine.trainer import GHMTrainer
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
 __all__ = ["main", "plot_gradients"]
 
@@ -59,7 +59,7 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be made ({error.strerror}).") from error
+        raise cannot("made", f"--output {output}", error) from error
     # The pairs hold the OUTPUT_DIR of a training, where its log must not be written to.
     args.opts = [*args.opts, "OUTPUT_DIR", str(output)]
     cfg, _ = build_config(args)

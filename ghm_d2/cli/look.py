@@ -17,7 +17,7 @@ from ghm_d2.data.look_pictures import draw_grid, draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
 from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.engine.setup import build_config
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
 __all__ = ["main"]
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output {args.output} cannot be made ({error.strerror}).") from error
+            raise cannot("made", f"--output {args.output}", error) from error
         for name in names:
             _look(name, cfg, args)
 
