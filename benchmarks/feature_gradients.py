@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits say all that a few batches know."""
+    """More than five digits would suggest a precision that a few batches do not have."""
     if isinstance(value, dict):
         return {key: _rounded(x) for key, x in value.items()}
     if isinstance(value, list):

@@ -58,10 +58,10 @@ def run(words: list[str], log: Path) -> float:
     return (time.perf_counter() - start) / 60
 
 
-def last_ap(output: Path) -> dict[str, float]:
-    """The box AP, of all classes and each, of the last evaluation in OUTPUT_DIR."""
+def last_ap(output: Path) -> dict[str, float | None]:
+    """The box AP, of all classes and each, of the last evaluation; None where nothing was found."""
     found = {name.removeprefix("bbox/"): ap for name, ap in RunFolder(output).results.items()}
-    return {k: round(v, 2) for k, v in found.items() if k.startswith("AP") and v is not None}
+    return {k: v and round(v, 2) for k, v in found.items() if k.startswith("AP")}
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -69,16 +69,25 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, obje
     config, pairs = MODELS[name]
     output, log = folder / name, folder / f"{name}.log"
     base = [sys.executable, "train_net.py", "--config-file", config]
-    base += ["--dataset", args.train, "--dataset", args.val]
     settings = shlex.split(COMMON + pairs) + ["SOLVER.MAX_ITER", str(args.iterations)]
-    train = [*base, *settings, "OUTPUT_DIR", str(output)]
+    train = [*base, "--dataset", args.train, "--dataset", args.val, *settings]
+    train += ["OUTPUT_DIR", str(output)]
     half = ["SOLVER.CHECKPOINT_PERIOD", str(args.iterations // 2)]
     minutes = run([*train, *half, "SOLVER.MAX_ITER", str(args.iterations // 2)], log)
     middle = last_ap(output)
     minutes += run([*train, "--resume"], log)
     trained = last_ap(output)
     weights = ["MODEL.WEIGHTS", str(output / "model_final.pth")]
-    again = [*base, *settings, "OUTPUT_DIR", str(folder / "again"), *weights, "--eval-only"]
+    again = [
+        *base,
+        "--dataset",
+        args.val,
+        *settings,
+        "OUTPUT_DIR",
+        str(folder / "again"),
+        *weights,
+        "--eval-only",
+    ]
     run(again, folder / "eval.log")
     return {
         "config": config,

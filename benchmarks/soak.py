@@ -81,7 +81,7 @@ class Job:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started and that live."""
+    """The living child processes of a process."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as stream:
         return [int(word) for word in stream.read().split()]
     return []
@@ -159,7 +159,7 @@ class Campaign:
             subprocess.run(["umount", "-l", str(output)], check=True)
 
     def finish(self, output: Path, whole: Path, *words: Any) -> str:
-        """Resume a training and compare it; an empty text where all is well."""
+        """Resume a training and compare it; returns what went wrong, or ""."""
         pointer = output / "last_checkpoint"
         if not (pointer.exists() and pointer.read_text() == "model_final.pth"):
             code = Job(TRAINER, self.data, output, "--resume", *words).wait()
@@ -174,7 +174,7 @@ def mount(*words: str) -> None:
 
 
 def compare(output: Path, whole: Path) -> str:
-    """What differs between the final checkpoints of two trainings; empty: nothing."""
+    """What differs between the final checkpoints of two trainings, or ""."""
     a, b = (torch.load(x / "model_final.pth", weights_only=True) for x in (output, whole))
     return difference(a, b, "")
 
@@ -249,7 +249,7 @@ def main() -> None:
     for number, kind in enumerate(bar):
         if number < len(results["trials"]):
             continue
-        campaign.rng = random.Random(f"{args.seed}/{number}")  # wherever the campaign goes on
+        campaign.rng = random.Random(f"{args.seed}/{number}")  # so also in a resumed campaign
         output = folder / f"{number}_{kind}"
         can = kind != "disk" or os.geteuid() == 0
         result = getattr(campaign, kind)(output) if can else "left out: not root"

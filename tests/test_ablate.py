@@ -273,6 +273,21 @@ def test_a_run_of_another_default_starts_from_nothing(tmp_path, fake):
     assert (output / "started").read_text() == "1" and store.load(runs[0])["metrics"]["AP"] == 40
 
 
+def test_a_run_of_another_default_is_resumed_too(tmp_path, fake, monkeypatch):
+    """What was cut off is not begun anew at each start, though the older result is still there."""
+    store, runs = Store(tmp_path / "out"), fake_runs(1)
+    older = {"id": "id0", "config": {"SEED": 2}, "weights": {}, "metrics": {"AP": 1.0}}
+    (store.runs / "id0.json").write_text(json.dumps(older))
+    monkeypatch.setattr(job, "main", lambda argv: sys.exit(75))
+    assert execute(runs, store, 1, 1, cluster="debug").failed
+    output = store.output(runs[0])
+    (output / "last_checkpoint").write_text("model_0000004.pth")
+    monkeypatch.setattr(job, "main", fake_training)
+    assert execute(runs, store, 1, 1, cluster="debug").finished == {"id0"}
+    assert (output / "started").read_text() == "1 --resume"
+    assert store.load(runs[0])["starts"] == 2
+
+
 def test_a_run_at_work_elsewhere_is_left_alone(tmp_path, fake):
     store, runs = Store(tmp_path / "out"), fake_runs(1)
     with store.lock(runs[0]) as free:

@@ -25,8 +25,8 @@ from ghm_d2.errors import UserError
 
 __all__ = ["Run", "effective", "plan_runs"]
 
-# Keys that decide where and how a run is kept, not what comes out of it. The device is among them:
-# seeds already stand for the last digits, and the figures of a GPU shall be found without one.
+# Keys that decide where and how a run is kept, not what comes out of it. The device is among them,
+# so that figures measured on a GPU are found again on a machine without one.
 _NO_INFLUENCE = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
 SPLITS = ("DATASETS.TRAIN", "DATASETS.TEST")
 _NUM_CLASSES = ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
@@ -181,7 +181,7 @@ def flat(cfg: CfgNode) -> dict[str, Any]:
 
 
 def effective(config: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the settings of losses that are not enabled: they decide nothing of a run.
+    """Leave out the settings of losses that are not enabled: they have no influence on a run.
 
     Args:
         config: keys to values; also of an older file, which has them still.
