@@ -9,10 +9,10 @@ BOOTSTRAP = $(PYTHON) tools/bootstrap.py --detectron2 "$(DETECTRON2)" \
 	$(if $(filter file,$(origin PYTHON)),,--python-was-chosen)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow coverage mutation lint bench soak docs clean
+.PHONY: help setup quickstart test test-reference test-slow coverage lint bench soak docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo "Options: PYTHON=python3.12 (to make .venv with), ARGS='...' (for the command that runs),"
 	@echo "DETECTRON2=git+https://github.com/facebookresearch/detectron2.git (another Detectron2)"
 
@@ -21,20 +21,19 @@ setup: ## create .venv and install everything, unless that is done
 	@$(BOOTSTRAP)
 
 quickstart: setup ## set up, generate the default data, train a small GHM RetinaNet, evaluate
-	@$(VENV_PYTHON) train_net.py --config-file $(CONFIG) $(ARGS)
+	@$(VENV_PYTHON) train_net.py --config-file $(CONFIG) --overwrite $(ARGS)
 
 test: setup ## run the tests, without the slow ones
 	@$(VENV_PYTHON) -m pytest $(ARGS)
+
+test-reference: setup ## run the tests that need the reference material (GHM_D2_SHARED, or ../shared)
+	@$(VENV_PYTHON) -m pytest -m reference $(ARGS)
 
 test-slow: setup ## run the slow tests only
 	@$(VENV_PYTHON) -m pytest -m slow $(ARGS)
 
 coverage: setup ## run the tests and list the lines of losses and models that they miss
 	@$(VENV_PYTHON) -m pytest --cov=ghm_d2.losses --cov=ghm_d2.modeling --cov-report=term-missing --cov-fail-under=95 $(ARGS)
-
-mutation: setup ## change the losses in 250 places: do their tests notice? (an hour or two)
-	@$(VENV_PYTHON) -c "import cosmic_ray" 2>/dev/null || $(VENV_PYTHON) -m pip install -q -c constraints.txt cosmic-ray
-	@$(VENV_PYTHON) benchmarks/mutation.py $(ARGS)
 
 lint: setup ## check style, formatting and the types of ghm_d2.losses
 	@$(VENV_PYTHON) -m ruff check .
@@ -46,7 +45,7 @@ bench: setup ## measure speed and memory of the losses
 	@$(VENV_PYTHON) benchmarks/bench_losses.py $(ARGS)
 
 soak: setup ## kill 50 short trainings at random moments and resume them (about 25 minutes)
-	@$(VENV_PYTHON) tools/soak.py $(ARGS)
+	@$(VENV_PYTHON) benchmarks/soak.py $(ARGS)
 
 docs: ## build the documentation into docs/_build/html, every warning an error
 	@$(BOOTSTRAP) --docs

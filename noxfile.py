@@ -32,7 +32,7 @@ def constraints(session: nox.Session, *others: str) -> str:
 def test(session: nox.Session, limits: str, check: str) -> None:
     """Installs everything within these constraints, checks what came of it, runs the tests."""
     session.install("-c", limits, "setuptools", "wheel")
-    extras = ".[detectron2,dev,export]"
+    extras = ".[ablation,detectron2,dev,export]"
     session.install("--no-build-isolation", "-c", limits, "-e", extras)
     site_packages = session.run(
         "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True

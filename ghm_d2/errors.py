@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ __all__ = [
     "USER_ERROR",
     "UserError",
     "cannot",
+    "command",
     "exits_with_one_sentence",
-    "program_name",
     "reason",
     "shown",
     "similar_names",
@@ -58,11 +59,12 @@ def shown(text: object, limit: int = 300) -> str:
 
     Args:
         text: anything with a text form.
-        limit: in characters; a longer text is cut, which "..." says.
+        limit: in characters; of a longer text, the middle becomes "...".
     """
     text = str(text)
     if len(text) > limit:
-        text = f"{text[: limit - 3]}..."
+        end = limit // 3  # where a path or a message says what it is about
+        text = f"{text[: limit - end - 3]}...{text[-end:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -83,9 +85,18 @@ def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:
     return f" (similar: {', '.join(map(shown, found))})" if found else ""
 
 
-def program_name(script: str, command: str) -> str:
-    """What the user runs: the ``command`` that an installation offers, or else the ``script``."""
-    return command if Path(sys.argv[0]).stem == command else script
+def command(name: str) -> str:
+    """How the reader of a message runs a command of the ``ghm-d2`` program.
+
+    Without an installation, as in a plain checkout, there is ``python -m ghm_d2`` alone; who ran
+    train_net.py goes on with it.
+    """
+    started = Path(sys.argv[0])
+    as_module = started.parts[-2:] == ("ghm_d2", "__main__.py")
+    if name == "train" and not as_module and started.stem != "ghm-d2":
+        return "train_net.py"
+    installed = started.stem == "ghm-d2" or shutil.which("ghm-d2") is not None
+    return f"{'ghm-d2' if installed else 'python -m ghm_d2'} {name}"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The parts of an ablation that train nothing: grids, identities, statistics, report."""
 
-import argparse
 import json
 import math
 
@@ -10,15 +9,15 @@ from detectron2.config import get_cfg
 from tiny import RETINANET, ROOT, TINY, coco_content, unregister_all, write_coco
 
 from ghm_d2 import add_ghm_config
-from ghm_d2.ablation import TABLES, load_grid
+from ghm_d2.ablation import TABLES, load_grid, plan_runs
 from ghm_d2.ablation.grid import SPEED
-from ghm_d2.ablation.plan import flat, plan_runs
+from ghm_d2.ablation.plan import flat
 from ghm_d2.ablation.plot import draw_summary
 from ghm_d2.ablation.report import render_markdown, summarize
-from ghm_d2.ablation.results import Store, _figures
+from ghm_d2.ablation.results import Store, _figures, read_study
 from ghm_d2.ablation.stats import mean_and_deviation, paired_difference, t_quantile
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.errors import UserError
+from ghm_d2.modeling import validate_ghm_config
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +86,7 @@ SAME = {
     ("classification", "GHM-C"): "ghm_c_sl1_retinanet_R_50",
     ("regression", "GHM-C + SL1"): "ghm_c_sl1_retinanet_R_50",
     ("regression", "GHM-C + ASL1"): "ghm_c_asl1_retinanet_R_50",
-    ("regression", "GHM-C + GHM-R"): "ghm_c_ghm_r_retinanet_R_50",
+    ("regression", "GHM-C + GHM-R"): "../ghm_retinanet_R_50",
     ("two_stage", "SL1"): "sl1_faster_rcnn_R_50",
     ("two_stage", "GHM-R in the box head"): "ghm_r_box_head_faster_rcnn_R_50",
     ("two_stage", "GHM-R in the RPN"): "ghm_r_rpn_faster_rcnn_R_50",
@@ -174,15 +173,13 @@ def plan(folder, *pairs, seeds=(1,), names=("first", "second"), row=None, images
     file.write_text(yaml.safe_dump(grid))
     content = coco_content()
     content["annotations"] = content["annotations"][: 2 * images]
-    args = argparse.Namespace(
-        seeds=list(seeds),
-        dataset=[f"{name}={write_coco(folder, name, content)}" for name in names],
-        opts=[str(word) for word in pairs],
-        config_file=None,
-        num_gpus=1,
-        report_only=False,
+    runs = plan_runs(
+        load_grid(file),
+        seeds,
+        scratch=folder / "log",
+        datasets=[f"{name}={write_coco(folder, name, content)}" for name in names],
+        pairs=[str(word) for word in pairs],
     )
-    runs = plan_runs(load_grid(file), args, folder / "log")
     unregister_all()
     return runs
 
@@ -244,7 +241,7 @@ def test_a_stored_run_with_another_default_is_done_again(tmp_path, caplog):
     assert store.load(run) is None
     assert "MODEL.GHM.RETINANET.REG.MU 0.5 instead of 0.02" in caplog.text
     file.write_text("{")
-    assert store.load(run) is None and "is damaged" in caplog.text
+    assert store.load(run) is None and "is not a complete JSON file" in caplog.text
 
 
 def test_weights_are_known_by_their_content(tmp_path, caplog):
@@ -258,6 +255,57 @@ def test_weights_are_known_by_their_content(tmp_path, caplog):
     assert store.load(run)
     file.write_text(json.dumps(stored(run, weights={"name": "w.pth", "sha256": "0"})))
     assert store.load(run) is None and "other weights (w.pth)" in caplog.text
+
+
+def test_a_study_keeps_every_run_whole(tmp_path, caplog):
+    """Runs of other rows stay, types too (True is not 1), and the file does not depend on order."""
+    (run,) = plan(tmp_path / "a")
+    store = Store(tmp_path / "out")
+    few = {k: v for k, v in run.config.items() if k != "MODEL.GHM.SYNC"}
+    configs = [run.config, run.config | {"SEED": True}, run.config | {"SEED": 1.0}, few]
+    named = {
+        f"id{i}": stored(run, config=config, id=f"id{i}", row=f"row {i}", seed=1)
+        for i, config in enumerate(configs)
+    }
+    first = dict(list(named.items())[:2])
+    store.write_study({"grid": "g", "seeds": [1]}, first)
+    file = store.write_study({"grid": "g", "seeds": [1, 2]}, dict(list(named.items())[2:]))
+    found = {one["id"]: one for one in read_study(file)}
+    assert found == named and [type(found[k]["config"]["SEED"]) for k in named] == [
+        int, bool, float, int
+    ]  # fmt: skip
+    content = json.loads(file.read_text())
+    assert content["seeds"] == [1, 2] and len(content["runs"]) == 4
+    text = file.read_text()
+    assert sum('"id": "id' in line for line in text.splitlines()) == 4  # one run a line
+    again = store.write_study({"grid": "h", "seeds": [1, 2]}, dict(reversed(list(named.items()))))
+    assert again.read_text() == text.replace('"grid": "g"', '"grid": "h"')
+    # The study alone knows its runs, whatever the grid is called that asks.
+    file.with_name("other.json").write_text('{"no": "study"}')
+    stored_run = stored(run, id=run.id, row="a", seed=1)
+    store.write_study({"grid": "i"}, {run.id: stored_run})
+    assert Store(tmp_path / "out").load(run) == stored_run
+    file.write_text(text[:-20])
+    with pytest.raises(UserError, match="a study is damaged: .*g.json is not a complete JSON file"):
+        Store(tmp_path / "out").load(run)
+    with pytest.raises(UserError, match="is damaged"):
+        store.write_study({"grid": "g"}, named)
+    assert file.read_text() == text[:-20]
+
+
+def test_data_drawn_on_first_use_has_a_fingerprint(tmp_path, monkeypatch):
+    """In a fresh clone the default data set is not there yet."""
+    monkeypatch.chdir(tmp_path)
+    quick = str(ROOT / "configs" / "quickstart" / "ghm_retinanet_quickstart.yaml")
+    file = tmp_path / "g.yaml"
+    file.write_text(yaml.safe_dump({"config_file": quick, "rows": [{"name": "a"}]}))
+    arguments = {"scratch": tmp_path / "log", "pairs": ["MODEL.DEVICE", "cpu"], "complete": False}
+    (run,) = plan_runs(load_grid(file), [1], **arguments)
+    assert list(run.data["train"]) == ["ghm_synthetic_train"] and run.data["test"]
+    name = "coco_2017_val_100"
+    arguments["pairs"] += ["DATASETS.TEST", f"('{name}',)"]
+    with pytest.raises(UserError, match=f"the data set {name} cannot be read"):
+        plan_runs(load_grid(file), [1], **arguments)
 
 
 def test_figures_of_the_first_data_set_have_no_prefix():

@@ -1,6 +1,5 @@
 """ImageNet weights in torchvision's layout: the same activations in Detectron2's backbone."""
 
-import importlib.util
 import logging
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ghm_d2 import add_ghm_config
 from ghm_d2.checkpoint import RestrictedCheckpointer, load_file
 from ghm_d2.checkpoint.resnet import read_resnet
 from ghm_d2.checkpoint.torchvision import _convert, convert_torchvision
+from ghm_d2.cli import convert_torchvision as tool
 from ghm_d2.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,9 +153,6 @@ def test_other_networks_are_refused(convert):
 
 
 def test_command_line(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "convert_torchvision.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     source, output = str(tmp_path / "weights.pth"), str(tmp_path / "new" / "out.pkl")
     torch.save(torchvision_resnet(), source)
     tool.main([source, output])
@@ -166,4 +163,4 @@ def test_command_line(tmp_path, capsys):
         tool.main([str(tmp_path / "gone.pth"), output])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("convert_torchvision.py: error: ") and "gone.pth" in error
+    assert error.startswith("ghm-d2 convert-torchvision: error: ") and "gone.pth" in error

@@ -1,6 +1,7 @@
 """AP at every IoU threshold, against pycocotools."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from pycocotools.cocoeval import COCOeval
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
-from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
+from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator, costs_recorded
+from ghm_d2.run_folder import SECONDS_PER_IMAGE
 from tests.tiny import coco_content, unregister_all, write_coco
 
 NAMES = [f"AP{threshold}" for threshold in range(50, 100, 5)]
@@ -92,3 +95,24 @@ def test_the_log_shows_each_threshold(tmp_path, dataset, caplog):
     text = caplog.text.split("AP at each IoU threshold")[1]
     assert all(name in text for name in NAMES)
     assert f"{results['AP55']:.3f}" in text
+
+
+class Slow(torch.nn.Module):
+    def forward(self, seconds):
+        time.sleep(seconds)
+
+
+def test_costs_of_an_evaluation_in_a_training_are_recorded():
+    """The median call alone, whatever happens between the calls; nothing outside a training."""
+    model = Slow()
+    with EventStorage(7) as storage:
+        with costs_recorded(model):
+            for seconds in (0.3, 0.02, 0.02):
+                model(seconds)
+            time.sleep(0.1)
+        ((value, iteration),) = storage.latest().values()
+    assert 0.02 <= value < 0.3 and iteration == 7
+    assert list(storage.latest()) == [SECONDS_PER_IMAGE]  # no memory without a GPU
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    with costs_recorded(model):
+        model(0.0)

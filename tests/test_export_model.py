@@ -1,8 +1,7 @@
-"""tools/export_model.py as users run it, and every mistake."""
+"""ghm-d2 export as users run it, and every mistake."""
 
 import json
 import re
-import runpy
 import sys
 
 import pytest
@@ -17,12 +16,12 @@ from exportable import (
     skip_where_refused,
     write_pictures,
 )
-from tiny import CLASSES, ROOT, forget_program, write_coco
+from tiny import CLASSES, forget_program, write_coco
 
-from ghm_d2.deploy import export_command
+from ghm_d2.cli import export as export_command
+from ghm_d2.cli.export import main
 from ghm_d2.deploy.detections import Detections, detect
 from ghm_d2.deploy.export import METADATA_KEY, load_exported
-from ghm_d2.deploy.export_command import main
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +49,7 @@ def fails(capsys):
             main([str(word) for word in argv])
         captured = capsys.readouterr()
         assert stop.value.code == code
-        lines = [x for x in captured.err.splitlines() if x.startswith("export_model.py: ")]
+        lines = [x for x in captured.err.splitlines() if x.startswith("ghm-d2 export: ")]
         assert len(lines) == 1 and "Traceback" not in captured.err + captured.out
         return lines[0]
 
@@ -144,7 +143,7 @@ def test_mistakes(retinanet, tmp_path, fails):
     ):  # fmt: skip
         sentence = fails(*argv)
         assert message in sentence, sentence
-        assert sentence.startswith("export_model.py: error: ")
+        assert sentence.startswith("ghm-d2 export: error: ")
         assert not (tmp_path / "m").exists()
 
 
@@ -162,9 +161,8 @@ def test_missing_package_is_named(retinanet, tmp_path, fails, monkeypatch):
     assert "needs the package onnx: run pip install onnx onnxruntime" in sentence
 
 
-def test_the_script_itself(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["export_model.py", "--help"])
+def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "tools" / "export_model.py"), run_name="__main__")
+        main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "--check" in text and "KEY VALUE" in text

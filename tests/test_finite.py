@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -11,8 +10,9 @@ from detectors import small_config
 from detectron2.engine import AMPTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from tiny import ROOT, forget_program, tiny_pairs, unregister_all, write_coco
+from tiny import forget_program, tiny_pairs, unregister_all, write_coco
 
+from ghm_d2.cli import replay
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer
 from ghm_d2.engine.finite import NotFiniteError
@@ -20,9 +20,6 @@ from ghm_d2.engine.preemption import Preempted, StopOnSignal
 from ghm_d2.engine.processes import end_process
 from ghm_d2.engine.replay import load_replay
 from ghm_d2.errors import exits_with_one_sentence
-
-sys.path.insert(0, str(ROOT / "tools"))
-import replay_batch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +72,9 @@ def nan_image(batch):
 
 def replayed(message, capsys):
     """What the tool prints for the file that the message names, and its exit code."""
-    file = message.split("replay_batch.py ")[1].split(" ")[0].rstrip(".")
+    file = message.split(" replay ")[1].split(" ")[0].rstrip(".")
     with pytest.raises(SystemExit) as stop:
-        replay_batch.main([file])
+        replay.main([file])
     return capsys.readouterr().out, stop.value.code
 
 
@@ -240,9 +237,9 @@ def test_replay_refuses_other_files(tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "x.pth")
     for words in ([str(tmp_path / "x.pth")], [str(tmp_path / "gone.pth")], []):
         with pytest.raises(SystemExit) as stop:
-            replay_batch.main(words)
+            replay.main(words)
         assert stop.value.code == 2
-        assert capsys.readouterr().err.startswith("replay_batch.py: error: ")
+        assert capsys.readouterr().err.startswith("ghm-d2 replay: error: ")
 
 
 def worker(rank, folder, where):

@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops(fails, kind, tmp_path, monkeypatch, cap
     error = fails("out", code=3)
     assert "iteration 2" in error and "model_0000001.pth, is intact" in error
     file = next((tmp_path / "out" / "not_finite").iterdir())
-    replay = [str(ROOT / "tools" / "replay_batch.py"), str(file)]
+    replay = ["-m", "ghm_d2", "replay", str(file)]
     done = script(replay)
     if kind.python:
         assert done.returncode == 2 and "give --trust-checkpoint" in done.stderr

@@ -9,9 +9,10 @@ import torch
 from detectors import batch, small_config, small_model, step
 from detectron2.data import DatasetCatalog, DatasetMapper
 from PIL import Image
-from tiny import ROOT, coco_content, forget_program, tiny_pairs, write_coco
+from tiny import coco_content, forget_program, tiny_pairs, write_coco
 from torch._utils import ExceptionWrapper
 
+from ghm_d2.cli import check_data
 from ghm_d2.data import check_coco_dataset, checks, parse_dataset, register_coco_dataset
 from ghm_d2.data.checks import Findings, annotation_problems
 from ghm_d2.data.readable import ReadableMapper, TooManyUnreadable
@@ -96,15 +97,11 @@ def test_images_that_are_refused_before_training(tmp_path, name):
 
 @pytest.fixture
 def tool(capsys):
-    """tools/check_dataset.py: exit code and output."""
-    import sys
-
-    sys.path.insert(0, str(ROOT / "tools"))
-    import check_dataset
+    """ghm-d2 check-data: exit code and output."""
 
     def run(*words):
         with pytest.raises(SystemExit) as stop:
-            check_dataset.main([str(word) for word in words])
+            check_data.main([str(word) for word in words])
         captured = capsys.readouterr()
         return stop.value.code, captured.out + captured.err
 
@@ -156,7 +153,7 @@ def test_exit_codes_of_the_tool(tmp_path, tool):
     )
     for words in ((), (file,), (file, tmp_path / "gone"), (tmp_path / "gone.json", folder)):
         code, text = tool(*words)
-        assert code == 2 and text.startswith("check_dataset.py: error: ")
+        assert code == 2 and text.startswith("ghm-d2 check-data: error: ")
     for bad in ("{", '{"images": 3}', "[]"):
         file.write_text(bad)
         code, text = tool(file, folder)

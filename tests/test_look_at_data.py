@@ -1,4 +1,4 @@
-"""tools/look_at_data.py: the figures are right, the pictures show the boxes, mistakes get words."""
+"""ghm-d2 look: the figures are right, the pictures show the boxes, mistakes get words."""
 
 import json
 
@@ -8,7 +8,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from tiny import ROOT, coco_content, forget_program, write_coco
 
-from ghm_d2.data.look import main
+from ghm_d2.cli.look import main
 from ghm_d2.data.look_pictures import draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
 
@@ -150,4 +150,4 @@ def test_mistakes(tmp_path, capsys):
             look(*argv)
         captured = capsys.readouterr()
         assert stop.value.code == 2 and "Traceback" not in captured.err
-        assert "look_at_data.py: error: " in captured.err and message in captured.err
+        assert "ghm-d2 look: error: " in captured.err and message in captured.err

@@ -89,7 +89,9 @@ def test_unknown_config_is_a_runtime_error_as_in_detectron2(monkeypatch):
 def test_no_zoo(monkeypatch):
     """What is published elsewhere names the conversion; what has no weights has none."""
     monkeypatch.setenv("GHM_D2_ZOO", "")
-    with pytest.raises(ZooError, match=r"fpn_1x_coco_20200130-a437fda3.pth.*convert_mmdet.py CHEC"):
+    with pytest.raises(
+        ZooError, match=r"fpn_1x_coco_20200130-a437fda3.pth.*ghm-d2 convert-mmdet C"
+    ):
         model_zoo.get_checkpoint_url("mmdet/ghm_retinanet_R_50.yaml")
     with pytest.raises(ZooError, match="trained weights of ghm_retinanet_R_50.yaml are not avail"):
         model_zoo.get("ghm_retinanet_R_50.yaml", trained=True)
@@ -132,7 +134,7 @@ def test_untrained_model_has_no_weights_of_the_zoo(own, tmp_path, monkeypatch):
     trained = add_model(own, CONFIG, 1, seed=1)
     file = tmp_path / "small.yaml"
     file.write_text(small_config(CONFIG).dump())
-    monkeypatch.setattr("ghm_d2.model_zoo.model_zoo.configs_folder", lambda: tmp_path)
+    monkeypatch.setattr("ghm_d2.config_files.configs_folder", lambda: tmp_path)
     model = model_zoo.get("small.yaml", device="cpu")
     assert model.training and not same_weights(trained, model)
 

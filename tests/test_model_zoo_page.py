@@ -102,16 +102,18 @@ def run_python(code, folder=ROOT, **environment):
     return done.stdout
 
 
-# A config by its name from anywhere, and what each installed command says to a missing image.
+# A config by its name from anywhere, and what the installed program says to a missing image.
 COMMANDS = """
 import importlib.metadata, sys
 from ghm_d2.engine.setup import locate_config_file
 print(locate_config_file("configs/ghm_faster_rcnn_R_50.yaml"))
 sys.stderr = sys.stdout
-for command in importlib.metadata.distribution("ghm_d2").entry_points:
-    sys.argv = [command.name, "--config-file", "ghm_retinanet_R_50.yaml", "--input", "gone.png"]
+(program,) = importlib.metadata.distribution("ghm_d2").entry_points
+words = ["--config-file", "ghm_retinanet_R_50.yaml", "--input", "gone.png", "--output", "out"]
+for command in ("predict", "train"):
+    sys.argv = [program.name, command, *words]
     try:
-        command.load()([*sys.argv[1:], "--output", "out"])
+        program.load()()
     except SystemExit as stop:
         print(stop.code)
 """
@@ -137,17 +139,17 @@ def test_installed_wheel_works_on_its_own(tmp_path):
     assert Path(file).is_relative_to(tmp_path / "installed")
     cfg = model_zoo.get_config(name)
     assert yaml.safe_load(dumped) == yaml.safe_load(cfg.dump())
-    root = tmp_path / "installed" / "ghm_d2" / "model_zoo"
+    root = tmp_path / "installed" / "ghm_d2"
     there = {p.relative_to(root / "configs") for p in (root / "configs").rglob("*.yaml")}
     assert there == {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")}
-    assert (root / "index.json").read_bytes() == PACKAGED_INDEX.read_bytes()
+    assert (root / "model_zoo" / "index.json").read_bytes() == PACKAGED_INDEX.read_bytes()
     assert (tmp_path / "installed" / "ghm_d2" / "py.typed").is_file()
     said = run_python(COMMANDS, tmp_path, PYTHONPATH=str(tmp_path / "installed")).splitlines()
     assert said == [
         str(root / "configs" / "ghm_faster_rcnn_R_50.yaml"),
-        "ghm-d2-predict: error: the input gone.png does not exist.",
+        "ghm-d2 predict: error: the input gone.png does not exist.",
         "2",
-        "ghm-d2-train: error: unrecognized arguments: --input gone.png --output out "
+        "ghm-d2 train: error: unrecognized arguments: --input gone.png --output out "
         "(--help lists the options).",
         "2",
     ]

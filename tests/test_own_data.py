@@ -2,13 +2,13 @@
 
 import json
 import re
-import runpy
 import shlex
-import sys
 
 import pytest
 from tiny import ROOT, forget_program
 from voc import write_voc
+
+from ghm_d2 import cli
 
 TEXT = (ROOT / "docs" / "own_data.md").read_text()
 COMMANDS = [block.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)]
@@ -25,13 +25,12 @@ def clean_up():
     forget_program()
 
 
-def run(command, monkeypatch, *more):
-    """As the shell would, with the script in this checkout, but in this process."""
-    python, script, *words = shlex.split(command)
-    assert python == "python" and (ROOT / script).is_file()
-    monkeypatch.setattr(sys, "argv", [script, *words, *more])
+def run(command, *more):
+    """As the shell would, but in this process."""
+    program, name, *words = shlex.split(command)
+    assert (program, name) == ("python", "train_net.py") or program == "ghm-d2"
     forget_program()
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    cli.main(["train" if program == "python" else name, *words, *more])
 
 
 def test_from_a_voc_folder_to_predictions(tmp_path, monkeypatch, capsys):
@@ -42,17 +41,16 @@ def test_from_a_voc_folder_to_predictions(tmp_path, monkeypatch, capsys):
     for command in COMMANDS:
         script = command.split()[1]
         ran.append(script)
-        if script == "tools/split_dataset.py":  # for those who have COCO format
+        if script == "split-data":  # for those who have COCO format
             continue
-        if script == "tools/fetch_backbone.py":  # needs the network
+        if script == "fetch-backbone":  # needs the network
             with pytest.raises(SystemExit) as stop:
-                run(f"{command} --help", monkeypatch)
+                run(f"{command} --help")
             assert stop.value.code == 0
             continue
-        run(command, monkeypatch, *(SMALL if script == "train_net.py" else ()))
+        run(command, *(SMALL if script == "train_net.py" else ()))
     assert ran == [
-        "tools/split_dataset.py", "tools/voc_to_coco.py", "tools/look_at_data.py",
-        "tools/fetch_backbone.py", "train_net.py", "tools/predict.py", "tools/report.py",
+        "split-data", "import-data", "look", "fetch-backbone", "train_net.py", "predict", "report",
     ]  # fmt: skip
     for file in (
         "output/look/my_train_images.png", "output/look/my_val_boxes.png",
@@ -74,10 +72,10 @@ def test_from_a_voc_folder_to_predictions(tmp_path, monkeypatch, capsys):
 def test_splitting_a_coco_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_voc(tmp_path / "my_voc", 4)
-    run(COMMANDS[1], monkeypatch)
+    run(COMMANDS[1])
     (tmp_path / "data" / "my").rename(tmp_path / "old")
     (tmp_path / "old" / "train.json").rename(tmp_path / "annotations.json")
-    run(COMMANDS[0], monkeypatch)
+    run(COMMANDS[0])
     assert (tmp_path / "data" / "my" / "val.json").is_file()
 
 

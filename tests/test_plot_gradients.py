@@ -18,7 +18,6 @@ from PIL import Image
 from tiny import RETINANET, ROOT, tiny_pairs, unregister_all, write_coco
 
 from ghm_d2 import add_ghm_config
-from ghm_d2.analysis import report
 from ghm_d2.analysis.collect import PartDistributions, collect
 from ghm_d2.analysis.distributions import (
     ClassificationDistribution,
@@ -26,7 +25,8 @@ from ghm_d2.analysis.distributions import (
     harmonizing_parameters,
     regression_gradients,
 )
-from ghm_d2.analysis.report import plot_gradients
+from ghm_d2.cli import figures as report
+from ghm_d2.cli.figures import plot_gradients
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.errors import UserError
 from tests import reference
@@ -387,8 +387,8 @@ def test_unreadable_images_are_counted(records, caplog, monkeypatch):
 
 
 def test_the_script_reports_one_sentence(tmp_path):
-    words = [sys.executable, "tools/plot_gradients.py", "--output", str(tmp_path)]
+    words = [sys.executable, "-m", "ghm_d2", "figures", "--output", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("plot_gradients.py: error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("ghm-d2 figures: error: ") and done.stderr.count("\n") == 1
     assert "--config-file" in done.stderr

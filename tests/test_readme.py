@@ -18,7 +18,7 @@ SHELL = [block.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 MAKE = [c for c in SHELL if c.startswith("make ")]
 TRAIN = [c for c in SHELL if c.startswith("python train_net.py ")]
-TOOLS = [c for c in SHELL if c.startswith("python tools/")]
+TOOLS = [c for c in SHELL if c.startswith("ghm-d2 ")]
 COCO_THINGS = [
     {"id": c["id"], "name": c["name"]} for c in builtin_meta.COCO_CATEGORIES if c["isthing"]
 ]
@@ -26,8 +26,9 @@ COCO_THINGS = [
 
 def run(words, folder, **environment):
     """Runs a command in ``folder`` with this interpreter; returns its output, or fails with it."""
+    programs = {"python": [sys.executable], "ghm-d2": [sys.executable, "-m", "ghm_d2"]}
     done = subprocess.run(
-        [sys.executable if word == "python" else word for word in words],
+        [*programs.get(words[0], words[:1]), *words[1:]],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
         stdout=subprocess.PIPE,
@@ -59,11 +60,11 @@ def test_every_shell_command_is_tested():
     assert TRAIN and MAKE and TOOLS and set(SHELL) == {*TRAIN, *MAKE, *TOOLS}
 
 
-@pytest.mark.parametrize("command", TOOLS, ids=lambda c: c.split()[1].split("/")[1])
-def test_tools_know_their_options(command, checkout):
-    """The tools run in tests of their own; here the README must not name an unknown option."""
+@pytest.mark.parametrize("command", TOOLS, ids=lambda c: c.split()[1])
+def test_commands_know_their_options(command, checkout):
+    """The commands run in tests of their own; here the README must not name an unknown option."""
     words = shlex.split(command)
-    text = run([words[0], str(ROOT / words[1]), "--help"], checkout)
+    text = run([*words[:2], "--help"], checkout)
     options = [word for word in words if word.startswith("--")]
     assert [option for option in options if option not in text] == []
 

@@ -1,25 +1,23 @@
-"""tools/split_dataset.py."""
+"""ghm-d2 split-data."""
 
 import json
 import random
-import runpy
-import sys
 
 import pytest
-from tiny import ROOT, coco_content
+from tiny import coco_content
 
+from ghm_d2.cli.split_data import main
 from ghm_d2.data.split import choose, split_coco
 
 
-def split(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["split_dataset.py", *map(str, argv)])
-    runpy.run_path(str(ROOT / "tools" / "split_dataset.py"), run_name="__main__")
+def split(*argv):
+    main(list(map(str, argv)))
 
 
-def test_two_files_hold_each_image_once(tmp_path, monkeypatch, capsys):
+def test_two_files_hold_each_image_once(tmp_path, capsys):
     content = coco_content(8) | {"info": {"year": 2020}}
     (tmp_path / "all.json").write_text(json.dumps(content))
-    split(monkeypatch, tmp_path / "all.json", "--output-dir", tmp_path / "out")
+    split(tmp_path / "all.json", "--output-dir", tmp_path / "out")
     parts = [json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in ("train", "val")]
     assert [len(part["images"]) for part in parts] == [6, 2]
     for table in ("images", "annotations"):
@@ -68,20 +66,20 @@ def test_stray_annotations_are_counted(caplog):
         (json.dumps(coco_content(1)), [], "two images or more are needed"),
     ],
 )
-def test_mistakes(text, options, message, tmp_path, monkeypatch, capsys):
+def test_mistakes(text, options, message, tmp_path, capsys):
     if text is not None:
         (tmp_path / "a.json").write_text(text)
     with pytest.raises(SystemExit) as stop:
-        split(monkeypatch, tmp_path / "a.json", "--output-dir", tmp_path / "out", *options)
+        split(tmp_path / "a.json", "--output-dir", tmp_path / "out", *options)
     assert stop.value.code == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("split_dataset.py: error: ") and message in captured.err
+    assert captured.err.startswith("ghm-d2 split-data: error: ") and message in captured.err
 
 
-def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
+def test_nothing_is_overwritten(tmp_path, capsys):
     (tmp_path / "val.json").write_text("mine")
     (tmp_path / "all.json").write_text(json.dumps(coco_content(4)))
     with pytest.raises(SystemExit):
-        split(monkeypatch, tmp_path / "all.json", "--output-dir", tmp_path)
+        split(tmp_path / "all.json", "--output-dir", tmp_path)
     assert "val.json exists already" in capsys.readouterr().err
     assert not (tmp_path / "train.json").exists()

@@ -18,11 +18,11 @@ from ghm_d2 import add_ghm_config
 from ghm_d2.analysis import statistics
 from ghm_d2.analysis.hook import GradientStatistics, build_gradient_statistics
 from ghm_d2.analysis.statistics import measure, summarize
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.engine.pictures import plot_training
 from ghm_d2.errors import UserError
 from ghm_d2.losses import GHMCLoss, GHMRLoss, base
 from ghm_d2.losses.base import HarmonizedLoss, observed
+from ghm_d2.modeling import validate_ghm_config
 from ghm_d2.run_folder import RunFolder
 from tests import reference
 from tests.detectors import NUM_CLASSES, TWO_IMAGES, batch, small_model

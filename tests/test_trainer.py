@@ -115,7 +115,7 @@ def test_predictions_are_drawn_beside_the_truth(cfg, data, tmp_path):
     draw_predictions(data, mapper, model, tmp_path / "p" / "sheet.png", images=4)
     assert model.training
     sheet = np.asarray(Image.open(tmp_path / "p" / "sheet.png")).astype(int)
-    tile, gap, caption = pictures._TILE, pictures._GAP, 26
+    tile, gap, caption = pictures.TILE, pictures._GAP, 26
     assert sheet.shape == (2 * (tile + caption + gap), 2 * (2 * tile + 3 * gap), 3)
     scale = tile / 64
 
@@ -223,7 +223,7 @@ def test_summary_survives_what_it_cannot_draw(tmp_path, caplog, capsys, monkeypa
 
     run = RunFolder(tmp_path)
     summary.summarize_training(run, draw, None, None, iterations=12, seconds=61.5)
-    assert "predictions could not be drawn (KeyError: 'no image')" in caplog.text
+    assert "predictions could not be drawn (KeyError: no image)" in caplog.text
     assert "curves could not be drawn (UserError: " in caplog.text
     text = capsys.readouterr().out
     assert "in 1 min 01 s" in text and "give a second --dataset" in text

@@ -1,4 +1,4 @@
-"""tools/voc_to_coco.py: what users' folders look like, what each becomes, and every mistake."""
+"""ghm-d2 import-data: what users' folders look like, what each becomes, and every mistake."""
 
 import json
 from collections import Counter
@@ -10,9 +10,9 @@ from pycocotools.coco import COCO
 from tiny import forget_program
 from voc import voc_xml, write_image, write_lists, write_voc
 
+from ghm_d2.cli.import_data import main
 from ghm_d2.data import check_coco_dataset, parse_dataset
 from ghm_d2.data.voc import LabelledImage, VocObject, read_xml, to_coco
-from ghm_d2.data.voc_command import main
 
 
 @pytest.fixture(autouse=True)
@@ -225,6 +225,6 @@ def test_mistakes(tmp_path, capsys):
             convert(*argv)
         captured = capsys.readouterr()
         assert stop.value.code == 2 and "Traceback" not in captured.err
-        assert captured.err.startswith("voc_to_coco.py: error: ") and message in captured.err
+        assert captured.err.startswith("ghm-d2 import-data: error: ") and message in captured.err
     assert not (tmp_path / "new").exists()
     assert (tmp_path / "out" / "train.json").read_text() == "mine"

@@ -217,12 +217,12 @@ def install_detectron2(environment: Environment, requested: str, pip: list) -> N
 def install(environment: Environment, record: dict) -> None:
     """Installs the packages, this project (editable) and, if there is none yet, Detectron2."""
     pip = [environment.python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    constraints, extras = ROOT / "constraints.txt", "detectron2,dev,export"
+    constraints, extras = ROOT / "constraints.txt", "ablation,detectron2,dev,export"
     ours = record["requested"] or record["detectron2"] not in ("", "found")
     as_it_is = not ours and probe(str(environment.python))["found"]
     if as_it_is:
         print("setup: Detectron2 is already there: it and its packages stay as they are")
-        constraints, extras = environment.path / "ghm_d2_constraints.txt", "dev,export"
+        constraints, extras = environment.path / "ghm_d2_constraints.txt", "ablation,dev,export"
         constraints.write_text(installed_versions(environment))
     record["detectron2"] = "found" if as_it_is else record["requested"] or DETECTRON2_WHEEL
     environment.write(record)

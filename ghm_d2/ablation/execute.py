@@ -1,18 +1,16 @@
-"""Run what is not done yet: each run in a process of its own, some side by side."""
+"""Hand the runs that are not done yet to submitit, some side by side, and follow them."""
 
 import contextlib
-import fcntl
 import logging
 import os
-import shutil
-import subprocess
+import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -20,14 +18,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ghm_d2 import __file__ as _package
 from ghm_d2.ablation.plan import Run
-from ghm_d2.ablation.results import Store, last_step
+from ghm_d2.ablation.results import Store
+from ghm_d2.errors import UserError
 
-__all__ = ["Outcome", "execute", "free_cores"]
+if TYPE_CHECKING:
+    import submitit
+
+__all__ = ["CLUSTERS", "Outcome", "execute"]
 
 logger = logging.getLogger(__name__)
 
-_POLL = 0.5  # seconds
-CHILD = (sys.executable, "-m", "ghm_d2.ablation.child")
+CLUSTERS = ("local", "slurm", "debug")  # debug: in this process, one after the other
+_POLL = 1.0  # seconds
+_GRACE = 60.0  # seconds that cancelled runs get to end
+_TIME_LIMITS = {"local": 30 * 24 * 60}  # minutes; submitit knows no job without a limit
+_TIME_LIMIT = 24 * 60
 
 
 @dataclass
@@ -40,216 +45,208 @@ class Outcome:
     elsewhere: set[str] = field(default_factory=set)
 
 
-def free_cores() -> int:
-    """How many cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
+@dataclass
+class _Active:
+    run: Run
+    job: "submitit.Job[str]"
+    slot: int
+    start: float = field(default_factory=time.perf_counter)
 
 
 def execute(
-    runs: Sequence[Run], store: Store, jobs: int, threads: int, gpus_each: int = 1
+    runs: Sequence[Run],
+    store: Store,
+    jobs: int,
+    threads: int,
+    gpus_each: int = 1,
+    cluster: str = "local",
+    parameters: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Bring every run to its end that has not reached it.
 
     A run that was cut off goes on from its last checkpoint. One that fails is reported, and the
-    others go on.
+    others go on. Ctrl-C, SIGTERM and a closed terminal cancel what is running.
 
     Args:
         runs: the plan; runs of one identity are run once.
-        store: where results and OUTPUT_DIRs lie.
-        jobs: processes side by side.
+        store: where results and OUTPUT_DIRs lie; on a cluster, all its machines must see it.
+        jobs: runs side by side.
         threads: CPU threads of each.
-        gpus_each: GPUs of each; where there are more, the processes side by side share them out.
+        gpus_each: GPUs of each; where this machine has more, the runs side by side share them out.
+        cluster: one of ``CLUSTERS``.
+        parameters: more for submitit's AutoExecutor, such as ``slurm_partition``.
+
+    Raises:
+        UserError: submitit or the cluster is missing, or submitit refuses a parameter.
     """
-    outcome = Outcome()
-    waiting: deque[Run] = deque()
-    for run in {run.id: run for run in runs}.values():
-        if store.load(run):
-            outcome.cached.add(run.id)
-        else:
-            waiting.append(run)
-    total = len(waiting)
+    outcome, active = Outcome(), []
+    planned = {run.id: run for run in runs}
+    outcome.cached = {run.id for run in planned.values() if store.load(run)}
+    waiting = deque(run for run in planned.values() if run.id not in outcome.cached)
     if outcome.cached:
         logger.info("%d runs are done already", len(outcome.cached))
     if not waiting:
         return outcome
-    active: list[_Process] = []
-    slots = deque(range(jobs))
+    submitter = _Submitter(store, threads, gpus_each, cluster, parameters or {})
+    submitter.executor(waiting[0])  # a wrong option is told once, before anything starts
+    total, steps = len(waiting), sum(run.iterations for run in waiting)
+    done = {run.id: store.progress(run)[0] for run in waiting}
     quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0}
-    bar = tqdm(total=sum(run.iterations for run in waiting), unit="it", **quiet)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(logging_redirect_tqdm([logging.getLogger("ghm_d2")]))
-        stack.enter_context(bar)
-        stack.callback(lambda: [process.stop() for process in active])
-        while waiting or active:
-            while waiting and slots:
-                run = waiting.popleft()
-                process = _Process.start(
-                    run, store, slots[0], _environment(slots[0], threads, gpus_each)
-                )
-                if process is None:
-                    logger.info("%s is being run by another process", run.name)
-                    outcome.elsewhere.add(run.id)
-                    bar.total -= run.iterations
-                    continue
-                slots.popleft()
-                bar.total -= process.done
-                active.append(process)
-            for process in [p for p in active if p.ended()]:
-                active.remove(process)
-                slots.append(process.slot)
-                if reason := process.failure(store):
-                    outcome.failed[process.run.id] = reason
-                    bar.total -= process.run.iterations - process.done
-                else:
-                    outcome.finished.add(process.run.id)
-                count = len(outcome.finished) + len(outcome.failed) + len(outcome.elsewhere)
-                _report(process, store, reason, f"{count} of {total}")
-                bar.update(process.advance(None if reason else process.run.iterations))
-            for process in active:
-                bar.update(process.advance())
-            losses = [f"{p.run.name}: {p.done} of {p.run.iterations}{p.loss}" for p in active]
-            number = total - len(waiting)
-            bar.set_description(f"run {number} of {total}", refresh=False)
-            bar.set_postfix_str("; ".join(losses), refresh=False)
-            bar.update(0)
-            if active:
-                time.sleep(_POLL)
+    stops = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
+    with (
+        logging_redirect_tqdm([logging.getLogger("ghm_d2")]),
+        tqdm(total=steps, initial=sum(done.values()), unit="it", **quiet) as bar,
+        _signals(stops),
+    ):
+        try:
+            while waiting or active:
+                while waiting and len(active) < jobs:
+                    slot = min(set(range(jobs)) - {item.slot for item in active})
+                    active.append(submitter.submit(waiting.popleft(), slot))
+                for item in [item for item in active if item.job.done()]:
+                    active.remove(item)
+                    done[item.run.id] = item.run.iterations
+                    _conclude(item, outcome, store, total)
+                told = []
+                for run in (item.run for item in active):
+                    done[run.id], loss = store.progress(run)
+                    loss = "" if loss is None else f", loss {loss:.3f}"
+                    told.append(f"{run.name}: {done[run.id]} of {run.iterations}{loss}")
+                bar.set_description(f"run {total - len(waiting)} of {total}", refresh=False)
+                bar.set_postfix_str("; ".join(told), refresh=False)
+                bar.update(sum(done.values()) - bar.n)
+                time.sleep(_POLL if active else 0)
+        finally:
+            submitter.cancel(active)
     return outcome
 
 
-def _report(process: "_Process", store: Store, reason: str, count: str) -> None:
+def _conclude(item: _Active, outcome: Outcome, store: Store, total: int) -> None:
+    """Note and tell what became of a run."""
+    from submitit.core.utils import UncompletedJobError
+
+    from ghm_d2.ablation.job import ELSEWHERE
+
+    run = item.run
+    try:
+        reason = item.job.result()
+    except UncompletedJobError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"its process ended without a result (killed, or out of memory?): {lines[-1]}"
+    if reason == ELSEWHERE:
+        outcome.elsewhere.add(run.id)
+    elif reason:
+        outcome.failed[run.id] = reason
+    else:
+        outcome.finished.add(run.id)
+    count = f"{len(outcome.finished) + len(outcome.failed) + len(outcome.elsewhere)} of {total}"
     if reason:
-        log = process.log_file
-        logger.warning("%s failed (%s): %s; its log is %s", process.run.name, count, reason, log)
+        log = item.job.paths.stdout
+        logger.warning("%s not finished (%s): %s; its log is %s", run.name, count, reason, log)
         return
-    found = store.load(process.run)
-    ap = (found or {}).get("metrics", {}).get("AP")
-    logger.info(
-        "%s finished (%s) in %.1f min: AP %s",
-        process.run.name,
-        count,
-        process.seconds / 60,
-        "unknown" if ap is None else f"{ap:.2f}",
-    )
+    minutes = (time.perf_counter() - item.start) / 60
+    ap = (store.load(run) or {}).get("metrics", {}).get("AP")
+    told = "unknown" if ap is None else f"{ap:.2f}"
+    logger.info("%s finished (%s) in %.1f min: AP %s", run.name, count, minutes, told)
 
 
-class _Process:
-    """A run at work."""
+class _Submitter:
+    """Starts runs by submitit, and cancels them."""
 
     def __init__(
-        self, run: Run, output: Path, slot: int, lock: IO[str], env: dict[str, str]
+        self, store: Store, threads: int, gpus_each: int, cluster: str, more: Mapping[str, Any]
     ) -> None:
-        self.run, self.slot, self._output, self._lock = run, slot, output, lock
-        self.done, self.loss, self.seconds = 0, "", 0.0
-        self.log_file = output / "ablate.log"
-        pointer = output / "last_checkpoint"
-        options = ["--resume"] if pointer.exists() else []
-        if options and pointer.read_text().strip() == "model_final.pth":
-            options.append("--eval-only")  # it was cut off in its evaluation
-        words = [*CHILD, str(output / "usage.json"), *run.argv]
-        words += ["OUTPUT_DIR", str(output), *options]
-        self._start = time.perf_counter()
-        with open(self.log_file, "a") as log:
-            self._popen = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,  # its end tells the process that this one has died
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-                pass_fds=[lock.fileno()],
-                start_new_session=True,  # Ctrl-C is for this process, which then stops the others
-            )
-        self.done, _ = last_step(output) if options else (0, None)
+        self._store, self._gpus_each, self._cluster = store, gpus_each, cluster
+        self._parameters = {
+            "cpus_per_task": threads,
+            "gpus_per_node": gpus_each if cluster == "slurm" else 0,
+            "timeout_min": _TIME_LIMITS.get(cluster, _TIME_LIMIT),
+            "stderr_to_stdout": True,
+            **more,
+        }
+        paths = [str(Path(_package).parents[1]), os.environ.get("PYTHONPATH", "")]
+        self._environment = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            # The package that runs here, whatever is installed.
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
 
-    @classmethod
-    def start(cls, run: Run, store: Store, slot: int, env: dict[str, str]) -> "_Process | None":
-        """Start a run, unless another process is running it."""
-        output = store.output(run)
-        output.mkdir(exist_ok=True)
-        lock = open(store.work / f"{run.id}.lock", "w")  # noqa: SIM115  (held until the end)
+    def executor(self, run: Run) -> "submitit.AutoExecutor":
+        """submitit's executor, whose files lie in the run's folder of logs.
+
+        Raises:
+            UserError: submitit or the cluster is missing, or a parameter is refused.
+        """
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-        if store.load(run):  # finished since this process looked
-            lock.close()
-            return None
-        if (store.runs / f"{run.id}.json").exists():  # of another default: start from nothing
-            shutil.rmtree(output)
-            output.mkdir()
-        return cls(run, output, slot, lock, env)
+            import submitit
 
-    def advance(self, done: int | None = None) -> int:
-        """Note how far the run is; returns the iterations since the last call."""
-        before = self.done
-        now, loss = last_step(self._output)
-        self.done = max(now if done is None else done, before)
-        self.loss = "" if loss is None else f", loss {loss:.3f}"
-        return self.done - before
+            executor = submitit.AutoExecutor(self._store.logs(run), cluster=self._cluster)
+            executor.update_parameters(name=f"ghm_{run.id}", **self._parameters)
+        except ImportError as error:
+            raise UserError(
+                "ablations are run by submitit: pip install submitit (--report-only needs none)."
+            ) from error
+        except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"submitit cannot use --cluster {self._cluster}: {reason}") from error
+        return executor
 
-    def ended(self) -> bool:
-        """Whether the process is over."""
-        if self._popen.poll() is None:
-            return False
-        self.seconds = time.perf_counter() - self._start
-        self._close()
-        return True
+    def submit(self, run: Run, slot: int) -> _Active:
+        """Start a run; slots number those side by side, from 0."""
+        from submitit.helpers import environment_variables
 
-    def failure(self, store: Store) -> str:
-        """Save the result; returns why there is none, in one sentence, or ""."""
-        code = self._popen.returncode
-        if code == 0:
-            try:
-                store.save(self.run, self.seconds)
-            except (OSError, ValueError) as error:
-                return f"its results cannot be read ({error})"
-            return ""
-        lines = [line.strip() for line in _tail(self.log_file) if line.strip()]
-        said = [line for line in lines if line.startswith("train_net.py: error: ")]
-        last = (said or lines or ["it said nothing"])[-1].removeprefix("train_net.py: error: ")
-        return f"signal {-code}; {last}" if code < 0 else last
+        from ghm_d2.ablation.job import Job
 
-    def stop(self) -> None:
-        """End the process; the next call of the tool goes on from its last checkpoint."""
-        self._popen.terminate()
-        try:
-            self._popen.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._popen.kill()
-            self._popen.wait()
-        self._close()
+        gpus = self._gpus(slot) if self._cluster == "local" else None
+        job = Job(self._store.folder.resolve(), gpus)
+        # A terminal sends Ctrl-C to every process: without this a training would die in mid-step,
+        # where `cancel` lets it write a checkpoint first.
+        deaf = _signals(dict.fromkeys((signal.SIGINT, signal.SIGHUP), signal.SIG_IGN))
+        with environment_variables(**self._environment), deaf:
+            return _Active(run, self.executor(run).submit(job, run), slot)
 
-    def _close(self) -> None:
-        self._popen.stdin.close()
-        self._lock.close()
+    def _gpus(self, slot: int) -> str:
+        """CUDA_VISIBLE_DEVICES of a slot; submitit by itself would hide every GPU."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [str(i) for i in range(torch.cuda.device_count())]
+        if visible is not None:
+            names = [name for name in visible.split(",") if name]
+        if len(names) > self._gpus_each:
+            first = slot * self._gpus_each
+            names = [names[(first + i) % len(names)] for i in range(self._gpus_each)]
+        return ",".join(names)
 
+    def cancel(self, active: Sequence[_Active]) -> None:
+        """End what is still running, and wait for it; the next call goes on from the checkpoints.
 
-def _tail(file: Path, size: int = 20000) -> Iterable[str]:
-    with open(file, "rb") as stream:
-        stream.seek(max(stream.seek(0, 2) - size, 0))
-        return stream.read().decode(errors="replace").splitlines()
+        A training finishes its step and writes a checkpoint. A local one that takes longer than
+        the time of grace is killed.
+        """
+        local = self._cluster == "local"
+        for item in active:
+            if not local:
+                item.job.cancel(check=False)
+            elif not item.job.done():  # its own `cancel` kills after a second
+                os.kill(int(item.job.job_id), signal.SIGTERM)
+        end = time.monotonic() + _GRACE
+        for item in active if local else ():
+            while not item.job.done() and time.monotonic() < end:
+                time.sleep(0.1)
+            if not item.job.done() and (pid := self._store.process(item.run)):
+                os.kill(pid, signal.SIGKILL)
 
 
-def _environment(slot: int, threads: int, gpus_each: int) -> dict[str, str]:
-    environment = dict(os.environ)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment[name] = str(threads)
-    # The package that runs here, whatever is installed.
-    paths = [str(Path(_package).parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    gpus = _gpus()
-    if len(gpus) > gpus_each:
-        own = [gpus[(slot * gpus_each + i) % len(gpus)] for i in range(gpus_each)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    return environment
-
-
-def _gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    return [str(i) for i in range(torch.cuda.device_count())]
+@contextlib.contextmanager
+def _signals(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Installs handlers for the block, but for signals that the user has made this ignore."""
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in handlers.items()
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,6 +1,5 @@
 """From a grid to runs: merged configs, checked before anything starts, and their identities."""
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -25,8 +24,8 @@ from ghm_d2.errors import UserError
 
 __all__ = ["Run", "effective", "plan_runs"]
 
-# Keys that decide where and how a run is kept, not what comes out of it. The device is among them:
-# seeds already stand for the last digits, and the figures of a GPU shall be found without one.
+# Keys that decide where and how a run is kept, not what comes out of it. The device is among them,
+# so that figures measured on a GPU are found again on a machine without one.
 _NO_INFLUENCE = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
 SPLITS = ("DATASETS.TRAIN", "DATASETS.TEST")
 _NUM_CLASSES = ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
@@ -66,14 +65,28 @@ class Run:
         return f"{self.row}, seed {self.seed}"
 
 
-def plan_runs(grid: Grid, args: argparse.Namespace, scratch: Path) -> list[Run]:
+def plan_runs(
+    grid: Grid,
+    seeds: Sequence[int],
+    *,
+    scratch: Path,
+    datasets: Sequence[str] = (),
+    pairs: Sequence[str] = (),
+    config_file: str | None = None,
+    num_gpus: int = 1,
+    complete: bool = True,
+) -> list[Run]:
     """Build and check the config of every row; nothing is trained.
 
     Args:
         grid: the table.
-        args: with ``seeds``, ``dataset``, ``opts``, ``config_file``, ``num_gpus`` and
-            ``report_only`` (weights may be missing).
+        seeds: values of SEED.
         scratch: folder for the log of the checks.
+        datasets: NAME=annotations.json,image_dir: the first trains, the others test.
+        pairs: KEY VALUE ..., for all rows.
+        config_file: base config, instead of the grid's.
+        num_gpus: processes of each run.
+        complete: whether everything must be there that a training needs, weights among it.
 
     Returns:
         One run for each row and seed, all rows of the first seed first, so that a table which is
@@ -82,35 +95,42 @@ def plan_runs(grid: Grid, args: argparse.Namespace, scratch: Path) -> list[Run]:
     Raises:
         UserError: a config, a key or the data is wrong; the message names the row.
     """
-    _check_pairs(grid, args.opts)
-    base = Path(args.config_file) if args.config_file else grid.config_file
-    pairs = [*_words(grid.overrides), *args.opts]
+    _check_pairs(grid, pairs)
+    options = ["--num-gpus", str(num_gpus)] if num_gpus > 1 else []
+    given = [word for text in datasets for word in ("--dataset", text)]
+    base = Path(config_file) if config_file else grid.config_file
+    common = [*_words(grid.overrides), *pairs]
     # The first config registers the data and finds the splits, which all rows then share.
-    first, datasets = _build(base, pairs, scratch, args.dataset)
-    shared = []
-    if datasets:
-        shared = _words({key: _leaf(first, key) for key in (*SPLITS, *_NUM_CLASSES)})
+    first, registered = _build(base, common, scratch, datasets)
+    shared = {key: _leaf(first, key) for key in (*SPLITS, *_NUM_CLASSES)} if datasets else {}
+    # A training counts the classes of its data itself, but its splits must not depend on the order.
+    splits = _words({key: value for key, value in shared.items() if key in SPLITS})
     device = ["MODEL.DEVICE", first.MODEL.DEVICE]  # chosen, and warned of, once
 
-    fingerprints = _Fingerprints(datasets)
+    fingerprints = _Fingerprints(registered)
     runs = []
     for row in grid.rows:
-        own = [*pairs, *_words(row.overrides)]
+        own = [*common, *_words(row.overrides)]
         file = row.config_file or base
         with _named(f"row {row.name!r}"):
-            words = [*own, *shared, *device]
+            words = [*own, *_words(shared), *device]
             cfg, _ = _build(file, words, scratch)
-            if not args.report_only:
-                check_all(cfg, set(words[::2]), Processes(args.num_gpus))
+            if complete:
+                check_all(cfg, set(words[::2]), Processes(num_gpus))
             if not cfg.DATASETS.TEST:
                 raise UserError(
                     "DATASETS.TEST is empty, and an ablation compares evaluations: give a second "
                     "--dataset, or DATASETS.TEST."
                 )
-        for seed in args.seeds:
+            data = {
+                split: {name: fingerprints.of(name) for name in cfg.DATASETS[split.upper()]}
+                for split in ("train", "test")
+            }
+        words = ["--config-file", str(file), *given, *options]
+        for seed in seeds:
             cfg.SEED = seed
-            runs.append(_run(row, seed, file, own, shared, cfg, args, fingerprints))
-    runs.sort(key=lambda run: args.seeds.index(run.seed))  # stable: the rows stay in order
+            runs.append(_run(row, cfg, data, words, own, splits))
+    runs.sort(key=lambda run: seeds.index(run.seed))  # stable: the rows stay in order
     return runs
 
 
@@ -122,39 +142,26 @@ def _build(
 
 def _run(
     row: Row,
-    seed: int,
-    file: Path,
-    own: list[str],
-    shared: list[str],
     cfg: CfgNode,
-    args: argparse.Namespace,
-    fingerprints: "_Fingerprints",
+    data: dict[str, dict[str, str]],
+    words: list[str],
+    own: list[str],
+    splits: list[str],
 ) -> Run:
     config = flat(cfg)
-    data = {
-        split: {name: fingerprints.of(name) for name in cfg.DATASETS[split.upper()]}
-        for split in ("train", "test")
-    }
     weights = _weights(config)
     changed = {k: v for k, v in config.items() if k not in SPLITS and v != _defaults().get(k)}
     # By content, not by name: the same data under another name is the same run.
     content = [changed, [list(names.values()) for names in data.values()]]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    options = ["--config-file", str(file)]
-    for text in args.dataset:
-        options += ["--dataset", text]
-    if args.num_gpus > 1:
-        options += ["--num-gpus", str(args.num_gpus)]
     period = min(cfg.SOLVER.CHECKPOINT_PERIOD, max(cfg.SOLVER.MAX_ITER // 10, 1))
-    late = _words({"SEED": seed, "SOLVER.CHECKPOINT_PERIOD": period})
     pairs = dict(zip(own[::2], own[1::2], strict=True))
-    splits = [word for pair in zip(shared[::2], shared[1::2], strict=True)
-              if pair[0] in SPLITS for word in pair]  # fmt: skip
+    last = _words({"SEED": cfg.SEED, "SOLVER.CHECKPOINT_PERIOD": period})
     return Run(
         id=digest[:12],
         row=row.name,
-        seed=seed,
-        argv=(*options, *(word for pair in pairs.items() for word in pair), *splits, *late),
+        seed=cfg.SEED,
+        argv=(*words, *_words(pairs), *splits, *last),
         overrides={k: config[k] for k in pairs if k in config},
         config=config,
         data=data,
@@ -171,7 +178,7 @@ def flat(cfg: CfgNode) -> dict[str, Any]:
 
 
 def effective(config: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the settings of losses that are not enabled: they decide nothing of a run.
+    """Leave out the settings of losses that are not enabled: they have no influence on a run.
 
     Args:
         config: keys to values; also of an older file, which has them still.
@@ -222,11 +229,16 @@ class _Fingerprints:
     def of(self, name: str) -> str:
         """Hexadecimal hash of a registered data set."""
         if name not in self._known:
-            self._known[name] = self._hash(name)
+            try:
+                self._known[name] = self._hash(name)
+            except OSError as error:
+                raise UserError(f"the data set {name} cannot be read ({error}).") from error
         return self._known[name]
 
     def _hash(self, name: str) -> str:
         metadata = MetadataCatalog.get(name)
+        if (file := metadata.get("json_file")) and not os.path.isfile(file):
+            DatasetCatalog.get(name)  # the default data set is drawn on first use
         found = self._files.get(name, (metadata.get("json_file"), metadata.get("image_root")))
         if found[0] and found[1]:
             annotations = _sha256(found[0])

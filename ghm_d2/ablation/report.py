@@ -1,15 +1,42 @@
-"""From finished runs to the table: JSON first, and Markdown from that alone."""
+"""From finished runs to the table: a summary as JSON has it, and Markdown from that alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ghm_d2.ablation.grid import SPEED, Grid, Row
 from ghm_d2.ablation.plan import Run
+from ghm_d2.ablation.plot import draw_summary
+from ghm_d2.ablation.results import Store
 from ghm_d2.ablation.stats import mean_and_deviation, paired_difference
 from ghm_d2.markdown import markdown_table
 
-__all__ = ["render_markdown", "summarize"]
+__all__ = ["render_markdown", "summarize", "write_report"]
+
+
+def write_report(
+    grid: Grid, runs: Sequence[Run], store: Store, failed: Mapping[str, str]
+) -> tuple[str, list[Path]]:
+    """Write the study, the table and the picture of what is done, into the store's folder.
+
+    Args:
+        grid: the table.
+        runs: its plan.
+        store: where the finished runs are.
+        failed: identity to reason.
+
+    Returns:
+        The table as Markdown, and the files.
+    """
+    results = {run.id: found for run in runs if (found := store.load(run))}
+    summary = summarize(grid, runs, results, failed)
+    text = render_markdown(summary)
+    stem = store.folder / grid.name
+    table = Path(f"{stem}.md")
+    table.write_text(text, encoding="utf-8")
+    study = store.write_study(summary, results)
+    return text, [table, study, *draw_summary(summary, stem)]
 
 
 def summarize(
@@ -210,7 +237,8 @@ def _told(circumstances: Mapping[str, list[Any]]) -> str:
         for data in circumstances["data"]
         for split, names in data.items()
     ]
-    commits = [c[:10] + ("+changes" if "+" in c else "") for c in circumstances["commit"]]
+    # "+changes" in records from before the mark was git's own.
+    commits = [c[:10] + ("+changes" if len(c) > 40 else "") for c in circumstances["commit"]]
     lines = [
         f"- iterations: {_list(circumstances['iterations'])}",
         f"- data: {'; '.join(sets)}",
@@ -221,9 +249,7 @@ def _told(circumstances: Mapping[str, list[Any]]) -> str:
         f"commit {_list(commits)}",
     ]
     if resumed := circumstances["resumed"][0]:
-        lines.append(
-            f"- {resumed} runs were cut off and resumed: their order of images started anew"
-        )
+        lines.append(f"- {resumed} runs were cut off and resumed")
     return "\n".join(lines)
 
 

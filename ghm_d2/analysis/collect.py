@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.modeling.meta_arch import GeneralizedRCNN, ProposalNetwork, RetinaNet
 from detectron2.modeling.proposal_generator import RPN
@@ -19,7 +18,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from ..data.loader import build_test_mapper
 from ..errors import UserError
+from ..modeling.targets import anchor_deltas, proposal_deltas
 from .distributions import ClassificationDistribution, RegressionDistribution
 
 __all__ = ["PartDistributions", "collect", "detector_parts"]
@@ -93,7 +94,7 @@ def collect(
         sigmoid = not isinstance(module, FastRCNNOutputLayers) or module.use_sigmoid_ce
         activation = "sigmoid" if sigmoid else "softmax"
         parts[name] = PartDistributions.from_config(cfg, name, activation)
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = build_test_mapper(cfg)
     mapper.is_train = True  # resized as for the test, yet with the ground truth
     unreadable = []
     images = 0
@@ -168,11 +169,14 @@ def _record_dense(
         labels, logits = torch.where(labels >= 0, 1 - labels, labels).long(), logits.unsqueeze(2)
     num_classes = logits.shape[2]
     part.classification.add(logits.flatten(0, 1), labels.flatten())
-    image, index = ((labels >= 0) & (labels < num_classes)).nonzero(as_tuple=True)
-    target = module.box2box_transform.get_deltas(
-        Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
+    pair = anchor_deltas(
+        module.box2box_transform,
+        Boxes.cat(anchors).tensor,
+        torch.cat(pred_anchor_deltas, dim=1),
+        gt_boxes,
+        (labels >= 0) & (labels < num_classes),
     )
-    part.regression.add(torch.cat(pred_anchor_deltas, dim=1)[image, index], target)
+    part.regression.add(*pair)
     return {}
 
 
@@ -186,13 +190,16 @@ def _record_box_head(
     scores, deltas = predictions
     labels = torch.cat([x.gt_classes for x in proposals])
     part.classification.add(scores[:, :-1] if module.use_sigmoid_ce else scores, labels)
-    index = ((labels >= 0) & (labels < module.num_classes)).nonzero(as_tuple=True)[0]
-    proposal_boxes = torch.cat([x.proposal_boxes.tensor for x in proposals])[index]
-    if len(index):  # gt_boxes is missing from an image without ground truth
-        gt_boxes = torch.cat([x.gt_boxes.tensor for x in proposals])[index]
-        columns = proposal_boxes.shape[1]
-        pred = deltas.view(len(deltas), -1, columns)
-        own = labels[index] if pred.shape[1] > 1 else torch.zeros_like(index)
-        target = module.box2box_transform.get_deltas(proposal_boxes, gt_boxes)
-        part.regression.add(pred[index, own], target)
+    # Without ground truth, an image's proposals are background and have no gt_boxes.
+    pair = proposal_deltas(
+        module.box2box_transform,
+        torch.cat([x.proposal_boxes.tensor for x in proposals]),
+        deltas,
+        torch.cat(
+            [(x.gt_boxes if x.has("gt_boxes") else x.proposal_boxes).tensor for x in proposals]
+        ),
+        labels,
+        module.num_classes,
+    )
+    part.regression.add(*pair)
     return {}

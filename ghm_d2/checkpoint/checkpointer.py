@@ -2,13 +2,11 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
@@ -18,13 +16,12 @@ from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
-from .origin import ORIGIN, check_classes, read_origin
+from .origin import ORIGIN, read_origin
 from .unpickler import load_file
 
 __all__ = [
     "RestrictedCheckpointer",
     "load_trained_weights",
-    "newest_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
@@ -33,8 +30,8 @@ logger = logging.getLogger(__name__)
 _DAMAGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 _WAY_OUT = (
-    "where it comes from torchvision or mmdetection, convert it with tools/convert_torchvision.py "
-    "or tools/convert_mmdet.py."
+    "where it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
+    "or ghm-d2 convert-mmdet."
 )
 
 
@@ -58,39 +55,17 @@ class _RestrictedTorchLoad(Checkpointer):
     """Stands behind DetectionCheckpointer, which leaves everything but .pkl and .pyth to it."""
 
     trusted = False  # whether files may run code; an instance sets it
+    _opened: tuple[str, dict[str, Any]] | None = None  # path and content, until it is loaded
+
+    def _open(self, file: str) -> dict[str, Any]:
+        """What a file holds; one that was opened to see whether it can be is not read twice."""
+        opened, self._opened = self._opened, None
+        if opened is not None and opened[0] == file:
+            return opened[1]
+        return _mapping(load_file(file, trusted=self.trusted), file)
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        return _mapping(load_file(f, trusted=self.trusted), f)
-
-
-def newest_checkpoint(folder: str) -> tuple[str | None, list[str]]:
-    """The newest checkpoint of a training that can be read.
-
-    Args:
-        folder: OUTPUT_DIR.
-
-    Returns:
-        The name of a file in `folder`, or None where there is no `last_checkpoint`; and a sentence
-        for each newer one that cannot be read.
-
-    Raises:
-        UserError: there are checkpoints, and none can be read.
-    """
-    run = RunFolder(folder)
-    if run.last_checkpoint() is None:
-        return None, []
-    reasons = []
-    for name in run.checkpoints():
-        try:
-            if "model" in _mapping(load_file(os.path.join(folder, name)), name):
-                return name, reasons
-            reasons.append(f"{name} holds no model")
-        except UserError as error:
-            reasons.append(str(error).rstrip("."))
-    raise UserError(
-        f"--resume: no checkpoint in {folder} can be read ({'; '.join(reasons)}): write the name "
-        f"of another checkpoint into {LAST_CHECKPOINT}, or leave --resume out."
-    )
+        return self._open(f)
 
 
 def _reset_counts(model: torch.nn.Module, path: str) -> None:
@@ -193,13 +168,35 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             return rest
         return self.load(os.path.join(self.save_dir, name))
 
+    def _open_newest(self) -> str | None:
+        """The newest checkpoint that can be read: its name, or None where there is none at all."""
+        run = RunFolder(self.save_dir)
+        if run.last_checkpoint() is None:
+            return None
+        reasons = []
+        for name in run.checkpoints():
+            path = os.path.join(self.save_dir, name)
+            try:
+                self._opened = path, self._open(path)
+            except UserError as error:
+                reasons.append(str(error).rstrip("."))
+                continue
+            if "model" not in self._opened[1]:
+                reasons.append(f"{name} holds no model")
+                continue
+            for newer in reasons:
+                logger.warning("%s: going back to %s", newer, name)
+            return name
+        raise UserError(
+            f"--resume: no checkpoint in {self.save_dir} can be read ({'; '.join(reasons)}): write "
+            f"the name of another checkpoint into {LAST_CHECKPOINT}, or leave --resume out."
+        )
+
     def _common_checkpoint(self) -> str | None:
         name, failure = None, ""
         if comm.is_main_process():
             try:
-                name, reasons = newest_checkpoint(self.save_dir)
-                for reason in reasons:
-                    logger.warning("%s: going back to %s", reason, name)
+                name = self._open_newest()
             except UserError as error:
                 failure = str(error)
         name, failure = comm.all_gather((name, failure))[0]
@@ -216,7 +213,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._filename = filename
         if filename.endswith(".pkl"):
-            data = _mapping(load_file(filename, trusted=self.trusted), filename)
+            data = self._open(filename)
             if "model" in data and "__author__" in data:
                 return data
             # Caffe2 and Detectron1: detectors have "blobs", ImageNet models do not.
@@ -224,7 +221,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             model = {k: v for k, v in blobs.items() if not str(k).endswith("_momentum")}
             return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):
-            data = _mapping(load_file(filename, trusted=self.trusted), filename)
+            data = self._open(filename)
             state = _mapping(data.get("model_state"), filename)
             model = {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
             return {"model": model, "__author__": "pycls", "matching_heuristics": True}
@@ -264,7 +261,6 @@ def load_trained_weights(
     *,
     resume: bool = False,
     trusted: bool = False,
-    datasets: Sequence[str] = (),
 ) -> Record:
     """Load weights to evaluate or to predict with, their running counts included.
 
@@ -274,7 +270,6 @@ def load_trained_weights(
         folder: of a training.
         resume: load the last checkpoint in `folder`; `weights` where there is none.
         trusted: whether the file may run code.
-        datasets: names of those to be tested on; their classes must be those of the weights.
 
     Returns:
         What the checkpoint says of the classes and the data that it was trained on.
@@ -289,9 +284,6 @@ def load_trained_weights(
         checkpointer.resume_or_load(weights)
     else:
         checkpointer.load(weights, checkpointables=[])
-    for name in datasets:
-        if name in MetadataCatalog.list():
-            check_classes(checkpointer.origin, MetadataCatalog.get(name).get("thing_classes"), name)
     return checkpointer.origin
 
 

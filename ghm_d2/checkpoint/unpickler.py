@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, cannot, reason
 
 __all__ = ["load_file"]
 
@@ -250,11 +250,10 @@ def load_file(path: str | os.PathLike, *, trusted: bool = False) -> Any:
             "who wrote it with this machine, give --trust-checkpoint to train_net.py."
         ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+        raise cannot("read", path, error) from error
     # A damaged pickle is a random program: it can fail with any exception.
     except Exception as error:
-        reason = " ".join(str(error).split()[:20]) or type(error).__name__
         raise UserError(
-            f"{path} is not a file of weights, or a damaged one ({reason.rstrip('.')}): fetch or "
+            f"{path} is not a file of weights, or a damaged one ({reason(error)}): fetch or "
             "save it again."
         ) from error

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 from ghm_d2.model_zoo.export import export_run
 from ghm_d2.model_zoo.table import write_page
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=_PROGRAM,
         description=f"{__doc__} Of a training, ZOO/<config name>/<id>/ gets the weights, "
         "metrics.json, the full config, and one for stock Detectron2 where it can run the model; "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ghm_d2.data import parse_dataset
+from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 from ghm_d2.report import write_report
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=_PROGRAM, description=f"{__doc__} The page needs no network and no other file."
     )
     add_arguments(parser)

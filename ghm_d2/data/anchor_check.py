@@ -68,7 +68,7 @@ def _way_out(cfg: CfgNode, boxes: np.ndarray, images: np.ndarray) -> str:
         return (
             f"A typical box is {typical[0]:.0f} x {typical[1]:.0f} pixels there, and neither other "
             "anchor sizes and ratios nor an input of four times the size fit most of them: look at "
-            "the boxes with tools/look_at_data.py."
+            "the boxes with ghm-d2 look."
         )
     words = []
     if found.anchors.sizes != anchors.sizes:

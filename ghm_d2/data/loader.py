@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
 from detectron2.utils import comm
 from PIL import Image
@@ -24,11 +24,28 @@ from ghm_d2.data import workers
 from ghm_d2.data.anchor_check import log_anchor_fit
 from ghm_d2.randomness import numpy_state, preserved, seeded, set_numpy_state
 
-__all__ = ["TrainLoader", "build_train_loader", "build_train_loader_from_parts"]
+__all__ = [
+    "TrainLoader",
+    "build_test_mapper",
+    "build_train_loader",
+    "build_train_loader_from_parts",
+]
 
 logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
+def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Detectron2's mapper for evaluation, which needs no data set to train on.
+
+    Detectron2's asks ``DATASETS.TRAIN`` for the names of keypoints, to mirror those of images that
+    evaluation never mirrors.
+    """
+    plain = cfg.clone()
+    plain.defrost()
+    plain.MODEL.KEYPOINT_ON = False
+    return DatasetMapper(plain, is_train=False)
 
 
 def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[list[dict]]:

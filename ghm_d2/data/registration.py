@@ -19,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 
 from ghm_d2.data.checks import KINDS, Findings, annotation_problems, row_problems
 from ghm_d2.data.image_checks import image_problems
+from ghm_d2.data.keypoints import Keypoints, fill_in, find_keypoints, mirrored_pairs
 from ghm_d2.errors import UserError, cannot
 
 __all__ = [
@@ -55,6 +56,7 @@ class CocoDataset:
         evaluable: whether pycocotools can evaluate the file as it is. If not, Detectron2 converts
             the loaded data into a file that it can.
         without_mask: number of objects, crowd regions left out, that have no segmentation.
+        keypoints: what the file holds of them; None: it has no annotations.
         fingerprint: what :func:`data_fingerprint` returns; empty until the file has been checked.
     """
 
@@ -64,6 +66,7 @@ class CocoDataset:
     classes: tuple[str, ...] = ()
     evaluable: bool = True
     without_mask: int = 0
+    keypoints: Keypoints | None = Keypoints()
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -120,6 +123,7 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
         classes=tuple(category["name"] for category in ordered),
         evaluable=all(map(_evaluable, annotations)),
         without_mask=sum(not (a.get("segmentation") or a.get("iscrowd", 0)) for a in annotations),
+        keypoints=find_keypoints(content, file) if labelled else None,
         fingerprint=_fingerprint(ordered, images, annotations),
     )
 
@@ -187,7 +191,7 @@ def _refuse(file: str, found: Findings) -> None:
     more = f" (the first of {number} such entries)" if number > 1 else ""
     text = found.examples[kinds[0]][0]
     colon = "" if text.startswith("holds ") else ":"  # of the file as a whole
-    raise UserError(f"{file}{colon} {text}{more}. tools/check_dataset.py lists everything.")
+    raise UserError(f"{file}{colon} {text}{more}. ghm-d2 check-data lists everything.")
 
 
 def _log_repairs(file: str, found: Findings) -> None:
@@ -241,8 +245,18 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
         evaluator_type="coco",
         thing_classes=list(dataset.classes),
         without_mask=dataset.without_mask,
-        fingerprint=dict(dataset.fingerprint),
     )
+    keypoints = dataset.keypoints
+    metadata.num_keypoints = None if keypoints is None else keypoints.number
+    if keypoints is not None:
+        metadata.keypoint_fault = keypoints.fault
+    if keypoints is not None and keypoints.number:
+        # Detectron2's mapper asks for names whether or not it mirrors images.
+        numbers = map(str, range(1, keypoints.number + 1))
+        metadata.keypoint_names = list(keypoints.names or numbers)
+        metadata.keypoint_flip_map = mirrored_pairs(keypoints.names)
+        metadata.keypoints_named = bool(keypoints.names)
+        metadata.keypoints_incomplete = keypoints.incomplete
     if dataset.evaluable:  # without json_file, COCOEvaluator converts what `_load` returns
         metadata.json_file = dataset.json_file
     _registered_here.add(name)
@@ -277,4 +291,6 @@ def _load(dataset: CocoDataset) -> list[dict[str, Any]]:
     for record in records:
         # Detectron2's mapper drops boxes without area, but turns negative sizes into positive ones.
         record["annotations"] = [a for a in record["annotations"] if min(a["bbox"][2:]) > 0]
+    if dataset.keypoints and dataset.keypoints.number:
+        fill_in(records, dataset.keypoints.number)
     return records

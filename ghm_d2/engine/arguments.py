@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from detectron2.config import get_cfg
 
-from ghm_d2.errors import UserError, program_name
+from ghm_d2.errors import UserError, command
 
 __all__ = ["Parser", "add_process_options", "parse_arguments", "train_program"]
 
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 def train_program() -> str:
     """What the user runs to train: the installed command or the script."""
-    return program_name("train_net.py", "ghm-d2-train")
+    return command("train")
 
 
 def _parser() -> Parser:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 from detectron2.config import CfgNode
@@ -15,14 +15,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 
-from ghm_d2.checkpoint.checkpointer import newest_checkpoint
 from ghm_d2.checkpoint.files import fetch
-from ghm_d2.config import validate_ghm_config
+from ghm_d2.data.keypoints import check_keypoints
 from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.processes import Processes, started_by_torchrun
 from ghm_d2.engine.settings import Config, class_counts, key_of, pair, read_settings, typed
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
 from ghm_d2.errors import UserError, similar_names
+from ghm_d2.modeling import validate_ghm_config
+from ghm_d2.run_folder import RunFolder
 
 __all__ = ["check_all", "check_inference"]
 
@@ -31,10 +32,10 @@ logger = logging.getLogger(__name__)
 _ONE = Processes()
 # Weights that configs name and nobody publishes in Detectron2's format: how to make them.
 _WEIGHTS_HINTS = {
-    "resnext101_32x4d-a5af3160": "python tools/convert_torchvision.py "
+    "resnext101_32x4d-a5af3160": "ghm-d2 convert-torchvision "
     "https://download.openmmlab.com/pretrain/third_party/resnext101_32x4d-a5af3160.pth {path}",
-    "mobilenet_v2": "python tools/fetch_backbone.py mobilenet_v2 {path}",
-    "retinanet_ghm_": "python tools/convert_mmdet.py URL {path}, with the URL that stands in the "
+    "mobilenet_v2": "ghm-d2 fetch-backbone mobilenet_v2 {path}",
+    "retinanet_ghm_": "ghm-d2 convert-mmdet URL {path}, with the URL that stands in the "
     "config file",
 }
 
@@ -191,6 +192,8 @@ def _check_datasets(cfg: Config, eval_only: bool) -> None:
         _check_class_count(cfg, name)
     for name in train:
         _check_masks(cfg, name)
+    if isinstance(cfg, CfgNode) and cfg.MODEL.KEYPOINT_ON:
+        _check_keypoints(cfg, train, test)
     for name in test:
         _check_evaluator(name)
     _check_class_names(cfg, dict.fromkeys(train + test))
@@ -223,6 +226,21 @@ def _check_masks(cfg: Config, name: str) -> None:
         raise UserError(
             f"MODEL.MASK_ON is True, but {without} objects of the data set {name} have no "
             "segmentation: annotate them, or give MODEL.MASK_ON False to train on boxes alone."
+        )
+
+
+def _check_keypoints(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
+    number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    for name in dict.fromkeys((*train, *test)):
+        mirrored = name in train and cfg.INPUT.RANDOM_FLIP == "horizontal"
+        check_keypoints(name, MetadataCatalog.get(name), number, mirrored=mirrored)
+    compared = [n for n in test if MetadataCatalog.get(n).get("num_keypoints", 0) is not None]
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17  # COCO's persons
+    if compared and sigmas != number:
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS must hold a tolerance for each of the {number} keypoints, "
+            f"of which it has {len(cfg.TEST.KEYPOINT_OKS_SIGMAS)}: give for example "
+            f'TEST.KEYPOINT_OKS_SIGMAS "[{", ".join(["0.05"] * number)}]".'
         )
 
 
@@ -275,7 +293,7 @@ def _check_evaluator(name: str) -> None:
 def _check_weights(cfg: Config, given: Set[str], eval_only: bool, resume: bool) -> None:
     settings, name = read_settings(cfg), key_of(cfg, "weights")
     if resume:
-        if newest_checkpoint(settings.output_dir)[0] is not None:
+        if RunFolder(settings.output_dir).last_checkpoint() is not None:
             return  # the weights will not be used
         logger.warning(
             "--resume: %s holds no checkpoint; starting from %s %r",

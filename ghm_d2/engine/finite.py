@@ -2,7 +2,7 @@
 
 Detectron2 looks at the losses on the main process alone and never at the gradients. Here every
 process looks, before the optimizer's step, so that the weights in memory are still good; all stop
-together, and the batch is saved for ``tools/replay_batch.py``.
+together, and the batch is saved for ``ghm-d2 replay``.
 """
 
 import contextlib
@@ -241,7 +241,7 @@ class FiniteCheck:
         except UserError as error:  # a full disk must not hide what has happened
             return f"the batch could not be saved: {str(error).rstrip('.')}"
         trust = " --trust-checkpoint" if replay.python else ""
-        return f"to look closer, run python tools/replay_batch.py {path}{trust}"
+        return f"to look closer, run ghm-d2 replay {path}{trust}"
 
     def _diagnose(self) -> str:
         """Levels and modules; nothing where another forward pass is not possible."""

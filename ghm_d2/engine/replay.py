@@ -21,6 +21,7 @@ from detectron2.structures import (
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ghm_d2 import modeling  # noqa: F401  (it registers what configs name)
 from ghm_d2.checkpoint import load_file
 from ghm_d2.checkpoint.files import write_checkpoint
 from ghm_d2.config import add_ghm_config

@@ -11,15 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 
 from ghm_d2.checkpoint import load_trained_weights
-from ghm_d2.checkpoint.origin import changed_data, check_classes, origin_entry
-from ghm_d2.config import add_ghm_config
-from ghm_d2.data import CocoDataset, data_fingerprint, register_coco_dataset
+from ghm_d2.checkpoint.origin import changed_data, check_datasets, origin_entry
+from ghm_d2.data import CocoDataset, register_coco_dataset
+from ghm_d2.data.registration import data_fingerprint
 from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.output_folder import (
@@ -160,7 +160,7 @@ def _work_in_torchrun(argv: Sequence[str] | None) -> None:
 def _work(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
     """One process of the job."""
     if comm.get_world_size() > 1 and not started_by_torchrun():
-        add_ghm_config(get_cfg())  # a spawned process has registered nothing yet
+        # A spawned process has registered what its imports register, and nothing else.
         for dataset in datasets:
             register_coco_dataset(dataset)
     run = RunFolder(read_settings(cfg).output_dir)
@@ -205,7 +205,7 @@ def _train(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
     classes = MetadataCatalog.get(settings.train[0]).get("thing_classes") or ()
     data = {name: data_fingerprint(name) for name in settings.train}
     if trainer.start_iter:
-        _check_same_data(trainer.checkpointer.origin, settings, classes, data)
+        _check_same_data(trainer.checkpointer.origin, settings, data)
     trainer.checkpointer.origin_entry = origin_entry(classes, data)
     if trainer.start_iter < trainer.max_iter:
         if comm.is_main_process():
@@ -223,6 +223,8 @@ def _train(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
     elif settings.test and not main_only(lambda: _is_evaluated(run)):
         logger.info("all iterations are done, but the last evaluation is not: it is done now")
         trainer.evaluate()
+    elif command.restarted:
+        return  # a process has failed after everything was done
     else:
         raise UserError(
             f"--resume: {trainer.start_iter} iterations are done already and "
@@ -262,12 +264,9 @@ def _is_evaluated(run: RunFolder) -> bool:
 
 
 def _check_same_data(
-    origin: Record,
-    settings: Settings,
-    classes: Sequence[str],
-    data: Mapping[str, Mapping[str, Any]],
+    origin: Record, settings: Settings, data: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    check_classes(origin, classes, settings.train[0])
+    check_datasets(origin, settings.train)
     if changes := changed_data(origin, data):
         raise UserError(
             f"--resume: the data is not that of the checkpoint ({'; '.join(changes)}): take the "
@@ -278,14 +277,14 @@ def _check_same_data(
 def _evaluate(command: Command, cfg: Config) -> None:
     settings = read_settings(cfg)
     model = GHMTrainer.build_model(cfg)
-    load_trained_weights(
+    origin = load_trained_weights(
         model,
         settings.weights,
         settings.output_dir,
         resume=command.resume,
         trusted=command.trusted,
-        datasets=settings.test,
     )
+    check_datasets(origin, settings.test)
     results = GHMTrainer.test(cfg, model)
     # Without ground truth there is nothing that the expected results could be compared with.
     if comm.is_main_process() and not report_submissions(settings, results):

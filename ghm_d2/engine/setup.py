@@ -11,7 +11,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ghm_d2 import data, model_zoo, modeling  # noqa: F401  (they register what configs name)
 from ghm_d2.config import add_ghm_config
+from ghm_d2.config_files import find_config, similar_configs
 from ghm_d2.data import CocoDataset, register_datasets
 from ghm_d2.engine.python_config import load_config as load_python_config
 from ghm_d2.engine.settings import (
@@ -24,7 +26,6 @@ from ghm_d2.engine.settings import (
     set_key,
 )
 from ghm_d2.errors import UserError, cannot, reason, similar_names
-from ghm_d2.model_zoo.model_zoo import find_config, similar_configs
 
 __all__ = [
     "build_config",

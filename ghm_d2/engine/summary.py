@@ -97,7 +97,7 @@ def next_command(
         datasets: the test sets that the command line registered.
     """
     # An installed command starts its own Python.
-    words = [_python(), program] if program.endswith(".py") else [program]
+    words = [_python(), program] if program.endswith(".py") else program.split()
     words += ["--config-file", config_file, "--eval-only"]
     for data in datasets:
         words += ["--dataset", f"{data.name}={data.json_file},{data.image_root}"]

@@ -35,7 +35,8 @@ from torch import nn
 from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.data import workers
-from ghm_d2.data.loader import build_train_loader
+from ghm_d2.data.keypoints import convert_incomplete
+from ghm_d2.data.loader import build_test_mapper, build_train_loader
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.engine import python_build
 from ghm_d2.engine.agreement import of_main_process
@@ -243,7 +244,7 @@ class GHMTrainer(DefaultTrainer):
     def build_test_mapper(cls, cfg: Config) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """From a dataset dict to what the model takes in a test."""
         if isinstance(cfg, CfgNode):
-            return DatasetMapper(cfg, False)
+            return build_test_mapper(cfg)
         return python_build.build_test_mapper(cfg)
 
     @classmethod
@@ -295,9 +296,14 @@ class GHMTrainer(DefaultTrainer):
             return python_build.build_evaluator(cfg, dataset_name, folder)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind == "coco":
+            if cfg.MODEL.KEYPOINT_ON:
+                convert_incomplete(MetadataCatalog.get(dataset_name))
             # A cached conversion would outlive a change of the data.
             return AllThresholdsCOCOEvaluator(
-                dataset_name, output_dir=folder, allow_cached_coco=False
+                dataset_name,
+                output_dir=folder,
+                allow_cached_coco=False,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
         if kind == "lvis":
             return LVISEvaluator(dataset_name, output_dir=folder)

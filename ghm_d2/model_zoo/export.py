@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ghm_d2.checkpoint.files import write_checkpoint
 from ghm_d2.checkpoint.origin import ORIGIN
+from ghm_d2.config_files import configs_folder
 from ghm_d2.errors import UserError, cannot
 from ghm_d2.files import write_text
 from ghm_d2.model_zoo.finished_run import FinishedRun, read_finished_run
 from ghm_d2.model_zoo.index import NAME, read_index, write_index
-from ghm_d2.model_zoo.model_zoo import configs_folder
 from ghm_d2.model_zoo.stock import (
     build_stock_model,
     stock_config,

@@ -128,10 +128,11 @@ def _read_weights(file: Path, iterations: int) -> tuple[dict[str, Tensor], Recor
             f"{file} does not exist: the training is not finished, go on with --resume."
         )
     checkpoint = load_file(file)
-    try:
-        weights, done = dict(checkpoint["model"]), int(checkpoint["iteration"]) + 1
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not a checkpoint of a training ({reason(error)}).") from error
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    for key, kind in (("model", dict), ("iteration", int)):
+        if not isinstance(entries.get(key), kind):
+            raise UserError(f"{file} is not a checkpoint of a training (it has no {key}).")
+    weights, done = entries["model"], entries["iteration"] + 1
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise UserError(
@@ -142,4 +143,4 @@ def _read_weights(file: Path, iterations: int) -> tuple[dict[str, Tensor], Recor
             f"{file} is of iteration {done} and not of the last one, {iterations}: the training "
             "that it belongs to was another one."
         )
-    return weights, read_origin(checkpoint)
+    return weights, read_origin(entries)

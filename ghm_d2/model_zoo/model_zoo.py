@@ -1,6 +1,5 @@
 """get, get_config, get_config_file, get_checkpoint_url: Detectron2's, for this project's models."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +8,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ghm_d2 import data, modeling  # noqa: F401  (they register what configs name)
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.config import add_ghm_config
+from ghm_d2.config_files import config_names, find_config
 from ghm_d2.errors import similar_names
 from ghm_d2.model_zoo.index import (
     PACKAGED_INDEX,
@@ -22,18 +23,6 @@ from ghm_d2.model_zoo.index import (
 from ghm_d2.model_zoo.zoo import ZOO_VARIABLE, ZooError, fetch, read_zoo, zoo_location
 
 __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
-
-
-def configs_folder() -> Path:
-    """The folder ``configs``: inside the installed package, or at the root of the checkout."""
-    installed = Path(__file__).with_name("configs")
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
-
-
-def find_config(name: str) -> str | None:
-    """The path of a config, named from inside ``configs/`` or with it; None if there is none."""
-    file = configs_folder() / name.removeprefix("configs/")
-    return str(file) if file.is_file() else None
 
 
 def get_config_file(config_path: str) -> str:
@@ -49,9 +38,7 @@ def get_config_file(config_path: str) -> str:
         return file
     if found := _in_zoo(config_path):
         return _trained_config(*found)
-    raise ZooError(
-        f"{config_path} is not available in the model zoo{similar_configs(config_path)}."
-    )
+    raise ZooError(f"{config_path} is not available in the model zoo{_similar(config_path)}.")
 
 
 def get_checkpoint_url(config_path: str) -> str:
@@ -142,7 +129,7 @@ def _why_not_available(config_path: str) -> str:
         if model["name"] == _name(config_path):
             return (
                 f"the weights of {config_path} are published by {model['publisher']} in another "
-                f"format: download {model['url']}, convert it with python tools/convert_mmdet.py "
+                f"format: download {model['url']}, convert it with ghm-d2 convert-mmdet "
                 "CHECKPOINT OUTPUT, and give MODEL.WEIGHTS OUTPUT."
             )
     if newest(packaged["models"], _name(config_path)):
@@ -150,13 +137,11 @@ def _why_not_available(config_path: str) -> str:
             f"the weights of {config_path} are not in the zoo: set {ZOO_VARIABLE} to the folder or "
             "URL of one that holds them."
         )
-    return f"trained weights of {config_path} are not available{similar_configs(config_path)}."
+    return f"trained weights of {config_path} are not available{_similar(config_path)}."
 
 
-def similar_configs(config_path: str) -> str:
-    """Names of configs like this one, in brackets for a message; empty if there is none."""
-    root = configs_folder()
-    names = [path.relative_to(root).as_posix() for path in root.rglob("*.yaml")]
+def _similar(config_path: str) -> str:
+    names = config_names()
     if zoo := zoo_location():
         names += [f"{entry['name']}.yaml" for entry in read_zoo(zoo)["models"]]
     return similar_names(config_path, names)

@@ -43,7 +43,7 @@ Trained and evaluated by the authors of {publishers}, not with this code; the fi
 Download a checkpoint and convert it:
 
 ```
-python tools/convert_mmdet.py CHECKPOINT OUTPUT
+ghm-d2 convert-mmdet CHECKPOINT OUTPUT
 ```
 
 {published}

@@ -1,7 +1,8 @@
 """Detectron2's detectors with harmonised losses; importing this registers them."""
 
 from .backbone import build_mmdet_retinanet_resnet_fpn_backbone
-from .dense import DenseLoss
+from .build import build_losses, validate_ghm_config
+from .dense import DenseLoss, groups_of_images
 from .fast_rcnn import GHMFastRCNNOutputLayers
 from .fcos import GHMFCOS
 from .retinanet import GHMRetinaNet
@@ -18,5 +19,8 @@ __all__ = [
     "GHMROIHeads",
     "GHMRetinaNet",
     "TorchvisionBackbone",
+    "build_losses",
     "build_mmdet_retinanet_resnet_fpn_backbone",
+    "groups_of_images",
+    "validate_ghm_config",
 ]

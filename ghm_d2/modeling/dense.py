@@ -5,12 +5,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from detectron2.utils.comm import get_world_size
 from torch import Tensor, nn
 
-from ..config import SCOPES
 from ..losses import GHMCLoss, GHMRLoss
 
-__all__ = ["DenseLoss", "SteadyNormalizer"]
+__all__ = ["SCOPES", "DenseLoss", "SteadyNormalizer", "groups_of_images"]
+
+SCOPES = ("level", "batch")
+
+
+def groups_of_images(total_batch_size: int, images_per_histogram: int) -> int:
+    """How many groups of images one process trains on in a step, of as many as there are now.
+
+    Args:
+        total_batch_size: images in a step over all processes, at least 1.
+        images_per_histogram: images in a group; 0: all images of the process.
+    """
+    per_process = max(total_batch_size // get_world_size(), 1)
+    return -(-per_process // images_per_histogram) if images_per_histogram else 1
 
 
 class DenseLoss(nn.ModuleList):
@@ -45,7 +58,7 @@ class DenseLoss(nn.ModuleList):
                 are averaged over the groups, as DistributedDataParallel averages processes. 0:
                 all images.
             num_histogram_groups: groups in a training batch of one process; see
-                :func:`ghm_d2.config.groups_of_images`.
+                :func:`groups_of_images`.
 
         Raises:
             ValueError: an argument is out of range.

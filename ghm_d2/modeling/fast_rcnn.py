@@ -10,9 +10,10 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ..config import build_asl1, build_ghm_c, build_ghm_r, check_box_head
 from ..losses import ASL1Loss, GHMCLoss, GHMRLoss
 from ..losses.base import raise_deferred_errors
+from .build import build_losses
+from .targets import proposal_deltas
 
 __all__ = ["GHMFastRCNNOutputLayers"]
 
@@ -73,15 +74,9 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        check_box_head(cfg)
-        activation = "sigmoid" if cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE else "softmax"
-        return {
-            **super().from_config(cfg, input_shape),
-            "ghm_c": build_ghm_c(cfg, "ROI_BOX_HEAD", activation),
-            "ghm_r": build_ghm_r(cfg, "ROI_BOX_HEAD"),
-            "asl1": build_asl1(cfg, "ROI_BOX_HEAD"),
-            "prior_prob": cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB,
-        }
+        losses = build_losses(cfg, "ROI_BOX_HEAD")
+        prior = {"prior_prob": cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB}
+        return {**super().from_config(cfg, input_shape), **losses, **prior}
 
     def losses(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
@@ -122,15 +117,14 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
         """
         if self.ghm_r is None and self.asl1 is None:
             return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
-        foreground = (gt_classes >= 0) & (gt_classes < self.num_classes)
-        index = foreground.nonzero(as_tuple=True)[0]
-        box_dim = proposal_boxes.shape[1]
-        if pred_deltas.shape[1] == box_dim:
-            pred = pred_deltas[index]
-        else:
-            # Without proposals, Detectron2's gt_classes is an empty float tensor.
-            pred = pred_deltas.view(-1, self.num_classes, box_dim)[index, gt_classes[index].long()]
-        target = self.box2box_transform.get_deltas(proposal_boxes[index], gt_boxes[index])
+        pred, target = proposal_deltas(
+            self.box2box_transform,
+            proposal_boxes,
+            pred_deltas,
+            gt_boxes,
+            gt_classes,
+            self.num_classes,
+        )
         if self.ghm_r is None:
             return self.asl1(pred, target) / max(gt_classes.numel(), 1)
         return self.ghm_r(pred, target)

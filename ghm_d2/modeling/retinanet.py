@@ -14,17 +14,11 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 
-from ..config import (
-    build_asl1,
-    build_cls_baseline,
-    build_ghm_c,
-    build_ghm_r,
-    histogram_groups,
-    validate_ghm_config,
-)
 from ..losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
 from ..losses.base import raise_deferred_errors
+from .build import build_losses, dense_settings
 from .dense import DenseLoss, SteadyNormalizer
+from .targets import anchor_deltas
 
 __all__ = ["GHMRetinaNet"]
 
@@ -85,18 +79,11 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        validate_ghm_config(cfg)
-        return {
-            **super().from_config(cfg),
-            "ghm_c": build_ghm_c(cfg, "RETINANET"),
-            "ghm_r": build_ghm_r(cfg, "RETINANET"),
-            "ghm_scope": cfg.MODEL.GHM.RETINANET.SCOPE,
-            "images_per_histogram": cfg.MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM,
-            "num_histogram_groups": histogram_groups(cfg),
-            "cls_baseline": build_cls_baseline(cfg, "RETINANET"),
-            "asl1": build_asl1(cfg, "RETINANET"),
-            "clip_before_nms": cfg.MODEL.GHM.CLIP_BEFORE_NMS,
-        }
+        ours = build_losses(cfg, "RETINANET") | dense_settings(
+            cfg
+        )  # refuse before a network is built
+        clip = {"clip_before_nms": cfg.MODEL.GHM.CLIP_BEFORE_NMS}
+        return {**super().from_config(cfg), **ours, **clip}
 
     def inference_single_image(
         self,
@@ -180,8 +167,10 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
         if loss_cls is None:
             loss_cls = focal_loss / normalizer
         if self.asl1 is not None:
-            loss_box_reg = self._asl1_loss(anchors, pred_anchor_deltas, gt_boxes, positive)
-            loss_box_reg = loss_box_reg / normalizer
+            deltas = cat(pred_anchor_deltas, dim=1)
+            boxes = Boxes.cat(anchors).tensor
+            pair = anchor_deltas(self.box2box_transform, boxes, deltas, gt_boxes, positive)
+            loss_box_reg = self.asl1(*pair) / normalizer
         elif loss_box_reg is None:
             loss_box_reg = _dense_box_regression_loss(
                 anchors,
@@ -207,20 +196,6 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             reduction="sum",
         )
 
-    def _asl1_loss(
-        self,
-        anchors: list[Boxes],
-        pred_anchor_deltas: list[Tensor],
-        gt_boxes: list[Tensor],
-        positive: Tensor,
-    ) -> Tensor:
-        """Authentic smooth L1, not normalised."""
-        image, index = positive.nonzero(as_tuple=True)
-        target = self.box2box_transform.get_deltas(
-            Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
-        )
-        return self.asl1(cat(pred_anchor_deltas, dim=1)[image, index], target)
-
     def _ghm_r_loss(
         self,
         anchors: list[Boxes],
@@ -230,14 +205,12 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
     ) -> Tensor:
         sizes = [len(x) for x in anchors]
         masks = positive.split(sizes, dim=1)
-        level_boxes = torch.stack(gt_boxes).split(sizes, dim=1)
-        predictions, targets = [], []
-        for anchor, deltas, mask, boxes in zip(
-            anchors, pred_anchor_deltas, masks, level_boxes, strict=True
-        ):
-            image, index = mask.nonzero(as_tuple=True)
-            predictions.append(deltas[image, index])
-            targets.append(
-                self.box2box_transform.get_deltas(anchor.tensor[index], boxes[image, index])
-            )
-        return self.ghm_r(predictions, targets, masks)
+        levels = zip(
+            (x.tensor for x in anchors),
+            pred_anchor_deltas,
+            torch.stack(gt_boxes).split(sizes, dim=1),
+            masks,
+            strict=True,
+        )
+        pairs = [anchor_deltas(self.box2box_transform, *level) for level in levels]
+        return self.ghm_r(*zip(*pairs, strict=True), masks)

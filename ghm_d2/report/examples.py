@@ -8,8 +8,7 @@ import numpy as np
 from detectron2.data import Metadata
 from PIL import Image
 
-from ghm_d2.deploy.setup import UnreadableError, read_image
-from ghm_d2.engine.pictures import draw_boxes
+from ghm_d2.data.pictures import UnreadableError, draw_boxes, read_image
 from ghm_d2.report.evaluation import Evaluation, ImageScore
 
 __all__ = ["Example", "best_and_worst"]

@@ -3,9 +3,8 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
-from ghm_d2.config import groups_of_images
 from ghm_d2.losses import GHMCLoss, GHMRLoss
-from ghm_d2.modeling import GHMRetinaNet
+from ghm_d2.modeling import GHMRetinaNet, groups_of_images
 
 model = model_zoo.get_config("common/models/retinanet.py").model
 model.update(

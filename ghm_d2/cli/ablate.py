@@ -1,0 +1,143 @@
+"""Run an ablation table over several seeds and report it beside the paper's values."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ghm_d2.ablation import TABLES, Run, load_grid, plan_runs, write_report
+from ghm_d2.ablation.execute import CLUSTERS, Outcome, execute
+from ghm_d2.ablation.results import Store
+from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.setup import locate_config_file
+from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.provenance import machine
+
+__all__ = ["add_arguments", "main", "run"]
+
+logger = logging.getLogger(__name__)
+
+_FLAGS = ("-h", "--help", "--report-only")
+_FAILED_RUNS, _INTERRUPTED = 1, 130  # exit codes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command; KEY VALUE pairs hold for all runs."""
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--table", choices=TABLES, help="a table of the paper")
+    which.add_argument("--grid", metavar="FILE", help="a grid of your own (YAML)")
+    add("--output", metavar="DIR", required=True, help="where runs and report go")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="SEED (1 2 3)")
+    add(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME=annotations.json,image_dir",
+        help="as train_net.py has it: the first trains, the others test (repeatable)",
+    )
+    add("--config-file", metavar="FILE", help="base config, instead of the grid's")
+    add("--jobs", type=int, default=1, metavar="N", help="runs side by side (1)")
+    add("--threads", type=int, metavar="N", help="CPU threads of each run (cores / jobs)")
+    add("--num-gpus", type=int, default=1, metavar="N", help="GPUs of each run (1)")
+    add("--cluster", choices=CLUSTERS, default="local", help="where submitit runs them (local)")
+    add(
+        "--cluster-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for submitit, as slurm_partition=gpu or timeout_min=600 (repeatable)",
+    )
+    add("--report-only", action="store_true", help="report what is done; run nothing")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        argv: the arguments without the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+        SystemExit: code 2 after a mistake of the user, 1 where a run has failed, 130 after Ctrl-C.
+    """
+    parser = Parser(
+        prog="ghm-d2 ablate",
+        usage="%(prog)s (--table NAME | --grid FILE) --output DIR [options] [KEY VALUE ...]",
+        description=f"{__doc__} Finished runs are kept in DIR and never run again; after a kill, "
+        "the same command goes on. KEY VALUE pairs hold for all runs.",
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        with exits_with_one_sentence(parser.prog):
+            run(parse_arguments(words, parser, flags=_FLAGS, lists=("--seeds",)))
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan, run what is not done, report."""
+    _check(args)
+    parameters = _parameters(args.cluster_option)
+    grid = load_grid(TABLES[args.table] if args.table else args.grid)
+    try:
+        store = Store(Path(args.output))
+    except OSError as error:
+        raise UserError(f"--output {args.output} cannot be written ({error}).") from error
+    runs = plan_runs(
+        grid,
+        args.seeds,
+        datasets=args.dataset,
+        pairs=args.opts,
+        config_file=args.config_file and locate_config_file(args.config_file),
+        num_gpus=args.num_gpus,
+        scratch=store.work,
+        complete=not args.report_only,
+    )
+    _warn_of_equal_rows(runs)
+    outcome = Outcome()
+    if not args.report_only:
+        threads = args.threads or max(machine()["cores"] // args.jobs, 1)
+        outcome = execute(runs, store, args.jobs, threads, args.num_gpus, args.cluster, parameters)
+    text, files = write_report(grid, runs, store, outcome.failed)
+    print(f"\n{text}")
+    for file in files:
+        print(f"  {file}")
+    if outcome.failed:
+        number = len({run.id for run in runs})
+        logger.warning(
+            "%d of %d runs failed; the same command tries them again", len(outcome.failed), number
+        )
+        sys.exit(_FAILED_RUNS)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("jobs", "threads", "num_gpus"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise UserError(f"--seeds must be different numbers of at least 0, got {args.seeds}.")
+
+
+def _parameters(options: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words with the values as YAML reads them: 600 is a number."""
+    pairs = [option.partition("=") for option in options]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise UserError(f"--cluster-option must be KEY=VALUE, got {wrong[0]}.")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+def _warn_of_equal_rows(runs: Sequence[Run]) -> None:
+    rows: dict[str, list[str]] = {}
+    for one in runs:
+        rows.setdefault(one.id, []).append(one.name)
+    for names in rows.values():
+        if len(names) > 1:
+            logger.warning("%s have the same config and are one run", " and ".join(names))

@@ -1,0 +1,143 @@
+"""Export a detector, then run the file beside it."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ghm_d2.data.pictures import read_image
+from ghm_d2.deploy.detections import Comparison, Detections, compare_detections, detect, limits
+from ghm_d2.deploy.export import (
+    FORMATS,
+    describe,
+    example_image,
+    export_detector,
+    load_exported,
+    smallest_side,
+)
+from ghm_d2.deploy.setup import (
+    IMAGE_SUFFIXES,
+    build_detector,
+    image_preparer,
+    list_files,
+    tool_parser,
+)
+from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+
+__all__ = ["main"]
+
+_PROGRAM = "ghm-d2 export"
+_DIFFERENT = 1  # exit code
+
+
+def _parser() -> Parser:
+    parser = tool_parser(
+        _PROGRAM,
+        f"--format {{{','.join(FORMATS)}}} --output FILE [--check IMAGE ...]",
+        "Write a RetinaNet or Faster R-CNN, post-processing included, as one file that runs "
+        "without Detectron2 on images of any size.",
+    )
+    add = parser.add_argument
+    add("--format", choices=tuple(FORMATS), required=True, help="what to write")
+    add("--output", metavar="FILE", required=True, help="the file; one that is there is replaced")
+    add(
+        "--check",
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="images, or folders of images, on which the file must find what the model finds",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the file and compare.
+
+    Args:
+        argv: the arguments without the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+        SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr; code 1
+            where the file finds something else than the model.
+    """
+    with exits_with_one_sentence(_PROGRAM):
+        words = sys.argv[1:] if argv is None else argv
+        args = parse_arguments(words, _parser(), lists=("--check",))
+        _check_output(Path(args.output))
+        files = list_files(args.check, IMAGE_SUFFIXES)
+        cfg, model, classes = build_detector(args)
+        prepare = image_preparer(cfg)
+        images = {str(f): prepare(read_image(f)) for f in files}
+        _check_sizes(images, model, args.format)
+        metadata = describe(cfg, model, classes.get("thing_classes"))
+        print(f"Exporting to {args.output} ...", flush=True)
+        export_detector(model, args.output, args.format, metadata)
+        same = _run_beside(model, args, images)
+    if not same:
+        print(f"{_PROGRAM}: {args.output} and the model find different things.", file=sys.stderr)
+        sys.exit(_DIFFERENT)
+
+
+def _check_output(file: Path) -> None:
+    if file.is_dir():
+        raise UserError(f"--output {file} is a folder: name a file.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot("written", f"--output {file}", error) from error
+
+
+def _check_sizes(images: dict[str, Tensor], model: nn.Module, format: str) -> None:
+    smallest = smallest_side(model) if format == "torch_export" else 1
+    for name, image in images.items():
+        if min(image.shape[-2:]) < smallest:
+            height, width = image.shape[-2:]
+            raise UserError(
+                f"{name} is {width} x {height} pixels after resizing, and a torch_export file of "
+                f"this model takes no side below {smallest}: raise INPUT.MIN_SIZE_TEST or leave "
+                "the image out."
+            )
+
+
+def _run_beside(model: nn.Module, args: argparse.Namespace, images: dict[str, Tensor]) -> bool:
+    """Run model and file on the images, or on noise where there are none; print what came out."""
+    exported = load_exported(args.output, args.format)
+    device = example_image(model).device
+    shown = images or {"noise": example_image(model)}
+    seconds = {"file": 0.0, "model": 0.0}
+    results: dict[str, Comparison] = {}
+    with torch.no_grad():
+        for _ in range(2):  # TorchScript optimises in its first runs
+            exported(next(iter(shown.values())).to(device))
+        for name, image in tqdm(shown.items(), desc="running both"):
+            image = image.to(device)
+            found: dict[str, Detections] = {}
+            for kind, run in (("file", exported), ("model", lambda x: detect(model, x))):
+                start = time.perf_counter()
+                found[kind] = Detections(*(x.cpu() for x in run(image)))
+                seconds[kind] += time.perf_counter() - start
+            results[name] = compare_detections(found["model"], found["file"], *limits(model))
+    if images:
+        _print_results(results)
+    speed = ", ".join(f"{kind} {total / len(shown):.3f}" for kind, total in seconds.items())
+    print(f"Wrote {args.output} ({args.format}). Seconds per image on {device}: {speed}.")
+    return not images or not any(r.missing for r in results.values())
+
+
+def _print_results(results: dict[str, Comparison]) -> None:
+    for name, result in results.items():
+        at_the_end = result.matched < result.expected and not result.missing
+        print(
+            f"{name}: {result.matched} of {result.expected} detections are the same, "
+            f"{'the others are equals where the list ends, ' if at_the_end else ''}"
+            f"{result.missing} of either side are alone; largest difference "
+            f"{result.score_difference:.1e} in a score, {result.box_difference:.1e} px in a box"
+        )
+    if not sum(r.expected for r in results.values()):
+        print("The model found nothing on these images, so this check says little.")

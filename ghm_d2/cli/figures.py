@@ -1,0 +1,136 @@
+"""The GHM paper's figures of a trained detector."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
+
+from ghm_d2.analysis.collect import collect, detector_parts
+from ghm_d2.analysis.figures import write_figures
+from ghm_d2.checkpoint import load_trained_weights
+from ghm_d2.checkpoint.origin import check_datasets
+from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.checks import check_all
+from ghm_d2.engine.setup import build_config, is_python
+from ghm_d2.engine.trainer import GHMTrainer
+from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+
+__all__ = ["main", "plot_gradients"]
+
+logger = logging.getLogger(__name__)
+
+_PROGRAM = "ghm-d2 figures"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the figures; print the files.
+
+    Raises:
+        SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
+    """
+    with exits_with_one_sentence(_PROGRAM):
+        written = plot_gradients(sys.argv[1:] if argv is None else argv)
+    print("Written:", *written, sep="\n  ")
+
+
+def plot_gradients(argv: Sequence[str]) -> list[Path]:
+    """Draws the paper's figures for a trained detector.
+
+    Args:
+        argv: the arguments without the program's name.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        UserError: a mistake in the command line, the config or the data.
+    """
+    args = parse_arguments(argv, _parser())
+    if args.max_images < 1:
+        raise UserError(f"--max-images must be at least 1, got {args.max_images}.")
+    output = Path(args.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot("made", f"--output {output}", error) from error
+    # The pairs hold the OUTPUT_DIR of a training, where its log must not be written to.
+    pairs = [*args.opts, "OUTPUT_DIR", str(output)]
+    if is_python(args.config_file):
+        raise UserError("--config-file must be a YAML file, whose heads the figures know.")
+    cfg, _ = build_config(args.config_file, pairs, args.dataset, eval_only=True)
+    if not cfg.DATASETS.TEST:
+        raise UserError("there are no images: give --dataset or DATASETS.TEST \"('NAME',)\".")
+    if "MODEL.WEIGHTS" not in args.opts[::2] or not cfg.MODEL.WEIGHTS:
+        raise UserError("the figures show a trained detector: give MODEL.WEIGHTS FILE.")
+    check_all(cfg, set(pairs[::2]), eval_only=True)
+    cfg.freeze()
+    setup_logger(str(output), name="fvcore")
+    setup_logger(str(output))
+    records, caption = _records(cfg, args.max_images)
+    model = GHMTrainer.build_model(cfg)
+    check_datasets(load_trained_weights(model, cfg.MODEL.WEIGHTS), cfg.DATASETS.TEST)
+    detector_parts(model)
+    seed_all_rng(max(cfg.SEED, 0))  # the RPN and the box head sample their examples
+    parts = collect(cfg, model, tqdm(records, desc="images", unit="image"))
+    files = []
+    for name, part in parts.items():
+        for what, data in (("cls", part.classification), ("box", part.regression)):
+            if not data.counts.sum():
+                raise UserError(
+                    f"the {name} met no {what} examples in these images: take more of them, or "
+                    "images with objects."
+                )
+    for name, part in parts.items():
+        folder = output / name if len(parts) > 1 else output
+        title = f"{name.replace('_', ' ')}, {caption}" if len(parts) > 1 else caption
+        files += write_figures(part, folder, title)
+    return files
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=_PROGRAM,
+        usage="%(prog)s --config-file FILE --output DIR [options] MODEL.WEIGHTS FILE "
+        "[KEY VALUE ...]",
+        description="Draw the gradient distributions of a trained detector on images with ground "
+        "truth, as the GHM paper's figures do: PNG, SVG and CSV. KEY VALUE pairs override the "
+        "config and may stand before or after the options.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config-file", metavar="FILE", required=True, help="the config of the training")
+    add("--output", metavar="DIR", required=True, help="folder for the figures")
+    add(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME=annotations.json,image_dir",
+        help="COCO-format data to look at, DATASETS.TEST without it (repeatable)",
+    )
+    add("--max-images", type=int, default=200, metavar="N", help="spread over the data (200)")
+    parser.set_defaults(
+        eval_only=True, resume=False, num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto"
+    )
+    return parser
+
+
+def _records(cfg: CfgNode, limit: int) -> tuple[list[dict[str, Any]], str]:
+    """Images with objects, spread over the data, and a line that says which."""
+    names = cfg.DATASETS.TEST
+    records = [r for name in names for r in DatasetCatalog.get(name) if r.get("annotations")]
+    if not records:
+        raise UserError(
+            f"{', '.join(names)} has no annotated image: the figures need the ground truth."
+        )
+    number = min(limit, len(records))
+    picked = [records[i * len(records) // number] for i in range(number)]
+    caption = f"{', '.join(names)}, {number} of {len(records)} images with objects"
+    logger.info("%s (--max-images %d)", caption, limit)
+    return picked, caption

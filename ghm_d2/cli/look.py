@@ -1,0 +1,119 @@
+"""Pictures and figures of data sets, before any training."""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+
+from ghm_d2.data import register_datasets
+from ghm_d2.data.anchor_check import anchor_report
+from ghm_d2.data.look_pictures import draw_grid, draw_histograms, spread
+from ghm_d2.data.look_statistics import count_data, summary
+from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.setup import build_config, is_python
+from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+_PROGRAM = "ghm-d2 look"
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=_PROGRAM,
+        usage="%(prog)s --output DIR (--dataset NAME=annotations.json,image_dir ... | "
+        "--config-file FILE) [options] [KEY VALUE ...]",
+        description="A first look at data: images with their boxes, histograms of classes and box "
+        "sizes, and a summary. With --config-file also how well its anchors fit.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--output", required=True, type=Path, metavar="DIR", help="for the pictures; is made")
+    add(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME=annotations.json,image_dir",
+        help="COCO-format data (repeatable)",
+    )
+    add("--config-file", metavar="FILE", help="look at its DATASETS where no --dataset is given")
+    add("--images", type=int, default=12, metavar="N", help="images that are drawn (12)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw, count, print.
+
+    Args:
+        argv: the arguments without the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+        SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
+    """
+    with exits_with_one_sentence(_PROGRAM):
+        args = parse_arguments(sys.argv[1:] if argv is None else argv, _parser())
+        if args.images < 1:
+            raise UserError(f"--images must be at least 1, got {args.images}.")
+        setup_logger(name="ghm_d2")
+        cfg, names = _data_sets(args)
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot("made", f"--output {args.output}", error) from error
+        for name in names:
+            _look(name, cfg, args)
+
+
+def _data_sets(args: argparse.Namespace) -> tuple[CfgNode | None, list[str]]:
+    if args.config_file:
+        if is_python(args.config_file):
+            raise UserError("--config-file must be a YAML file, whose anchors this tool knows.")
+        cfg, datasets = build_config(args.config_file, args.opts, args.dataset, log_to_file=False)
+        names = [dataset.name for dataset in datasets] or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+        return cfg, list(dict.fromkeys(names))
+    if args.opts:
+        raise UserError(f"{args.opts[0]} overrides a config: give --config-file FILE too.")
+    if not args.dataset:
+        raise UserError("nothing to look at: give --dataset or --config-file.")
+    return None, [dataset.name for dataset in register_datasets(args.dataset)]
+
+
+def _look(name: str, cfg: CfgNode | None, args: argparse.Namespace) -> None:
+    if name not in DatasetCatalog:
+        raise UserError(f"there is no data set {name}: give --dataset {name}=ann.json,image_dir.")
+    try:
+        records = DatasetCatalog.get(name)
+    except OSError as error:
+        raise UserError(f"the data set {name} cannot be read ({error}).") from error
+    if not records:
+        raise UserError(f"the data set {name} holds no image.")
+    metadata = MetadataCatalog.get(name)
+    data = count_data(name, records, metadata.get("thing_classes") or ())
+    text = summary(data)
+    if cfg is not None and (fit := anchor_report(cfg, records)[0]):
+        text += f"\nanchors of {args.config_file}: {fit}"
+    stem = re.sub(r"[^\w.-]", "_", name)  # a data set may be called anything
+    files = [args.output / f"{stem}_{what}" for what in ("images.png", "boxes.png", "summary.txt")]
+    picked = spread(records, args.images)
+    unreadable = draw_grid(picked, metadata, files[0])
+    for sentence in unreadable:
+        logger.warning("%s", sentence)
+    if unreadable:
+        logger.warning(
+            "%d of %d images could not be read and are not drawn", len(unreadable), len(picked)
+        )
+    if len(data.sides):
+        draw_histograms(data, files[1])
+    files[2].write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n")
+    for file in files:
+        if file.exists():
+            print(f"  {file}")

@@ -1,0 +1,39 @@
+"""Split a COCO-format file into two, by image: train.json and val.json.
+
+    ghm-d2 split-data data/all.json --fraction 0.25 --seed 1 --output-dir data/split
+
+The same file, fraction and seed give the same split everywhere; nothing is overwritten.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ghm_d2.data.split import describe, read_coco, split_coco, write_coco
+from ghm_d2.engine.arguments import Parser
+from ghm_d2.errors import exits_with_one_sentence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Split; print what each part holds."""
+    parser = Parser(
+        prog="ghm-d2 split-data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("annotations", type=Path, metavar="ANNOTATIONS.json", help="the file to split")
+    add("--fraction", type=float, default=0.25, metavar="F", help="images for val.json (0.25)")
+    add("--seed", type=int, default=1, metavar="N", help="another one, another split (1)")
+    add("--output-dir", type=Path, required=True, metavar="DIR", help="is made")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    with exits_with_one_sentence(parser.prog):
+        args = parser.parse_args(argv)
+        rest, chosen = split_coco(read_coco(args.annotations), args.fraction, args.seed)
+        parts = {args.output_dir / "train.json": rest, args.output_dir / "val.json": chosen}
+        write_coco(parts)
+    for file, content in parts.items():
+        print(describe(str(file), content))

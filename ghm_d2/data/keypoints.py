@@ -1,0 +1,163 @@
+"""Keypoints of `--dataset`: their names, which of them a mirror exchanges, what Detectron2 needs.
+
+COCO's format lists the names of the keypoints in a category and no pairs; Detectron2 wants one list
+for all classes, and for each of a pair the name of the other.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ghm_d2.errors import UserError
+
+__all__ = [
+    "Keypoints",
+    "check_keypoints",
+    "convert_incomplete",
+    "fill_in",
+    "find_keypoints",
+    "mirrored_pairs",
+]
+
+logger = logging.getLogger(__name__)
+
+_SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])", re.IGNORECASE)
+_OTHER = {"left": "right", "right": "left", "l": "r", "r": "l"}
+
+
+def mirrored_pairs(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The pairs that a mirror exchanges: names that differ in left and right, or L and R, alone."""
+    by_lower = {name.lower(): name for name in names}
+    pairs = []
+    for name in names:
+        other = by_lower.get(_SIDE.sub(lambda side: _OTHER[side[0].lower()], name.lower()))
+        if other is not None and other != name and (other, name) not in pairs:
+            pairs.append((name, other))
+    return tuple(pairs)
+
+
+@dataclass(frozen=True)
+class Keypoints:
+    """What an annotation file holds of them.
+
+    Attributes:
+        names: in their order; empty where the categories list none.
+        number: of an object; 0: no object has any, or ``fault`` says why none can be used.
+        incomplete: whether an annotation has none, or no "num_keypoints", without which pycocotools
+            does not evaluate keypoints.
+        fault: a clause on why the file's keypoints cannot be trained on, or an empty string.
+    """
+
+    names: tuple[str, ...] = ()
+    number: int = 0
+    incomplete: bool = False
+    fault: str = ""
+
+
+def find_keypoints(content: Mapping[str, Any], file: str) -> Keypoints:
+    """The keypoints of an annotation file, whether or not they will be used.
+
+    Args:
+        content: its tables, each of them checked.
+        file: its name, for messages.
+    """
+    lists: dict[tuple[str, ...], str] = {}  # the names, and the first category that has them
+    for category in content["categories"]:
+        if isinstance(category.get("keypoints"), list) and category["keypoints"]:
+            lists.setdefault(tuple(map(str, category["keypoints"])), category["name"])
+    annotations = content.get("annotations", [])
+    found = [a for a in annotations if a.get("keypoints")]
+    if not found:
+        return Keypoints()
+    if len(lists) > 1:
+        first, other = list(lists.values())[:2]
+        return Keypoints(
+            fault=f"in {file} the categories {first!r} and {other!r} list different keypoints, of "
+            "which Detectron2 has one list for all"
+        )
+    names = next(iter(lists), ())
+    number = len(names) or len(found[0]["keypoints"]) // 3
+    for annotation in found:
+        if len(annotation["keypoints"]) != 3 * number:
+            return Keypoints(
+                fault=f"in {file} the keypoints of annotation {annotation['id']!r} are "
+                f"{len(annotation['keypoints'])} numbers instead of {3 * number}, x, y and "
+                f"visibility of each of {number}"
+            )
+    without = len(annotations) - len(found)
+    if without:
+        logger.info(
+            "%s: %d annotations have no keypoints; they count as not labelled.", file, without
+        )
+    incomplete = any(not a.get("keypoints") or "num_keypoints" not in a for a in annotations)
+    return Keypoints(names, number, incomplete)
+
+
+def fill_in(records: Sequence[dict[str, Any]], number: int) -> None:
+    """Gives every annotation without keypoints ``number`` that are not labelled, in place.
+
+    Detectron2 and pycocotools take what all of them have.
+    """
+    for record in records:
+        for annotation in record["annotations"]:
+            if not annotation.get("keypoints"):
+                annotation["keypoints"] = [0.0] * (3 * number)
+
+
+def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) -> None:
+    """What a keypoint head needs of a data set to train on.
+
+    Args:
+        name: of the data set.
+        metadata: of Detectron2's catalog.
+        number: of keypoints that the head predicts.
+        mirrored: whether images are mirrored at random.
+
+    Raises:
+        UserError: one sentence with the way out.
+    """
+    found = metadata.get("num_keypoints", len(metadata.get("keypoint_names", ())))
+    if fault := metadata.get("keypoint_fault"):
+        raise UserError(
+            f"MODEL.KEYPOINT_ON is True, but {fault}: correct the file, or give MODEL.KEYPOINT_ON "
+            "False to train on boxes alone."
+        )
+    if found is None:  # predictions are written, and compared with nothing
+        return
+    if not found:
+        raise UserError(
+            f"MODEL.KEYPOINT_ON is True, but the data set {name} has no keypoints: annotate them, "
+            "or give MODEL.KEYPOINT_ON False to train on boxes alone."
+        )
+    if found != number:
+        raise UserError(
+            f"the objects of the data set {name} have {found} keypoints but "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}: give "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {found}."
+        )
+    if not mirrored:
+        return
+    if not metadata.get("keypoints_named", True):
+        raise UserError(
+            f"the data set {name} does not name its keypoints, so that nothing tells left from "
+            'right in a mirrored image: list the names under "keypoints" in the categories of its '
+            "annotation file, or give INPUT.RANDOM_FLIP none."
+        )
+    pairs = metadata.get("keypoint_flip_map", ())
+    logger.info(
+        "%s: mirrored images exchange %s",
+        name,
+        ", ".join(f"{a} and {b}" for a, b in pairs)
+        or "no keypoints: no names differ in left and right alone",
+    )
+
+
+def convert_incomplete(metadata: Any) -> None:
+    """Has Detectron2 convert a data set whose file pycocotools cannot evaluate keypoints by.
+
+    For boxes alone the file is evaluated as it is, with the areas that stand in it.
+    """
+    if metadata.get("keypoints_incomplete") and hasattr(metadata, "json_file"):
+        del metadata.json_file

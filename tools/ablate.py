@@ -1,6 +1,0 @@
-"""Run an ablation table over several seeds: `python tools/ablate.py --help` lists the options."""
-
-from ghm_d2.ablation import main
-
-if __name__ == "__main__":
-    main()
