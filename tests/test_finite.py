@@ -71,7 +71,7 @@ def nan_image(batch):
 
 def replayed(message, capsys):
     """What the tool prints for the file that the message names, and its exit code."""
-    file = message.split("ghm_d2 replay ")[1].split(" ")[0].rstrip(".")
+    file = message.split(" replay ")[1].split(" ")[0].rstrip(".")
     with pytest.raises(SystemExit) as stop:
         replay.main([file])
     return capsys.readouterr().out, stop.value.code
