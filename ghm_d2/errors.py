@@ -103,11 +103,13 @@ def command(name: str) -> str:
 def exits_with_one_sentence(program: str) -> Iterator[None]:
     """Turns a mistake of the user into one sentence on stderr and its exit code (2).
 
+    Ctrl-C is one word and exit code 1.
+
     Args:
         program: name of the script, with which the sentence begins.
 
     Raises:
-        SystemExit: where the block raised a :class:`UserError`.
+        SystemExit: where the block raised a :class:`UserError`, or was interrupted.
     """
     try:
         yield
@@ -115,3 +117,6 @@ def exits_with_one_sentence(program: str) -> Iterator[None]:
         # A sentence quotes names from files, which may hold anything.
         print(f"{program}: error: {shown(error, _LONGEST_SENTENCE)}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(1)

@@ -388,20 +388,15 @@ def test_two_stages(sigmoid, captured, tmp_path):
 
 
 def test_when_there_is_a_hook(tmp_path, monkeypatch):
-    cfg = get_cfg()
-    add_ghm_config(cfg)
-    cfg.OUTPUT_DIR = str(tmp_path)
-    hook = build_gradient_statistics(cfg, Net())
+    hook = build_gradient_statistics(Net(), 100, str(tmp_path))
     assert (hook.period, hook.file) == (100, str(tmp_path / "gradient_statistics.jsonl"))
-    assert build_gradient_statistics(cfg, torch.nn.Linear(1, 1)) is None
+    assert build_gradient_statistics(torch.nn.Linear(1, 1), 100, "") is None
     wrapped = torch.nn.Sequential()
     wrapped.module = Net()  # as DistributedDataParallel names it
-    assert list(build_gradient_statistics(cfg, wrapped).losses) == ["ghm_c", "ghm_r"]
-    cfg.MODEL.GHM.STATISTICS_PERIOD = 0
-    assert build_gradient_statistics(cfg, Net()) is None
-    cfg.MODEL.GHM.STATISTICS_PERIOD = 40
+    assert list(build_gradient_statistics(wrapped, 100, "").losses) == ["ghm_c", "ghm_r"]
+    assert build_gradient_statistics(Net(), 0, "") is None
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    assert build_gradient_statistics(cfg, Net()) is None
+    assert build_gradient_statistics(Net(), 40, "") is None
 
 
 @pytest.mark.parametrize("period", [-20, 5, 30])

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -23,17 +22,23 @@ _SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for
 _SCALARS += ("non_empty_regions", "largest_weight")
 
 
-def build_gradient_statistics(cfg: CfgNode, model: nn.Module) -> "GradientStatistics | None":
-    """The hook that ``MODEL.GHM.STATISTICS_PERIOD`` asks for.
+def build_gradient_statistics(
+    model: nn.Module, period: int, folder: str
+) -> "GradientStatistics | None":
+    """The hook that writes to a folder.
+
+    Args:
+        model: wrapped for several processes or not.
+        period: in iterations; 0: never.
+        folder: OUTPUT_DIR.
 
     Returns:
         None where the period is 0, the model has no harmonised loss, or another process writes
         the logs.
     """
-    period = cfg.MODEL.GHM.STATISTICS_PERIOD
     if not period or not comm.is_main_process():
         return None
-    hook = GradientStatistics(model, period, os.path.join(cfg.OUTPUT_DIR, FILE))
+    hook = GradientStatistics(model, period, os.path.join(folder, FILE))
     return hook if hook.losses else None
 
 
