@@ -117,7 +117,6 @@ def test_predictions_are_drawn_beside_the_truth(cfg, data, tmp_path):
     assert model.training
     sheet = np.asarray(Image.open(tmp_path / "p" / "sheet.png")).astype(int)
     tile, gap, caption = TILE, pictures._GAP, 26
-    tile, gap, caption = pictures.TILE, pictures._GAP, 26
     assert sheet.shape == (2 * (tile + caption + gap), 2 * (2 * tile + 3 * gap), 3)
     scale = tile / 64
 
