@@ -103,7 +103,7 @@ class Slow(torch.nn.Module):
 
 
 def test_costs_of_an_evaluation_in_a_training_are_recorded():
-    """The median call alone, whatever happens between the calls; nothing outside a training."""
+    """The median over the calls, without the time between them; nothing outside a training."""
     model = Slow()
     with EventStorage(7) as storage:
         with costs_recorded(model):
