@@ -293,3 +293,18 @@ def test_interrupted_before_the_first_step(run, fails, monkeypatch):
     )
     assert "interrupted" in fails("out", code=1)
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_config_that_is_its_own_base(tmp_path, capsys):
+    file = tmp_path / "own.yaml"
+    file.write_text(f"_BASE_: {file}")
+    with pytest.raises(SystemExit) as stop:
+        main(["--config-file", str(file)])
+    assert stop.value.code == 2
+    assert f"{file}: its _BASE_ leads back to itself" in capsys.readouterr().err
+
+
+def test_a_comma_in_the_image_folder(fails, data, tmp_path, monkeypatch):
+    text = write_coco(tmp_path / "a,b")
+    monkeypatch.setitem(data, "first", f"first={text}")
+    assert "b/images does not exist (what follows the last comma)." in fails("out")

@@ -102,7 +102,8 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
     file = dataset.json_file
     if not os.path.isdir(dataset.image_root):
         raise UserError(
-            f"--dataset {dataset.name}: the image folder {dataset.image_root} does not exist."
+            f"--dataset {dataset.name}: the image folder {dataset.image_root} does not exist"
+            + (" (what follows the last comma)." if "," in dataset.json_file else ".")
         )
     logger.info("Checking data set %s (%s)", dataset.name, file)
     content = read_annotations(file)

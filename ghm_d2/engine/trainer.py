@@ -21,6 +21,7 @@ from detectron2.evaluation import (
     DatasetEvaluator,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
+    inference_context,
     inference_on_dataset,
     print_csv_format,
     verify_results,
@@ -266,12 +267,12 @@ class GHMTrainer(DefaultTrainer):
             evaluators = [evaluators]
         results: dict[str, Any] = OrderedDict()
         # A run that is resumed behind an evaluation does not repeat it.
-        with preserved(), costs_recorded(model):
+        with preserved(), costs_recorded(model) as timed, inference_context(model):
             for number, name in enumerate(settings.test):
                 loader = cls.build_test_loader(cfg, name)
                 evaluator = evaluators[number] if evaluators else cls.build_evaluator(cfg, name)
                 with workers.watched():
-                    results[name] = inference_on_dataset(model, loader, evaluator)
+                    results[name] = inference_on_dataset(timed, loader, evaluator)
                 if comm.is_main_process():
                     logger.info("Evaluation results for %s in csv format:", name)
                     print_csv_format(results[name])

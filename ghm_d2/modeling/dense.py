@@ -111,32 +111,23 @@ class DenseLoss(nn.ModuleList):
             raise ValueError(
                 f"predictions, targets and masks must have an entry for each level, got {lengths}"
             )
+        images = self._group_sizes(len((predictions if masks is None else masks)[0]))
         if masks is None:
-            groups = self._groups(len(predictions[0]))
-            pairs = [
-                [
-                    (x[images].flatten(0, 1), y[images].flatten(0, 1))
-                    for x, y in zip(predictions, targets, strict=True)
-                ]
-                for images in groups
-            ]
+            rows = [images] * len(predictions)
         else:
-            groups = self._groups(len(masks[0]))
-            pairs = [
-                [(x[rows], y[rows]) for x, y, rows in zip(predictions, targets, level, strict=True)]
-                for level in _rows_of_groups(predictions, masks, groups)
-            ]
+            rows = _rows_of_groups(predictions, masks, images)
+        columns = [list(map(_split, tensors, rows)) for tensors in (predictions, targets)]
+        if masks is None:
+            columns = [[[x.flatten(0, 1) for x in level] for level in part] for part in columns]
         total = []
-        for loss, levels in zip(self, pairs, strict=False):
-            if self.ghm_scope == "level":
-                total += [loss(prediction, target) for prediction, target in levels]
-            else:
-                total.append(loss.forward_pooled(*zip(*levels, strict=True)))
-        return sum(total) / len(pairs)
+        for loss, *group in zip(self, *(zip(*part, strict=True) for part in columns), strict=False):
+            call = loss.forward_levels if self.ghm_scope == "level" else loss.forward_pooled
+            total.append(call(*group))
+        return total[0] if len(total) == 1 else sum(total) / len(total)
 
-    def _groups(self, num_images: int) -> list[slice]:
+    def _group_sizes(self, num_images: int) -> list[int]:
         size = self.images_per_histogram or num_images
-        groups = [slice(start, start + size) for start in range(0, num_images, size)]
+        groups = [min(size, num_images - start) for start in range(0, num_images, size)]
         if len(groups) > len(self):
             raise ValueError(
                 f"images_per_histogram {size} makes {len(groups)} groups of a batch of "
@@ -181,20 +172,23 @@ class SteadyNormalizer:
         return average
 
 
+def _split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """``x.split``, without the copy that the gradient of a split into one would be."""
+    return x.split(sizes) if len(sizes) > 1 else [x]
+
+
 def _rows_of_groups(
-    predictions: Sequence[Tensor], masks: Sequence[Tensor], groups: Sequence[slice]
-) -> list[list[slice]]:
-    """For each group, for each level: which of the rows ``x[mask]`` belong to its images."""
-    if len(groups) == 1:  # all rows; counting them would wait for the device
-        return [[slice(None)] * len(masks)]
-    counts = torch.stack([mask.sum(1) for mask in masks]).tolist()
-    for x, level in zip(predictions, counts, strict=True):
+    predictions: Sequence[Tensor], masks: Sequence[Tensor], images: Sequence[int]
+) -> list[list[int]]:
+    """For each level, how many of the rows ``x[mask]`` belong to each group of ``images``."""
+    if len(images) == 1:  # counting them would wait for the device
+        return [[len(x)] for x in predictions]
+    counts = [torch.stack([part.sum() for part in mask.split(images)]) for mask in masks]
+    rows = torch.stack(counts).tolist()
+    for x, level in zip(predictions, rows, strict=True):
         if len(x) != sum(level):
             raise ValueError(
                 f"predictions must be the {sum(level)} rows that the mask of their level selects, "
                 f"got {len(x)}"
             )
-    return [
-        [slice(sum(level[: images.start]), sum(level[: images.stop])) for level in counts]
-        for images in groups
-    ]
+    return rows
