@@ -260,7 +260,7 @@ def test_the_observer_sees_arguments_counts_and_weights_of_each_call(density):
     logits, labels = torch.tensor([[0.0], [-9.0], [-9.0]]), torch.tensor([1, 1, 1])
     with observed(lambda *args: seen.append(args)):
         loss_fn.forward_pooled([logits], [labels])
-    loss_fn.forward_pooled([logits], [labels])  # nobody looks any more
+    loss_fn.forward_pooled([logits], [labels])  # no longer observed
     ((module, predictions, targets, weights, counts, region_weights),) = seen
     assert module is loss_fn and predictions[0] is logits and targets[0] is labels
     assert weights == [None]

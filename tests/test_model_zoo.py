@@ -125,7 +125,7 @@ def test_newest_model_of_a_folder(own):
     model = model_zoo.get(f"{CONFIG}.yaml", trained=True, device="cpu")
     assert model.training and type(model).__name__ == "GHMRetinaNet"
     assert same_weights(newest, model)
-    # A name that configs/ has not.
+    # A name that configs/ does not have.
     assert model_zoo.get_config_file("other.yaml") == str(own / "other" / "7" / "config.yaml")
     with pytest.raises(ZooError, match=r"othr.yaml is not available.*similar: other.yaml"):
         model_zoo.get_config_file("othr.yaml")

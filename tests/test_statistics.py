@@ -220,7 +220,7 @@ def lines(file):
 
 
 def test_period_files_and_cost(tmp_path):
-    """Each 20th and the last step are observed; every other one does what it did without."""
+    """Each 20th and the last step are observed; all others run as without the hook."""
     net = Net()
     hook = GradientStatistics(net, 20, str(tmp_path / "statistics.jsonl"))
     assert list(hook.losses) == ["ghm_c", "ghm_r"]

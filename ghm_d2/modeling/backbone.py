@@ -1,20 +1,27 @@
-"""Any torchvision classification network as the backbone of an FPN."""
+"""Backbones: any torchvision classification network below an FPN, and mmdetection's FPN."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.fpn import (
+    LastLevelMaxPool,
+    LastLevelP6P7,
+    build_retinanet_resnet_fpn_backbone,
+)
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from ..errors import UserError, similar_names
+from ghm_d2.errors import UserError, similar_names
 
 __all__ = [
+    "LinearP6P7",
     "TorchvisionBackbone",
+    "build_mmdet_retinanet_resnet_fpn_backbone",
     "build_retinanet_torchvision_fpn_backbone",
     "build_torchvision_fpn_backbone",
 ]
@@ -59,17 +66,15 @@ class TorchvisionBackbone(Backbone):
         network = models.get_model(name, weights=None)
         nodes = get_graph_node_names(network, suppress_diff_warning=True)[0]
         modules = [".".join(n.split(".")[:i]) for n in nodes for i in range(1, n.count(".") + 2)]
-        for argument, node in [
-            *(("out_features", node) for node in out_features),
-            *([("freeze_at", freeze_at)] if freeze_at else []),
-        ]:
+        asked = [("out_features", node) for node in out_features]
+        for argument, node in [*asked, *[("freeze_at", freeze_at)] * bool(freeze_at)]:
             if node not in modules:
                 raise ValueError(
                     f"{argument} must be nodes of {name}, got {node!r}"
                     f"{similar_names(node, modules)}"
                 )
         if freeze_at:
-            # What is needed up to that node, and nothing else; it shares the network's parameters.
+            # It has the layers up to that node alone, and shares their parameters with the network.
             for parameter in _extractor(network, [freeze_at]).parameters():
                 parameter.requires_grad_(False)
         body = _extractor(network, out_features)
@@ -119,8 +124,7 @@ def _measure(body: nn.Module, name: str) -> tuple[dict[str, int], dict[str, int]
                 f"{name} gives {got} for an image of {_PROBE} x {_PROBE}"
             )
         channels[node], strides[node] = x.shape[1], _PROBE // x.shape[2]
-    steps = list(strides.values())
-    if any(b != 2 * a for a, b in zip(steps, steps[1:], strict=False)):
+    if any(b != 2 * a for a, b in pairwise(strides.values())):
         raise ValueError(f"out_features must double the stride from one to the next, got {strides}")
     return channels, strides
 
@@ -163,7 +167,7 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         input_shape: of the image; 3 channels.
 
     Raises:
-        UserError: a key holds what the network does not have; the message names it.
+        UserError: a key names what the network does not have; the message names the key.
     """
     return _fpn(cfg, _bottom_up(cfg, input_shape), LastLevelMaxPool())
 
@@ -179,3 +183,27 @@ def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpe
     last = cfg.MODEL.FPN.IN_FEATURES[-1]
     channels = bottom_up.output_shape()[last].channels
     return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS, last))
+
+
+class LinearP6P7(LastLevelP6P7):
+    """P6 and P7 from C5 without Detectron2's ReLU between them."""
+
+    def forward(self, c5: Tensor) -> list[Tensor]:
+        """
+        Args:
+            c5: (N, C, H, W).
+
+        Returns:
+            P6 and P7, each of half the size of the one before, rounded up.
+        """
+        p6 = self.p6(c5)
+        return [p6, self.p7(p6)]
+
+
+@BACKBONE_REGISTRY.register()
+def build_mmdet_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Detectron2's ResNet and FPN for RetinaNet, with :class:`LinearP6P7` on top."""
+    backbone = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
+    top = backbone.top_block
+    backbone.top_block = LinearP6P7(top.p6.in_channels, top.p6.out_channels)
+    return backbone

@@ -1,4 +1,4 @@
-"""A harmonised loss over the levels of any dense detector, for groups of images; its normaliser."""
+"""A harmonised loss over the levels of any dense detector and groups of images; its normaliser."""
 
 import copy
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from detectron2.utils.comm import get_world_size
 from torch import Tensor, nn
 
-from ..losses import GHMCLoss, GHMRLoss
+from ghm_d2.losses import GHMCLoss, GHMRLoss
 
 __all__ = ["SCOPES", "DenseLoss", "SteadyNormalizer", "groups_of_images"]
 
@@ -16,11 +16,11 @@ SCOPES = ("level", "batch")
 
 
 def groups_of_images(total_batch_size: int, images_per_histogram: int) -> int:
-    """How many groups of images one process trains on in a step, of as many as there are now.
+    """How many groups of images each of the present processes trains on in a step.
 
     Args:
         total_batch_size: images in a step over all processes, at least 1.
-        images_per_histogram: images in a group; 0: all images of the process.
+        images_per_histogram: images in a group; 0: all of the process.
     """
     per_process = max(total_batch_size // get_world_size(), 1)
     return -(-per_process // images_per_histogram) if images_per_histogram else 1
@@ -43,14 +43,13 @@ class DenseLoss(nn.ModuleList):
     def __init__(
         self,
         loss: GHMCLoss | GHMRLoss,
-        *,
         ghm_scope: str = "level",
         images_per_histogram: int = 0,
         num_histogram_groups: int = 1,
     ) -> None:
         """
         Args:
-            loss: what every group gets a copy of, as every process of the authors' had its own.
+            loss: copied for each group, as each of the authors' processes had its own.
             ghm_scope: "level": one histogram for each FPN level, the levels sharing one set of
                 running counts, and the losses of the levels added up (authors' code); "batch":
                 one histogram over all levels.
@@ -79,9 +78,9 @@ class DenseLoss(nn.ModuleList):
         self.images_per_histogram = images_per_histogram
 
     @classmethod
-    def of(cls, loss: GHMCLoss | GHMRLoss | None, **settings: Any) -> "DenseLoss | None":
+    def of(cls, loss: GHMCLoss | GHMRLoss | None, *settings: Any) -> "DenseLoss | None":
         """As the constructor, but None for None."""
-        return None if loss is None else cls(loss, **settings)
+        return None if loss is None else cls(loss, *settings)
 
     @torch.jit.unused
     def forward(
@@ -95,9 +94,9 @@ class DenseLoss(nn.ModuleList):
             predictions: #levels tensors (N, Ri, ...); for GHM-C the logits (N, Ri, K).
             targets: #levels tensors (N, Ri, ...); for GHM-C int64 (N, Ri), class in [0, K),
                 K = background, -1 = ignored.
-            masks: None, or #levels bool tensors (N, Ri) where only some anchors are examples, as
-                the positives are for GHM-R. Predictions and targets are then (Pi, ...): the rows
-                ``x[mask]``.
+            masks: #levels bool tensors (N, Ri) where only some anchors are examples, as for
+                GHM-R the positives. Predictions and targets are then (Pi, ...): the rows
+                ``x[mask]``. None: all are.
 
         Returns:
             A scalar, on the graph also without any example: the mean over the groups.
@@ -146,11 +145,11 @@ class DenseLoss(nn.ModuleList):
 
 
 class SteadyNormalizer:
-    """Stands before a ``DenseDetector``: its running averages follow training steps alone.
+    """Mix-in before a ``DenseDetector``: training steps alone move its running averages.
 
-    Detectron2 updates them, such as the running number of positives that focal loss and smooth L1
-    are divided by, in every pass in training mode: in a validation loss under ``no_grad``, and once
-    more where activation checkpointing repeats a forward pass during the backward pass.
+    Detectron2 moves them, such as the number of positives that focal loss and smooth L1 are divided
+    by, in every pass in training mode: also for a validation loss under ``no_grad``, and again
+    where activation checkpointing repeats a forward pass during the backward pass.
     """
 
     _averaged = False  # whether the last forward pass has written its average
@@ -163,7 +162,7 @@ class SteadyNormalizer:
             return getattr(self, name)  # what the first computation divided by
         before = getattr(self, name, None)
         average = super()._ema_update(name, value, initial_value, momentum)
-        # A reentrant checkpoint computes first without a graph, and writes when it repeats.
+        # A reentrant checkpoint computes first without a graph: its repetition writes.
         self._averaged = torch.is_grad_enabled()
         if not self._averaged:
             if before is None:

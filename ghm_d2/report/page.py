@@ -125,14 +125,14 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _summary(run: RunFiles) -> list[tuple[str, str]]:
     settings = run.settings
-    done = max((i + 1 for i, row in run.metrics.items() if "total_loss" in row), default=None)
-    seconds = [x for row in run.metrics.values() if math.isfinite(x := row.get("time", math.nan))]
+    done = run.files.iterations_done() if run.metrics else 0
+    seconds = run.files.seconds_per_iteration() if run.metrics else None
     known = {
         "detector": settings.detector,
         "trained on": ", ".join(settings.train),
         "tested on": ", ".join(settings.test),
         "iterations": f"{done} of {settings.iterations}" if done and settings.iterations else None,
-        "time per iteration": f"{np.median(seconds):.3g} s (median)" if seconds else None,
+        "time per iteration": f"{seconds:.3g} s (median)" if seconds else None,
         "on": run.record.hardware,
         "date": run.record.date,
     }
@@ -198,7 +198,7 @@ def _figure(value: float | None) -> str:
 def _environment(run: RunFiles) -> list[tuple[str, str]]:
     record = run.record
     rows = [
-        ("folder", os.path.abspath(run.folder)),
+        ("folder", os.path.abspath(run.files.folder)),
         ("config file", record.config_file),
         ("hardware", record.hardware),
         *record.versions.items(),

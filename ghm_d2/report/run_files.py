@@ -47,14 +47,14 @@ class RunFiles:
     """The files of a training, read.
 
     Attributes:
-        folder: OUTPUT_DIR.
+        files: the OUTPUT_DIR.
         record, config, settings, metrics, statistics, results: as :class:`RunFolder` has them;
             empty where they are missing or damaged.
         test_sets: those with predictions and ground truth.
         missing: one sentence for each thing that the page cannot show.
     """
 
-    folder: Path
+    files: RunFolder
     record: Record = field(default_factory=Record)
     config: str = ""
     settings: Settings = field(default_factory=Settings)
@@ -83,7 +83,7 @@ def read_run(folder: Path, datasets: Mapping[str, tuple[Path, Path]]) -> RunFile
             f"{folder} holds neither {METRICS} nor {RECORD} nor {CONFIG}: give the OUTPUT_DIR of a "
             "training."
         )
-    run = RunFiles(folder)
+    run = RunFiles(files)
     for name, what in _PARTS.items():
         try:
             setattr(run, name, getattr(files, name))
@@ -91,24 +91,22 @@ def read_run(folder: Path, datasets: Mapping[str, tuple[Path, Path]]) -> RunFile
             run.missing.append(f"{what}: {str(error).rstrip('.')}")
     # Without a config, its text and its settings are missing for the same reason.
     run.missing = [*dict.fromkeys(run.missing), *files.notes]
-    run.test_sets = _test_sets(files, run, datasets)
+    run.test_sets = _test_sets(run, datasets)
     return run
 
 
-def _test_sets(
-    files: RunFolder, run: RunFiles, datasets: Mapping[str, tuple[Path, Path]]
-) -> list[TestSet]:
+def _test_sets(run: RunFiles, datasets: Mapping[str, tuple[Path, Path]]) -> list[TestSet]:
     names = run.settings.test or tuple(datasets)[:1]
     found = []
     for name in names:
-        predictions = files.predictions(name, names)
+        predictions = run.files.predictions(name, names)
         if not predictions.is_file():
             run.missing.append(
                 f"AP by class, images: no {predictions.name} for the data set {name}"
             )
             continue
         annotations, images = _locate(run, name, datasets)
-        converted = files.converted_annotations(name, names)
+        converted = run.files.converted_annotations(name, names)
         if converted.is_file():
             annotations = converted
         if annotations is None or not annotations.is_file():
