@@ -98,7 +98,7 @@ def test_the_log_shows_each_threshold(tmp_path, dataset, caplog):
 
 
 def test_costs_of_an_evaluation_in_a_training_are_recorded(monkeypatch):
-    """The median call alone, whatever happens between the calls; nothing outside a training."""
+    """The median over the calls, without the time between them; nothing outside a training."""
     now = [0.0]
 
     class Slow(torch.nn.Module):

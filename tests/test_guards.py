@@ -1,4 +1,4 @@
-"""What stands around a training, once through a YAML and once through a Python config."""
+"""The guards around a training, once through a YAML and once through a Python config."""
 
 import json
 import os
@@ -207,7 +207,7 @@ def test_values_that_make_no_training(fails, kind, name, value):
 
 
 def test_a_warm_up_longer_than_the_training(run, fails, kind, capsys):
-    if kind.python:  # which has it as a share
+    if kind.python:  # there the warm-up is a share of the training
         assert "must be in 0 .. 1, a share of the training, got 3" in fails("out", warmup=3)
     else:
         run("out", max_iter=1, warmup=3)

@@ -44,7 +44,7 @@ def test_exit_codes(name, capsys):
 
 
 class Survivor:
-    """What the interpreter destroys last tells that it went through its own end."""
+    """An object that the interpreter destroys last tells that it came to its own end."""
 
     def __del__(self):
         os.write(1, b"finalized\n")

@@ -220,7 +220,7 @@ def lines(file):
 
 
 def test_period_files_and_cost(tmp_path):
-    """Each 20th and the last step are observed; every other one does what it did without."""
+    """Each 20th and the last step are observed; all others run as without the hook."""
     net = Net()
     hook = GradientStatistics(net, 20, str(tmp_path / "statistics.jsonl"))
     assert list(hook.losses) == ["ghm_c", "ghm_r"]
@@ -283,17 +283,18 @@ def test_no_observer_is_left_after_an_error(tmp_path):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """The arguments of every harmonised loss, by module, in the order of the calls."""
+    """The arguments of every harmonised loss, by module, in the order of the histograms."""
     calls = defaultdict(list)
-    original = HarmonizedLoss.forward_pooled
+    original = HarmonizedLoss._forward
 
-    def spy(self, predictions, targets, weights=None):
+    def spy(self, predictions, targets, weights, pooled):
         none = [None] * len(predictions)
         zipped = zip(predictions, targets, weights or none, strict=True)
-        calls[self].append([tuple(a if a is None else a.detach() for a in x) for x in zipped])
-        return original(self, predictions, targets, weights)
+        each = [tuple(a if a is None else a.detach() for a in x) for x in zipped]
+        calls[self] += [each] if pooled else [[x] for x in each]
+        return original(self, predictions, targets, weights, pooled)
 
-    monkeypatch.setattr(HarmonizedLoss, "forward_pooled", spy)
+    monkeypatch.setattr(HarmonizedLoss, "_forward", spy)
     return calls
 
 
