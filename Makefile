@@ -21,7 +21,7 @@ setup: ## create .venv and install everything, unless that is done
 	@$(BOOTSTRAP)
 
 quickstart: setup ## set up, generate the default data, train a small GHM RetinaNet, evaluate
-	@$(VENV_PYTHON) train_net.py --config-file $(CONFIG) $(ARGS)
+	@$(VENV_PYTHON) train_net.py --config-file $(CONFIG) $(if $(filter file,$(origin CONFIG)),--overwrite) $(ARGS)
 
 test: setup ## run the tests, without the slow ones
 	@$(VENV_PYTHON) -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-"""Everything stands in pyproject.toml but this: an installed ghm_d2 carries configs/ inside."""
+"""The one thing that pyproject.toml cannot say: an installed ghm_d2 carries configs/ inside."""
 
 import shutil
 from pathlib import Path

@@ -197,12 +197,12 @@ def measure_bandwidth(size: int, device: torch.device, args: argparse.Namespace)
     out = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         inputs = Logits([max(size // CLASSES, 1)], device, dtype)
-        x, labels = inputs.x[0].detach().view(-1).requires_grad_(), inputs.labels[0]
+        x, labels = inputs.x[0], inputs.labels[0]
         target = torch.empty_like(x)
-        kernel = sigmoid_kernel(x, labels, None, BINS_C, None)  # no second derivative
-        if kernel is None:  # a GPU without Triton
+        kernel = sigmoid_kernel([(x, labels, None)], BINS_C, None)  # no second derivative
+        if kernel is None:  # too small for one, or a GPU without Triton
             return []
-        weights, one = torch.ones(BINS_C, device=device), torch.ones((), device=device)
+        weights, one = torch.ones(1, BINS_C, device=device), torch.ones((), device=device)
 
         def pair(kernel=kernel, weights=weights, one=one) -> None:
             kernel.counts(BINS_C)

@@ -199,7 +199,7 @@ def _host_syncs(model: nn.Module, step: Callable[[], None]) -> list[str]:
     found: list[str] = []
     for module in model.modules():
         if isinstance(module, HarmonizedLoss):
-            forward = module.forward
+            forward = module._forward
 
             def watched(*args: Any, forward: Callable = forward) -> Any:
                 out = []
@@ -208,11 +208,11 @@ def _host_syncs(model: nn.Module, step: Callable[[], None]) -> list[str]:
                     found.append(message)
                 return out[0] if out else forward(*args)
 
-            module.forward = watched
+            module._forward = watched
     step()
     for module in model.modules():
         if isinstance(module, HarmonizedLoss):
-            del module.forward
+            del module._forward
     return found
 
 

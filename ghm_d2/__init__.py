@@ -1,6 +1,6 @@
 """Gradient Harmonizing Mechanism (AAAI 2019) for Detectron2.
 
-Importing this package imports neither torch nor Detectron2; its names do when they are first used.
+Importing this package imports neither torch nor Detectron2; the first use of its names does.
 """
 
 from importlib import import_module

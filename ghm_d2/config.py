@@ -33,8 +33,8 @@ def _pair_node(cls: CN, reg: CN) -> CN:
     node.CLS = cls
     # GHM-R on the box regression loss.
     node.REG = reg
-    # "ghm_r", or "asl1": authentic smooth L1, normalised as Detectron2's smooth L1; of the other
-    # keys it takes ENABLED, LOSS_WEIGHT (1 is as strong as smooth L1) and MU.
+    # "ghm_r", or "asl1": authentic smooth L1, normalised as Detectron2's smooth L1, with ENABLED,
+    # LOSS_WEIGHT (1 makes it as strong as smooth L1) and MU alone of the other keys.
     node.REG.LOSS_TYPE = "ghm_r"
     # mu of authentic smooth L1, in units of the deltas.
     node.REG.MU = 0.02
@@ -44,7 +44,7 @@ def _pair_node(cls: CN, reg: CN) -> CN:
 def add_ghm_config(cfg: CN) -> None:
     """Adds ``MODEL.GHM`` to ``cfg``.
 
-    Imported from ``ghm_d2`` it has also registered every architecture and the default data set.
+    Importing it from ``ghm_d2`` also registers every architecture and the default data set.
 
     Args:
         cfg: a config from :func:`detectron2.config.get_cfg`; changed in place.
@@ -56,14 +56,14 @@ def add_ghm_config(cfg: CN) -> None:
     # Iterations between two looks at the gradients (plain losses, unit regions, easy and hard
     # examples); a multiple of 20, at which Detectron2 writes its logs; 0: never.
     cfg.MODEL.GHM.STATISTICS_PERIOD = 100
-    # GHMRetinaNet clips boxes to the image before NMS, as mmdetection does, and not after it.
+    # Whether GHMRetinaNet clips boxes to the image before NMS, as mmdetection does, not after it.
     cfg.MODEL.GHM.CLIP_BEFORE_NMS = False
 
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
     cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))
-    # "ghm_c", or a baseline of the paper, which takes of the other keys ENABLED and LOSS_WEIGHT:
+    # "ghm_c", or a baseline of the paper with ENABLED and LOSS_WEIGHT alone of the other keys:
     # "cross_entropy" (mean over all anchors; the paper's weight is 20) or "ohem" (3 negatives for
-    # each positive). Focal loss is ENABLED False.
+    # each positive). ENABLED False gives focal loss.
     cfg.MODEL.GHM.RETINANET.CLS.LOSS_TYPE = "ghm_c"
     # One histogram for each FPN "level" (authors' code) or for the whole "batch".
     cfg.MODEL.GHM.RETINANET.SCOPE = "level"
@@ -85,8 +85,8 @@ def add_ghm_config(cfg: CN) -> None:
 
     # BACKBONE.NAME "build_torchvision_fpn_backbone" (Faster R-CNN) or
     # "build_retinanet_torchvision_fpn_backbone". MODEL.FPN.IN_FEATURES then names nodes of the
-    # network's graph, at strides that double; MODEL.BACKBONE.FREEZE_AT counts stages of a ResNet
-    # and has no effect.
+    # network's graph, at strides that double; MODEL.BACKBONE.FREEZE_AT, which counts stages of a
+    # ResNet, has no effect.
     cfg.MODEL.GHM.TORCHVISION = CN()
     # A classification network of torchvision.models.
     cfg.MODEL.GHM.TORCHVISION.NAME = "mobilenet_v2"

@@ -14,7 +14,7 @@ def configs_folder() -> Path:
 
 
 def find_config(name: str) -> str | None:
-    """The path of a config, named from inside ``configs/`` or with it; None if there is none."""
+    """The path of a config, named with or without ``configs/`` in front; None if there is none."""
     file = configs_folder() / name.removeprefix("configs/")
     return str(file) if file.is_file() else None
 
@@ -26,5 +26,5 @@ def config_names() -> list[str]:
 
 
 def similar_configs(name: str) -> str:
-    """Names of configs like this one, in brackets for a message; empty if there is none."""
+    """Similar names of configs, as :func:`similar_names` puts them for a message."""
     return similar_names(name, config_names())

@@ -1,15 +1,28 @@
-"""Files that are there whole or not at all, and JSON that strangers or killed processes left."""
+"""Files that exist whole or not at all, and JSON that strangers or killed processes left."""
 
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from ghm_d2.errors import UserError, cannot, shown
 
-__all__ = ["PART", "parse_json", "read_json", "read_text", "whole_file", "write_json", "write_text"]
+__all__ = [
+    "PART",
+    "open_regular",
+    "parse_json",
+    "read_json",
+    "read_text",
+    "whole_file",
+    "write_json",
+    "write_text",
+]
+
+# Not to wait for the writer of a pipe; and Windows would read text.
+_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 PART = ".part"  # end of the name of a file that is being written
 
@@ -18,10 +31,10 @@ PART = ".part"  # end of the name of a file that is being written
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name once it is complete and on the disk.
 
-    It is written beside its place as `path` + `PART`, which only a killed process leaves behind.
+    Until then it is called `path` + `PART`, which only a killed process leaves behind.
 
     Raises:
-        UserError: it cannot be written; a file that was there before is still there.
+        UserError: it cannot be written; a file of that name from before is still there.
     """
     part = f"{path}{PART}"
     try:
@@ -45,7 +58,7 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes a change of names outlive a power failure, where the file system can."""
+    """Makes a renaming survive a power failure, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -55,7 +68,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text in UTF-8, whole or not at all; what has no encoding becomes an escape.
+    """Writes text in UTF-8, whole or not at all; a character that has no encoding is escaped.
 
     Raises:
         UserError: the file cannot be written.
@@ -74,14 +87,29 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Opens a file for reading that is one: a pipe would block, and a device has no end.
+
+    Raises:
+        UserError: it is something else.
+        OSError: it cannot be opened.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | _FLAGS), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} cannot be read (it is no regular file).")
+    return file
+
+
 def read_text(path: str | Path) -> str:
     """Reads text in UTF-8.
 
     Raises:
-        UserError: the file cannot be read, or is no such text.
+        UserError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            return file.read().decode("utf-8")
     except (OSError, UnicodeError) as error:
         raise cannot("read", path, error) from error
 
@@ -90,7 +118,7 @@ def read_json(path: str | Path) -> Any:
     """Reads JSON.
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: the file cannot be read, or is not JSON.
     """
     try:
         return parse_json(read_text(path))
@@ -104,7 +132,7 @@ def parse_json(text: str) -> Any:
     """Parses JSON.
 
     Raises:
-        ValueError: the text is none, or nested so deeply that Python's parser gives up.
+        ValueError: it is not JSON, or nested so deeply that Python's parser gives up.
     """
     try:
         return json.loads(text)

@@ -23,7 +23,7 @@ settings.load_profile("ghm")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs the reference material, which a clone does not have beside it."""
+    """Marks the tests that need the reference material, which a clone does not have beside it."""
     for item in items:
         if "shared_dir" in getattr(item, "fixturenames", ()):
             item.add_marker("reference")

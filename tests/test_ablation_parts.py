@@ -280,7 +280,7 @@ def test_a_study_keeps_every_run_whole(tmp_path, caplog):
     assert sum('"id": "id' in line for line in text.splitlines()) == 4  # one run a line
     again = store.write_study({"grid": "h", "seeds": [1, 2]}, dict(reversed(list(named.items()))))
     assert again.read_text() == text.replace('"grid": "g"', '"grid": "h"')
-    # The study alone knows its runs, whatever the grid is called that asks.
+    # The study's file is enough to know its runs, whatever the grid is called that asks.
     file.with_name("other.json").write_text('{"no": "study"}')
     stored_run = stored(run, id=run.id, row="a", seed=1)
     store.write_study({"grid": "i"}, {run.id: stored_run})

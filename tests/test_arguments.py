@@ -89,7 +89,7 @@ def test_messages_name_what_was_run(started, name, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main([])
     assert capsys.readouterr().err.startswith(f"{name}: error: ")
-    assert ("ghm-d2 train --conf" in next_command(train_program(), "out", [])) == (
+    assert ("ghm-d2 train --conf" in next_command(train_program(), "f.yaml", [], [])) == (
         name == "ghm-d2 train"
     )
 

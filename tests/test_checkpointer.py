@@ -219,7 +219,7 @@ def test_loading_resuming_and_evaluating_keep_them(trained, tmp_path, lines):
     cfg = small_config(RETINANET, "MODEL.WEIGHTS", path, "OUTPUT_DIR", str(tmp_path))
     for resume in (False, True):
         model = build()
-        load_trained_weights(cfg, model, resume)
+        load_trained_weights(model, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, resume=resume)
         assert (counts(model) == 7).all()
     assert not lines()
 
@@ -237,7 +237,7 @@ def test_other_bins_start_at_0_and_evaluate(trained, tmp_path, resume, evaluate)
     if evaluate:
         (tmp_path / "last_checkpoint").write_text("trained.pth")
         cfg = small_config(RETINANET, "MODEL.WEIGHTS", path, "OUTPUT_DIR", str(tmp_path))
-        load_trained_weights(cfg, model, resume)
+        load_trained_weights(model, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, resume=resume)
     else:
         RestrictedCheckpointer(model, str(tmp_path)).resume_or_load(path, resume=resume)
     assert not counts(model).any()

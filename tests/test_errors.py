@@ -1,4 +1,4 @@
-"""How a user's mistake is told: what a file may hold never reaches the terminal as it is."""
+"""How a user's mistake is told: what a file may hold reaches the terminal escaped."""
 
 import pytest
 

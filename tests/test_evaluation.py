@@ -1,7 +1,6 @@
 """AP at every IoU threshold, against pycocotools."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from pycocotools.cocoeval import COCOeval
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
+from ghm_d2.engine import evaluation
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator, costs_recorded
 from ghm_d2.run_folder import SECONDS_PER_IMAGE
 from tests.tiny import coco_content, unregister_all, write_coco
@@ -97,22 +97,23 @@ def test_the_log_shows_each_threshold(tmp_path, dataset, caplog):
     assert f"{results['AP55']:.3f}" in text
 
 
-class Slow(torch.nn.Module):
-    def forward(self, seconds):
-        time.sleep(seconds)
+def test_costs_of_an_evaluation_in_a_training_are_recorded(monkeypatch):
+    """The median over the calls, without the time between them; nothing outside a training."""
+    now = [0.0]
 
+    class Slow(torch.nn.Module):
+        def forward(self, seconds):
+            now[0] += seconds
 
-def test_costs_of_an_evaluation_in_a_training_are_recorded():
-    """The median call alone, whatever happens between the calls; nothing outside a training."""
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: now[0])
     model = Slow()
     with EventStorage(7) as storage:
-        with costs_recorded(model):
-            for seconds in (0.3, 0.02, 0.02):
-                model(seconds)
-            time.sleep(0.1)
+        with costs_recorded(model) as timed:
+            for seconds in (0.5, 0.25, 0.25):
+                timed(seconds)
+                now[0] += 9
         ((value, iteration),) = storage.latest().values()
-    assert 0.02 <= value < 0.3 and iteration == 7
+    assert (value, iteration) == (0.25, 7)
     assert list(storage.latest()) == [SECONDS_PER_IMAGE]  # no memory without a GPU
-    assert not model._forward_hooks and not model._forward_pre_hooks
-    with costs_recorded(model):
-        model(0.0)
+    with costs_recorded(model) as timed:
+        timed(0.0)

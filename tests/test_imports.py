@@ -20,7 +20,7 @@ LAYERS = (
     ("modeling",),
     ("engine",),
     ("analysis", "model_zoo", "deploy"),
-    ("report", "ablation", "lazy"),
+    ("report", "ablation"),
     ("cli",),
     ("__main__",),
 )

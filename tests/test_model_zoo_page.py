@@ -14,8 +14,9 @@ from tiny import ROOT, ZOO_ENTRY
 from ghm_d2 import model_zoo
 from ghm_d2.cli.export_zoo import main
 from ghm_d2.errors import UserError
-from ghm_d2.model_zoo.index import PACKAGED_INDEX, read_index, write_index
+from ghm_d2.files import write_json
 from ghm_d2.model_zoo.table import add_models, model_zoo_page
+from ghm_d2.model_zoo.zoo import PACKAGED_INDEX, read_index
 
 # --- MODEL_ZOO.md -------------------------------------------------------------------------------
 
@@ -66,8 +67,8 @@ def test_command_takes_over_a_zoo(tmp_path, monkeypatch, capsys):
     packaged, page = tmp_path / "index.json", tmp_path / "MODEL_ZOO.md"
     shutil.copy(PACKAGED_INDEX, packaged)
     (tmp_path / "zoo").mkdir()
-    write_index(tmp_path / "zoo" / "index.json", {"models": [ZOO_ENTRY | FIGURES]})
-    monkeypatch.setattr("ghm_d2.model_zoo.index.PACKAGED_INDEX", packaged)
+    write_json(tmp_path / "zoo" / "index.json", {"models": [ZOO_ENTRY | FIGURES]})
+    monkeypatch.setattr("ghm_d2.model_zoo.zoo.PACKAGED_INDEX", packaged)
     for added in (1, 0):
         main(["--page", str(page), "--zoo", str(tmp_path / "zoo")])
         said = capsys.readouterr().out

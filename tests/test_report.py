@@ -17,8 +17,8 @@ from ghm_d2.cli.report import main
 from ghm_d2.config import add_ghm_config
 from ghm_d2.report import write_report
 from ghm_d2.report.evaluation import _best_threshold, evaluate
+from ghm_d2.report.page import differences
 from ghm_d2.report.run_files import TestSet, read_run
-from ghm_d2.report.settings import differences
 
 HOSTILE = ("<script>alert(1)</script>", r"$\frac{ {{ 7*7 }}", "\"'><img src=x onerror=alert(1)>")
 INVISIBLE = ("\x1b[2J\u202e", "\ud800", "long " * 500)

@@ -1,4 +1,4 @@
-"""What a training leaves: written whole, read whatever has become of it, cut where it goes on."""
+"""What a training leaves: written whole, read in any state, cut where a resumed one goes on."""
 
 import json
 import logging
@@ -169,7 +169,7 @@ def test_any_content_gives_the_promised_types_or_a_sentence(file, content, tmp_p
         elif part == "settings":
             assert isinstance(value.tree, dict) and isinstance(value.detector, str)
             assert all(isinstance(name, str) for name in value.train + value.test)
-            json.dumps(value.tree)  # no end in itself, no object
+            json.dumps(value.tree)  # fails on a tree that contains itself, or an object
         elif part == "metrics":
             assert all(isinstance(x, float) for row in value.values() for x in row.values())
             run.seconds_per_iteration(), run.iterations_done(), run.last("bbox/AP")

@@ -381,7 +381,7 @@ def test_detector_that_stock_detectron2_lacks():
 
 
 def test_backbone_that_stock_detectron2_lacks():
-    """Its settings lie in MODEL.GHM, which the stock config has not; the weights come out whole."""
+    """Its settings lie in MODEL.GHM, which the stock config lacks; all weights come out."""
     cfg = get_cfg()
     add_ghm_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs" / "ghm_retinanet_MobileNetV2.yaml"))

@@ -7,18 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 from ghm_d2.files import whole_file
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
+from .opening import load_file
 from .origin import ORIGIN, read_origin
-from .unpickler import load_file
 
 __all__ = [
     "RestrictedCheckpointer",
@@ -26,6 +25,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# Whatever restoring an optimizer, a schedule or a hook from wrong values raises.
+_DAMAGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 _WAY_OUT = (
     "where it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
@@ -95,7 +97,18 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Detectron2's; with the state of a training, all of its tensors must fit."""
         self._resumes = checkpointables is None and bool(self.checkpointables)
-        rest = super().load(path, checkpointables)
+        try:
+            rest = super().load(path, checkpointables)
+        except UserError:
+            raise
+        except _DAMAGED as error:
+            if not self._resumes:
+                raise
+            raise UserError(
+                f"{path} cannot be resumed, its training state is damaged or of another version "
+                f"({type(error).__name__}: {reason(error)}): write the name of another checkpoint "
+                f"into {LAST_CHECKPOINT}, or start anew with MODEL.WEIGHTS {path}."
+            ) from error
         self.origin = read_origin(rest)
         return rest
 
@@ -171,8 +184,8 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             if "model" not in self._opened[1]:
                 reasons.append(f"{name} holds no model")
                 continue
-            for reason in reasons:
-                logger.warning("%s: going back to %s", reason, name)
+            for newer in reasons:
+                logger.warning("%s: going back to %s", newer, name)
             return name
         raise UserError(
             f"--resume: no checkpoint in {self.save_dir} can be read ({'; '.join(reasons)}): write "
@@ -215,6 +228,12 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         return super()._load_file(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if self._resumes and (missing := self.checkpointables.keys() - checkpoint.keys()):
+            raise UserError(
+                f"{self._filename} holds no state of a training ({', '.join(sorted(missing))}), "
+                "only weights: leave --resume out and start anew with MODEL.WEIGHTS "
+                f"{self._filename}."
+            )
         _check_tensors(_mapping(checkpoint["model"], self._filename), self._filename)
         return super()._load_model(checkpoint)
 
@@ -236,22 +255,35 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
 
 
 def load_trained_weights(
-    cfg: CfgNode, model: torch.nn.Module, resume: bool = False, trusted: bool = False
+    model: torch.nn.Module,
+    weights: str,
+    folder: str = "",
+    *,
+    resume: bool = False,
+    trusted: bool = False,
 ) -> Record:
-    """Load `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`, into a model.
+    """Load weights to evaluate or to predict with, their running counts included.
+
+    Args:
+        model: whose shapes they must have.
+        weights: file or URL.
+        folder: of a training.
+        resume: load the last checkpoint in `folder`; `weights` where there is none.
+        trusted: whether the file may run code.
 
     Returns:
         What the checkpoint says of the classes and the data that it was trained on.
 
     Raises:
-        UserError: the file cannot be loaded, or holds weights of other shapes.
+        UserError: the file cannot be loaded, holds weights of other shapes, or was trained on other
+            classes.
     """
-    checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = _EvaluationCheckpointer(model, save_dir=folder)
     checkpointer.trusted = trusted
     if resume:
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS)
+        checkpointer.resume_or_load(weights)
     else:
-        checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        checkpointer.load(weights, checkpointables=[])
     return checkpointer.origin
 
 

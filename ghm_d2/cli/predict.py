@@ -18,6 +18,7 @@ from ghm_d2.deploy.setup import (
     tool_parser,
 )
 from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.settings import read_settings
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 from ghm_d2.files import write_json
 
@@ -94,9 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 predictor.unreadable,
                 len(files),
             )
+        device = read_settings(cfg).device
         print(
             f"{len(predictor.results)} detections in {predictor.done} images or frames, "
-            f"{predictor.seconds / predictor.done:.3f} s each on {cfg.MODEL.DEVICE} (drawing not "
+            f"{predictor.seconds / predictor.done:.3f} s each on {device} (drawing not "
             f"counted): pictures and {_RESULTS} are in {output}."
         )
 

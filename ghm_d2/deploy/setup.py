@@ -9,7 +9,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
@@ -18,7 +17,9 @@ from ghm_d2.checkpoint.origin import check_classes
 from ghm_d2.deploy.detections import check_detector
 from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser
 from ghm_d2.engine.checks import check_inference
-from ghm_d2.engine.setup import build_config
+from ghm_d2.engine.settings import Config, Settings, read_settings
+from ghm_d2.engine.setup import build_config, given_keys
+from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError
 from ghm_d2.run_parts import Record
 
@@ -27,6 +28,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "build_detector",
     "image_preparer",
+    "images_of_test",
     "list_files",
     "tool_parser",
 ]
@@ -52,12 +54,10 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
         metavar="NAME=annotations.json,image_dir",
         help="COCO-format data that the detector was trained for: gives the names of the classes",
     )
-    # What build_config asks of train_net.py's command line.
-    parser.set_defaults(eval_only=True, num_gpus=1)
     return parser
 
 
-def build_detector(args: argparse.Namespace) -> tuple[CfgNode, nn.Module, Metadata]:
+def build_detector(args: argparse.Namespace) -> tuple[Config, nn.Module, Metadata]:
     """The config, the trained detector in eval mode, and its classes, for a command line.
 
     Raises:
@@ -65,17 +65,19 @@ def build_detector(args: argparse.Namespace) -> tuple[CfgNode, nn.Module, Metada
     """
     for name in ("fvcore", "detectron2", "ghm_d2"):  # they tell what weights were left out
         setup_logger(name=name)
-    cfg, datasets = build_config(args, log_to_file=False)
-    check_inference(cfg, args)
-    model = build_model(cfg).eval()
+    cfg, datasets = build_config(
+        args.config_file, args.opts, args.dataset, eval_only=True, log_to_file=False
+    )
+    check_inference(cfg, given_keys(args.config_file, args.opts))
+    model = GHMTrainer.build_model(cfg).eval()
     check_detector(model)
-    origin = load_trained_weights(cfg, model)
+    origin = load_trained_weights(model, read_settings(cfg).weights)
     for data in datasets:
         check_classes(origin, data.classes, data.name)
-    return cfg, model, _class_metadata(cfg, model, origin)
+    return cfg, model, _class_metadata(read_settings(cfg), model, origin)
 
 
-def _class_metadata(cfg: CfgNode, model: nn.Module, origin: Record) -> Metadata:
+def _class_metadata(settings: Settings, model: nn.Module, origin: Record) -> Metadata:
     """The metadata of the first data set of the config that has the model's classes.
 
     These are the ones that the weights name. Where they name none, their number must do. Without
@@ -83,7 +85,7 @@ def _class_metadata(cfg: CfgNode, model: nn.Module, origin: Record) -> Metadata:
     """
     part = model if hasattr(model, "num_classes") else model.roi_heads
     known = list(origin.classes) if len(origin.classes) == part.num_classes else None
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+    for name in (*settings.test, *settings.train):
         found = MetadataCatalog.get(name).get("thing_classes", ())
         if len(found) == part.num_classes and known in (None, list(found)):
             return MetadataCatalog.get(name)
@@ -114,7 +116,26 @@ def _either(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def image_preparer(cfg: CfgNode) -> Callable[[np.ndarray], Tensor]:
+def images_of_test(cfg: Config) -> tuple[str, int, int]:
+    """What images of a test are: order of their channels, shorter and longest side in pixels.
+
+    Raises:
+        UserError: a Python config does something else with them than to resize them.
+    """
+    if isinstance(cfg, CfgNode):
+        return cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    mapper = GHMTrainer.build_test_mapper(cfg)
+    augmentations = list(getattr(getattr(mapper, "augmentations", None), "augs", ()))
+    if len(augmentations) != 1 or not isinstance(augmentations[0], ResizeShortestEdge):
+        raise UserError(
+            "dataloader.test.mapper must be Detectron2's DatasetMapper with one augmentation, "
+            "ResizeShortestEdge."
+        )
+    resize = augmentations[0]
+    return mapper.image_format, int(resize.short_edge_length[0]), int(resize.max_size)
+
+
+def image_preparer(cfg: Config) -> Callable[[np.ndarray], Tensor]:
     """A function from an RGB image, (H, W, 3) uint8, to what the model takes.
 
     That is (3, H', W') float32, 0 .. 255, resized as for the test, channels as in `INPUT.FORMAT`.
@@ -122,11 +143,11 @@ def image_preparer(cfg: CfgNode) -> Callable[[np.ndarray], Tensor]:
     Raises:
         UserError: `INPUT.FORMAT` is neither BGR nor RGB.
     """
-    order = {"BGR": -1, "RGB": 1}.get(cfg.INPUT.FORMAT)
+    channels, shortest, longest = images_of_test(cfg)
+    order = {"BGR": -1, "RGB": 1}.get(channels)
     if order is None:
-        raise UserError(f"INPUT.FORMAT {cfg.INPUT.FORMAT} is not supported: BGR and RGB are.")
-    shortest = cfg.INPUT.MIN_SIZE_TEST
-    resize = ResizeShortestEdge([shortest, shortest], cfg.INPUT.MAX_SIZE_TEST)
+        raise UserError(f"INPUT.FORMAT {channels} is not supported: BGR and RGB are.")
+    resize = ResizeShortestEdge([shortest, shortest], longest)
 
     def prepare(rgb: np.ndarray) -> Tensor:
         pixels = resize.get_transform(rgb).apply_image(rgb)[:, :, ::order]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import (
@@ -17,12 +18,15 @@ from detectron2.structures import (
     PolygonMasks,
     RotatedBoxes,
 )
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ghm_d2 import modeling  # noqa: F401  (it registers what configs name)
 from ghm_d2.checkpoint import load_file
 from ghm_d2.checkpoint.files import write_checkpoint
 from ghm_d2.config import add_ghm_config
+from ghm_d2.engine import python_build
+from ghm_d2.engine.settings import Config, change
 from ghm_d2.errors import UserError
 from ghm_d2.losses.base import HarmonizedLoss
 
@@ -90,7 +94,8 @@ class Replay:
     """What :func:`save_replay` saved.
 
     Attributes:
-        cfg: config of the training.
+        config: of the training, as text.
+        python: whether that is a Python config's, which names what is to be built.
         batch: the inputs of the model.
         weights: state of the model before the step.
         state: the rest of what the forward pass read.
@@ -99,7 +104,8 @@ class Replay:
         precision: dtype of mixed precision, such as "float16"; None without it.
     """
 
-    cfg: CfgNode
+    config: str
+    python: bool
     batch: list[dict[str, Any]]
     weights: dict[str, Tensor]
     state: ForwardState
@@ -107,16 +113,41 @@ class Replay:
     message: str
     precision: str | None
 
-    def build(self, device: str | None = None) -> nn.Module:
+    def load_config(self, trusted: bool = False) -> Config:
+        """The config.
+
+        Args:
+            trusted: whether a Python config may run code; building its model always does.
+
+        Raises:
+            UserError: it is one and may not, or has keys that this version does not know.
+        """
+        if not self.python:
+            cfg = get_cfg()
+            add_ghm_config(cfg)
+            try:
+                cfg.merge_from_other_cfg(CfgNode.load_cfg(self.config))
+            except KeyError as error:
+                raise UserError(f"it was saved by another version: {error.args[0]}") from None
+            return cfg
+        if not trusted:
+            raise UserError(
+                "the batch is of a Python config, which can run any code: give --trust-checkpoint "
+                "if you trust whoever made the file."
+            )
+        return OmegaConf.create(yaml.unsafe_load(self.config), flags={"allow_objects": True})
+
+    def build(self, device: str | None = None, trusted: bool = False) -> nn.Module:
         """The model in training mode, as it stood before the forward pass.
 
         Args:
             device: where it is built; None: on the device of the training.
+            trusted: as for :meth:`load_config`.
         """
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
-        model = build_model(cfg)
+        cfg = self.load_config(trusted)
+        if device:
+            change(cfg, "device", device)
+        model = build_model(cfg) if isinstance(cfg, CfgNode) else python_build.build_model(cfg)
         model.load_state_dict(self.weights)
         return model.train()
 
@@ -129,7 +160,8 @@ def save_replay(path: str | os.PathLike, replay: Replay) -> None:
     """
     content = {
         "format": _FORMAT,
-        "config": replay.cfg.dump(),
+        "config": replay.config,
+        "python": replay.python,
         "batch": _plain(replay.batch),
         "weights": dict(replay.weights),
         "buffers": replay.state.buffers,
@@ -146,7 +178,7 @@ def load_replay(path: str | os.PathLike) -> Replay:
     """Loads what :func:`save_replay` saved, by the restricted unpickler.
 
     Raises:
-        UserError: it is another file, a damaged one, or its config has keys that are not known.
+        UserError: it is another file, or a damaged one.
     """
     content = load_file(path)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -154,16 +186,9 @@ def load_replay(path: str | os.PathLike) -> Replay:
             f"{os.fspath(path)} is not a batch that a training saved when it stopped: give a file "
             "OUTPUT_DIR/not_finite/*.pth."
         )
-    cfg = get_cfg()
-    add_ghm_config(cfg)
-    try:
-        cfg.merge_from_other_cfg(CfgNode.load_cfg(content["config"]))
-    except KeyError as error:
-        raise UserError(
-            f"{os.fspath(path)} was saved by another version: {error.args[0]}"
-        ) from None
     return Replay(
-        cfg=cfg,
+        config=content["config"],
+        python=content.get("python", False),
         batch=_restored(content["batch"]),
         weights=content["weights"],
         state=ForwardState(content["buffers"], content["normalizer"], content["rng"]),

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..config import add_ghm_config
-from ..errors import UserError
-from ..losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
-from .dense import SCOPES, groups_of_images
+from ghm_d2.config import add_ghm_config
+from ghm_d2.errors import UserError
+from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
+from ghm_d2.modeling.dense import SCOPES, groups_of_images
 
 __all__ = ["build_losses", "validate_ghm_config"]
 
@@ -22,7 +23,7 @@ _CHOSEN_BY = {
     "RPN": "MODEL.PROPOSAL_GENERATOR.NAME",
     "ROI_BOX_HEAD": "MODEL.ROI_HEADS.NAME",
 }
-# What gives or takes boxes of five numbers, and the parts beside which it would do so.
+# What makes or expects rotated boxes, and the parts of ours that it would exchange them with.
 _ROTATED = {
     "MODEL.ANCHOR_GENERATOR.NAME": ("RotatedAnchorGenerator", tuple(_CHOSEN_BY)),
     "MODEL.PROPOSAL_GENERATOR.NAME": ("RRPN", ("ROI_BOX_HEAD",)),
@@ -49,7 +50,7 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
     _check_boxes(cfg, part)
     prefix, node = f"MODEL.GHM.{part}", cfg.MODEL.GHM[part]
     losses: dict[str, nn.Module | None] = dict.fromkeys(("ghm_c", "ghm_r", "asl1"))
-    if "LOSS_TYPE" in node.CLS:  # the baselines are those of a dense detector
+    if "LOSS_TYPE" in node.CLS:  # the paper's baselines are those of a dense detector
         losses["cls_baseline"] = None
     if part == "ROI_BOX_HEAD":
         _check_box_head(cfg)
@@ -94,11 +95,11 @@ def dense_settings(cfg: CfgNode) -> dict[str, Any]:
             f"MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM must be a whole number of at least 0 "
             f"(0 = all images of the process), got {node.IMAGES_PER_HISTOGRAM!r}"
         )
-    groups = groups_of_images(cfg.SOLVER.IMS_PER_BATCH, node.IMAGES_PER_HISTOGRAM)
+    images = node.IMAGES_PER_HISTOGRAM
     return {
         "ghm_scope": node.SCOPE,
-        "images_per_histogram": node.IMAGES_PER_HISTOGRAM,
-        "num_histogram_groups": groups,
+        "images_per_histogram": images,
+        "num_histogram_groups": groups_of_images(cfg.SOLVER.IMS_PER_BATCH, images),
     }
 
 
@@ -144,7 +145,7 @@ def _arguments(cfg: CfgNode, node: CfgNode) -> dict[str, Any]:
 
 @contextmanager
 def _naming_keys(prefix: str) -> Iterator[None]:
-    """Turns a loss's error about an argument into one about the key that it came from."""
+    """Turns a loss's error about an argument into one about the key that the value came from."""
     try:
         yield
     except ValueError as error:
@@ -158,7 +159,7 @@ def _check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _check_types(node: CfgNode, default: CfgNode, prefix: str) -> None:
-    """Code may set any value: only files and command lines pass Detectron2's check of types."""
+    """Refuses what code has put there: Detectron2 checks files and command lines alone."""
     for key, expected in default.items():
         name, value = f"{prefix}.{key}", node[key]
         if isinstance(expected, CfgNode):
@@ -173,25 +174,18 @@ def _check_types(node: CfgNode, default: CfgNode, prefix: str) -> None:
 
 
 def _check_boxes(cfg: CfgNode, part: str) -> None:
-    """Refuses rotated boxes, which no part here has: Detectron2 would fail at an assertion."""
+    """Refuses rotated boxes, which no part here knows: Detectron2 would fail at an assertion."""
     for key, (rotated, parts) in _ROTATED.items():
-        if part in parts and _value(cfg, key) == rotated:
+        if part in parts and attrgetter(key)(cfg) == rotated:
             chosen = _CHOSEN_BY[part]
             raise UserError(
-                f"{key} {rotated} and {chosen} {_value(cfg, chosen)} exclude each other: boxes "
+                f"{key} {rotated} and {chosen} {attrgetter(chosen)(cfg)} exclude each other: boxes "
                 "with GHM are parallel to the axes, not rotated; set one of the two"
             )
 
 
-def _value(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for name in key.split("."):
-        node = node[name]
-    return node
-
-
 def _check_cascade(cfg: CfgNode) -> None:
-    """What Detectron2 asserts of a cascade, as sentences."""
+    """Says in sentences what Detectron2 asserts of a cascade."""
     if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
         raise UserError(
             "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG must be True with MODEL.ROI_HEADS.NAME "
@@ -207,7 +201,7 @@ def _check_cascade(cfg: CfgNode) -> None:
 
 
 def _check_box_head(cfg: CfgNode) -> None:
-    """What GHM-C cannot stand beside in the box head."""
+    """Refuses what excludes GHM-C in the box head."""
     if not cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED:
         return
     if cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS:

@@ -14,11 +14,11 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 
-from ..losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
-from ..losses.base import raise_deferred_errors
-from .build import build_losses, dense_settings
-from .dense import DenseLoss, SteadyNormalizer
-from .targets import anchor_deltas
+from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
+from ghm_d2.losses.base import raise_deferred_errors
+from ghm_d2.modeling.build import build_losses, dense_settings
+from ghm_d2.modeling.dense import DenseLoss, SteadyNormalizer
+from ghm_d2.modeling.targets import anchor_deltas
 
 __all__ = ["GHMRetinaNet"]
 
@@ -63,25 +63,18 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             kwargs: see :class:`detectron2.modeling.meta_arch.retinanet.RetinaNet`.
 
         Raises:
-            ValueError: one of the three is out of range.
+            ValueError: one of the three settings of :class:`DenseLoss` is out of range.
         """
         super().__init__(**kwargs)
         self.clip_before_nms = clip_before_nms
-        settings = {
-            "ghm_scope": ghm_scope,
-            "images_per_histogram": images_per_histogram,
-            "num_histogram_groups": num_histogram_groups,
-        }
-        self.ghm_c = DenseLoss.of(ghm_c, **settings)
-        self.ghm_r = DenseLoss.of(ghm_r, **settings)
-        self.cls_baseline = cls_baseline
-        self.asl1 = asl1
+        settings = ghm_scope, images_per_histogram, num_histogram_groups
+        self.ghm_c, self.ghm_r = DenseLoss.of(ghm_c, *settings), DenseLoss.of(ghm_r, *settings)
+        self.cls_baseline, self.asl1 = cls_baseline, asl1
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        ours = build_losses(cfg, "RETINANET") | dense_settings(
-            cfg
-        )  # refuse before a network is built
+        # First, so that a wrong key is refused before a network is built.
+        ours = build_losses(cfg, "RETINANET") | dense_settings(cfg)
         clip = {"clip_before_nms": cfg.MODEL.GHM.CLIP_BEFORE_NMS}
         return {**super().from_config(cfg), **ours, **clip}
 
@@ -158,7 +151,7 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             focal_loss = self._focal_loss(pred_logits, labels)
         if self.ghm_r is not None:
             loss_box_reg = self._ghm_r_loss(anchors, pred_anchor_deltas, gt_boxes, positive)
-        # Here the step waits for the device, as Detectron2's does; the losses above never do.
+        # Here the step waits for the device, as Detectron2's does; the losses above never do so.
         num_positive = positive.sum().item()
         get_event_storage().put_scalar("num_pos_anchors", num_positive / len(gt_labels))
         raise_deferred_errors(self)
@@ -185,7 +178,7 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
 
     def _focal_loss(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
-        """Detectron2's focal loss, not normalised, for GHM-R alone."""
+        """Detectron2's focal loss, not normalised, for a detector with GHM-R alone."""
         valid = labels >= 0
         one_hot = F.one_hot(labels[valid], num_classes=self.num_classes + 1)[:, :-1]
         return sigmoid_focal_loss_jit(

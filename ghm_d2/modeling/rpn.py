@@ -9,10 +9,10 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from ..losses import ASL1Loss, GHMCLoss, GHMRLoss
-from ..losses.base import raise_deferred_errors
-from .build import build_losses
-from .targets import anchor_deltas
+from ghm_d2.losses import ASL1Loss, GHMCLoss, GHMRLoss
+from ghm_d2.losses.base import raise_deferred_errors
+from ghm_d2.modeling.build import build_losses
+from ghm_d2.modeling.targets import anchor_deltas
 
 __all__ = ["GHMRPN"]
 
@@ -42,13 +42,11 @@ class GHMRPN(RPN):
             kwargs: see :class:`detectron2.modeling.proposal_generator.RPN`.
         """
         super().__init__(**kwargs)
-        self.ghm_c = ghm_c
-        self.ghm_r = ghm_r
-        self.asl1 = asl1
+        self.ghm_c, self.ghm_r, self.asl1 = ghm_c, ghm_r, asl1
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        losses = build_losses(cfg, "RPN")  # refuse before a network is built
+        losses = build_losses(cfg, "RPN")  # refuses wrong keys before a network is built
         return {**super().from_config(cfg, input_shape), **losses}
 
     @torch.jit.unused
@@ -71,8 +69,8 @@ class GHMRPN(RPN):
         Returns:
             ``loss_rpn_cls`` and ``loss_rpn_loc``, scalars.
         """
-        # Detectron2's method also logs the sampled anchors; of a few hundred examples, the losses
-        # that are replaced cost next to nothing.
+        # Detectron2's method also logs the sampled anchors. The losses that are then replaced cost
+        # next to nothing for a few hundred examples.
         losses = super().losses(
             anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
         )

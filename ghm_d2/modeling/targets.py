@@ -16,7 +16,7 @@ def anchor_deltas(
     gt_boxes: Sequence[Tensor] | Tensor,
     positive: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Of the positive anchors of all images.
+    """Deltas of the positive anchors of all images.
 
     Args:
         transform: from boxes to deltas.
@@ -41,7 +41,7 @@ def proposal_deltas(
     gt_classes: Tensor,
     num_classes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of the proposals that are objects.
+    """Deltas of the proposals that are objects.
 
     Args:
         transform: from boxes to deltas.

@@ -18,6 +18,6 @@ model.update(
         total_batch_size="${dataloader.train.total_batch_size}",
         images_per_histogram="${..images_per_histogram}",
     ),
-    # Of the losses that ghm_c=null and ghm_r=null bring back.
+    # For Detectron2's smooth L1, which ghm_r=null brings back.
     smooth_l1_beta=0.1,
 )
