@@ -12,12 +12,13 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason, shown
 from ghm_d2.files import whole_file
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
+from .files import check_name
 from .opening import load_file
 from .origin import ORIGIN, check_classes, read_origin
 
@@ -45,10 +46,9 @@ def _mapping(data: Any, file: str) -> dict[str, Any]:
 def _check_tensors(model: dict[str, Any], file: str) -> None:
     for name, value in model.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor | np.ndarray)):
-            raise UserError(
-                f"{file} holds {name} ({type(value).__name__}) among the tensors of the model: "
-                f"{_WAY_OUT}"
-            )
+            what = f"{shown(name, 80)} ({type(value).__name__})"
+            raise UserError(f"{file} holds {what} among the tensors of the model: {_WAY_OUT}")
+        check_name(name)
 
 
 class _RestrictedTorchLoad(Checkpointer):
@@ -119,7 +119,12 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Detectron2's; with the state of a training, all of its tensors must fit."""
         self._resumes = checkpointables is None and bool(self.checkpointables)
-        rest = super().load(path, checkpointables)
+        try:
+            rest = super().load(path, checkpointables)
+        except UserError:
+            raise
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not such a checkpoint ({reason(error)}).") from error
         self.origin = read_origin(rest)
         return rest
 

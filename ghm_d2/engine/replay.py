@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from ghm_d2.checkpoint import load_file
 from ghm_d2.checkpoint.files import write_checkpoint
 from ghm_d2.config import add_ghm_config
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, shown
+from ghm_d2.files import file_to_blame
 from ghm_d2.losses.base import HarmonizedLoss
+from ghm_d2.run_parts import parse_settings
 
 __all__ = ["ForwardState", "Replay", "load_replay", "save_replay"]
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = "ghm_d2 replay 1"
+_PRECISIONS = (None, "float16", "bfloat16")
 _NORMALIZER = "loss_normalizer"  # of Detectron2's dense detectors: a number beside the weights
 _WRITERS = (HarmonizedLoss, nn.modules.batchnorm._BatchNorm)
 _TENSOR_TYPES = {cls.__name__: cls for cls in (Boxes, RotatedBoxes, BitMasks, Keypoints)}
@@ -111,10 +114,19 @@ class Replay:
 
         Args:
             device: where it is built; None: on the device of the training.
+
+        Raises:
+            ValueError: the config is of another model than the weights, maybe a huge one.
         """
         cfg = self.cfg.clone()
         cfg.defrost()
-        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        device = device or cfg.MODEL.DEVICE
+        cfg.MODEL.DEVICE = "meta"
+        with torch.device("meta"):
+            expected = {name: x.shape for name, x in build_model(cfg).state_dict().items()}
+        if expected != {name: x.shape for name, x in self.weights.items()}:
+            raise ValueError("its config is of another model than its weights")
+        cfg.MODEL.DEVICE = device
         model = build_model(cfg)
         model.load_state_dict(self.weights)
         return model.train()
@@ -145,7 +157,7 @@ def load_replay(path: str | os.PathLike) -> Replay:
     """Loads what :func:`save_replay` saved, by the restricted unpickler.
 
     Raises:
-        UserError: it is another file, a damaged one, or its config has keys that are not known.
+        UserError: it is another file, a damaged one, or its config is not one of this version.
     """
     content = load_file(path)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -153,23 +165,30 @@ def load_replay(path: str | os.PathLike) -> Replay:
             f"{os.fspath(path)} is not a batch that a training saved when it stopped: give a file "
             "OUTPUT_DIR/not_finite/*.pth."
         )
-    cfg = get_cfg()
-    add_ghm_config(cfg)
-    try:
-        cfg.merge_from_other_cfg(CfgNode.load_cfg(content["config"]))
-    except KeyError as error:
-        raise UserError(
-            f"{os.fspath(path)} was saved by another version: {error.args[0]}"
-        ) from None
-    return Replay(
-        cfg=cfg,
-        batch=_restored(content["batch"]),
-        weights=content["weights"],
-        state=ForwardState(content["buffers"], content["normalizer"], content["rng"]),
-        iteration=content["iteration"],
-        message=content["message"],
-        precision=content["precision"],
-    )
+    with file_to_blame(path, "is damaged or was saved by another version"):
+        cfg = get_cfg()
+        add_ghm_config(cfg)
+        cfg.merge_from_other_cfg(CfgNode(dict(parse_settings(content["config"]).tree)))
+        batch, iteration, precision = content["batch"], content["iteration"], content["precision"]
+        if not (type(iteration) is int and precision in _PRECISIONS and isinstance(batch, list)):
+            raise ValueError("its batch, iteration or precision is none")
+        return Replay(
+            cfg=cfg,
+            batch=[dict(_restored(image)) for image in batch],
+            weights=_tensors(content["weights"]),
+            state=ForwardState(
+                _tensors(content["buffers"]), content["normalizer"], _tensors(content["rng"])
+            ),
+            iteration=iteration,
+            message=shown(content["message"], 4000),
+            precision=precision,
+        )
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    if not all(isinstance(x, Tensor) for x in value.values()):
+        raise ValueError("something else among its tensors")
+    return dict(value)
 
 
 def _plain(value: Any) -> Any:
