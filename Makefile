@@ -9,10 +9,10 @@ BOOTSTRAP = $(PYTHON) tools/bootstrap.py --detectron2 "$(DETECTRON2)" \
 	$(if $(filter file,$(origin PYTHON)),,--python-was-chosen)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow coverage lint bench soak docs clean
+.PHONY: help setup quickstart test test-reference test-slow coverage lint bench soak docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo "Options: PYTHON=python3.12 (to make .venv with), ARGS='...' (for the command that runs),"
 	@echo "DETECTRON2=git+https://github.com/facebookresearch/detectron2.git (another Detectron2)"
 
@@ -21,10 +21,13 @@ setup: ## create .venv and install everything, unless that is done
 	@$(BOOTSTRAP)
 
 quickstart: setup ## set up, generate the default data, train a small GHM RetinaNet, evaluate
-	@$(VENV_PYTHON) train_net.py --config-file $(CONFIG) $(ARGS)
+	@$(VENV_PYTHON) train_net.py --config-file $(CONFIG) $(if $(filter file,$(origin CONFIG)),--overwrite) $(ARGS)
 
 test: setup ## run the tests, without the slow ones
 	@$(VENV_PYTHON) -m pytest $(ARGS)
+
+test-reference: setup ## run the tests that need the reference material (GHM_D2_SHARED, or ../shared)
+	@$(VENV_PYTHON) -m pytest -m reference $(ARGS)
 
 test-slow: setup ## run the slow tests only
 	@$(VENV_PYTHON) -m pytest -m slow $(ARGS)

@@ -11,11 +11,11 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
-# As in tools/bootstrap.py: without its dependencies, whose bounds say more than it needs.
+# As in tools/bootstrap.py, without its dependencies: their bounds are stricter than needed.
 DETECTRON2 = "sal-detectron2==0.7.2"
 PYTHON_310_WHEEL = ("--only-binary=:all:", "--python-version", "3.10")
 
-# The last versions that take NumPy 1.
+# The last versions that accept NumPy 1.
 NUMPY_1 = ("numpy<2", "opencv-python<4.12", "ml_dtypes<0.6")
 
 
@@ -30,9 +30,9 @@ def constraints(session: nox.Session, *others: str) -> str:
 
 
 def test(session: nox.Session, limits: str, check: str) -> None:
-    """Installs everything within these constraints, checks what came of it, runs the tests."""
+    """Installs everything within these constraints, checks the versions, runs the tests."""
     session.install("-c", limits, "setuptools", "wheel")
-    extras = ".[detectron2,dev,export]"
+    extras = ".[ablation,detectron2,dev,export]"
     session.install("--no-build-isolation", "-c", limits, "-e", extras)
     site_packages = session.run(
         "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True
@@ -45,7 +45,7 @@ def test(session: nox.Session, limits: str, check: str) -> None:
 
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
-    """PyTorch 2.3.1 and NumPy 1, with Detectron2's compiled part, which was built for them."""
+    """PyTorch 2.3.1 and NumPy 1, with Detectron2's compiled part, which was built for these."""
     pins = ("torch==2.3.1", "torchvision==0.18.1", "setuptools<80", *NUMPY_1)
     check = (
         "import numpy, torch, detectron2._C; print(torch.__version__, numpy.__version__);"
@@ -63,6 +63,6 @@ def numpy1(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def newest(session: nox.Session) -> None:
-    """Everything of constraints.txt, NumPy 2 among it."""
+    """Everything of constraints.txt, which has NumPy 2."""
     check = "import numpy; assert numpy.__version__ >= '2'"
     test(session, constraints(session), check)

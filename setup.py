@@ -1,4 +1,4 @@
-"""Everything stands in pyproject.toml but this: an installed ghm_d2 carries configs/ inside."""
+"""The one thing that pyproject.toml cannot say: an installed ghm_d2 carries configs/ inside."""
 
 import shutil
 from pathlib import Path
@@ -8,12 +8,12 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigs(build_py):
-    """Copies configs/ to where `ghm_d2.model_zoo` looks for them without a checkout."""
+    """Copies configs/ to where `ghm_d2.config_files` looks for them without a checkout."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib, "ghm_d2", "model_zoo", "configs")
+            target = Path(self.build_lib, "ghm_d2", "configs")
             shutil.rmtree(target, ignore_errors=True)  # of an earlier build
             shutil.copytree("configs", target)
 

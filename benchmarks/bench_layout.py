@@ -7,60 +7,27 @@ measures that transposition, forward and backward, against a whole training step
 and image: the most that a loss without it could save.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
-import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from bench_train_step import GHM, batch_of, build_pair, parse, train_step
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from measure import time_interleaved
 
-from ghm_d2 import add_ghm_config
-
-
-def seconds(call, repeats: int) -> list[float]:
-    """Wall time of each of ``repeats`` calls after one to warm up."""
-    out = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        out.append(time.perf_counter() - start)
-    return out[1:]
+from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.files import write_json
+from ghm_d2.provenance import describe
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, nargs=2, default=(320, 512), help="height, width")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg = get_cfg()
-    add_ghm_config(cfg)
-    cfg.merge_from_file("configs/ghm_retinanet_R_50.yaml")
-    cfg.MODEL.DEVICE = device
-    cfg.SOLVER.IMS_PER_BATCH = 1
-    torch.manual_seed(0)
-    model = build_model(cfg).train()
-    height, width = args.size
-    instances = Instances((height, width))
-    instances.gt_boxes = Boxes(torch.tensor([[20.0, 20, 150, 200], [60, 80, 100, 140]]))
-    instances.gt_classes = torch.tensor([3, 7])
-    inputs = [{"image": torch.rand(3, height, width) * 255, "instances": instances}]
-
-    def step() -> None:
-        model.zero_grad()
-        with EventStorage():
-            sum(model(inputs).values()).backward()
-
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Takes the options of bench_train_step.py."""
+    args = parse(arguments)
+    if args.output is None:
+        raise UserError("--output FILE is missing.")
+    device = torch.device(args.device)
+    model, inputs = build_pair("retinanet", args)[GHM], batch_of(args)
     with torch.no_grad():
         features = model.backbone(model.preprocess_image(inputs).tensor)
         maps = model.head([features[f] for f in model.head_in_features])[0]
@@ -72,24 +39,23 @@ def main() -> None:
             x.grad = None
             permute_to_N_HWA_K(x, model.num_classes).backward(gradient)
 
-    steps, transposes = seconds(step, args.repeats), seconds(transpose, 3 * args.repeats)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    share = statistics.median(transposes) / statistics.median(steps)
+    calls = {"step_s": train_step(model, inputs), "transpose_s": transpose}
+    rounds = {"budget_s": 0, "min_repeats": args.rounds, "max_repeats": args.rounds}
+    with EventStorage():
+        seconds = time_interleaved(calls, device, **rounds)
+    share = statistics.median(seconds["transpose_s"]) / statistics.median(seconds["step_s"])
     result = {
-        "image": [height, width],
+        "image": list(args.size),
         "logits": sum(x.numel() for x in maps),
-        "step_s": steps,
-        "transpose_s": transposes,
+        **seconds,
         "share_of_step": share,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.strip(),
+        "device": device.type,
+        **describe(device),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.output, result)
     print(f"the transposition takes {100 * share:.2f} % of a training step")
 
 
 if __name__ == "__main__":
-    main()
+    with exits_with_one_sentence("bench_layout.py"):
+        main()

@@ -9,7 +9,6 @@ and writes as many: what a harmonised loss cannot do without.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,8 +33,10 @@ from cases import (
 )
 from tqdm import tqdm
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import exits_with_one_sentence
+from ghm_d2.files import write_json
 from ghm_d2.losses.kernels import sigmoid_kernel
+from ghm_d2.provenance import describe
 
 __all__ = ["build_cases", "main", "measure_bandwidth", "run_case"]
 
@@ -196,12 +197,12 @@ def measure_bandwidth(size: int, device: torch.device, args: argparse.Namespace)
     out = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         inputs = Logits([max(size // CLASSES, 1)], device, dtype)
-        x, labels = inputs.x[0].detach().view(-1).requires_grad_(), inputs.labels[0]
+        x, labels = inputs.x[0], inputs.labels[0]
         target = torch.empty_like(x)
-        kernel = sigmoid_kernel(x, labels, None, BINS_C, None)  # no second derivative
-        if kernel is None:  # a GPU without Triton
+        kernel = sigmoid_kernel([(x, labels, None)], BINS_C, None)  # no second derivative
+        if kernel is None:  # too small for one, or a GPU without Triton
             return []
-        weights, one = torch.ones(BINS_C, device=device), torch.ones((), device=device)
+        weights, one = torch.ones(1, BINS_C, device=device), torch.ones((), device=device)
 
         def pair(kernel=kernel, weights=weights, one=one) -> None:
             kernel.counts(BINS_C)
@@ -234,7 +235,7 @@ def measure_bandwidth(size: int, device: torch.device, args: argparse.Namespace)
 
 def run(device: torch.device, args: argparse.Namespace) -> Record:
     """Everything on one device, as it is written to the file."""
-    result: Record = measure.environment(device)
+    result: Record = describe(device)
     result["measured"] = "forward and backward of one call; times are medians with quartiles"
     result["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     del result["settings"]["peers"], result["settings"]["output"]  # folders of this machine
@@ -274,16 +275,13 @@ def _output(args: argparse.Namespace, device: torch.device, several: bool) -> Pa
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, writes JSON and plots, prints one table for each device."""
     args = parse(arguments)
-    has_cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not has_cuda:
-        raise UserError("PyTorch sees no CUDA device here: leave --device away, or give cpu.")
-    devices = [args.device] if args.device else ["cpu", *(["cuda"] if has_cuda else [])]
+    names = [args.device] if args.device else ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+    devices = [measure.choose_device(name) for name in names]
     reports = []
-    for device in map(torch.device, devices):
+    for device in devices:
         result = run(device, args)
         path = _output(args, device, len(devices) > 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, result)
         pictures = plot.draw(result, path.with_suffix(""))
         written = ", ".join(str(p) for p in [path, *pictures])
         reports.append(f"{table.cells_table(result['cells'])}\n{table.kernel_lines(result)}")
@@ -292,7 +290,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_with_one_sentence("bench_losses.py"):
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

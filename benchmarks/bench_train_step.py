@@ -9,7 +9,6 @@ random; the class logits are scaled to the spread of a model that has begun to l
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,10 +25,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ghm_d2 import add_ghm_config
-from ghm_d2.errors import UserError
+from ghm_d2.errors import exits_with_one_sentence
+from ghm_d2.files import write_json
 from ghm_d2.losses.base import HarmonizedLoss
+from ghm_d2.provenance import describe
 
-__all__ = ["build_pair", "compare", "main", "parse"]
+__all__ = ["batch_of", "build_pair", "compare", "main", "parse", "train_step"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -59,10 +60,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, help="steps of each model; default: 10 on the CPU, 50 on a GPU")
     add("--output", type=Path, help="default: benchmarks/results/bench_train_step_<device>.json")
     args = parser.parse_args(arguments)
-    has_cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not has_cuda:
-        raise UserError("PyTorch sees no CUDA device here: leave --device away, or give cpu.")
-    args.device = args.device or ("cuda" if has_cuda else "cpu")
+    args.device = measure.choose_device(args.device).type
     on_gpu = args.device == "cuda"
     args.size = tuple(args.size or ((800, 1333) if on_gpu else (320, 512)))
     args.batch = args.batch or (2 if on_gpu else 1)
@@ -90,7 +88,7 @@ def _config(name: str, args: argparse.Namespace, extra: Sequence[object]) -> Cfg
     return cfg
 
 
-def _batch(args: argparse.Namespace) -> list[Record]:
+def batch_of(args: argparse.Namespace) -> list[Record]:
     """Random images with random boxes, on the host as a data loader gives them."""
     g = torch.Generator().manual_seed(1)
     height, width = args.size
@@ -121,7 +119,7 @@ def build_pair(name: str, args: argparse.Namespace) -> dict[str, nn.Module]:
         if isinstance(module, BottleneckBlock):
             module.conv3.norm.weight.fill_(0.2)
     if name == "retinanet":
-        _spread_logits(stock, _batch(args))
+        _spread_logits(stock, batch_of(args))
     _share_weights(models)
     return models
 
@@ -140,7 +138,7 @@ def _share_weights(models: dict[str, nn.Module]) -> None:
     models[GHM].load_state_dict(models[STOCK].state_dict(), strict=False)
 
 
-def _train_step(model: nn.Module, batch: list[Record]) -> Callable[[], None]:
+def train_step(model: nn.Module, batch: list[Record]) -> Callable[[], None]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     # So small a rate that the two models stay alike; the arithmetic is that of any rate.
     optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4)
@@ -201,7 +199,7 @@ def _host_syncs(model: nn.Module, step: Callable[[], None]) -> list[str]:
     found: list[str] = []
     for module in model.modules():
         if isinstance(module, HarmonizedLoss):
-            forward = module.forward
+            forward = module._forward
 
             def watched(*args: Any, forward: Callable = forward) -> Any:
                 out = []
@@ -210,11 +208,11 @@ def _host_syncs(model: nn.Module, step: Callable[[], None]) -> list[str]:
                     found.append(message)
                 return out[0] if out else forward(*args)
 
-            module.forward = watched
+            module._forward = watched
     step()
     for module in model.modules():
         if isinstance(module, HarmonizedLoss):
-            del module.forward
+            del module._forward
     return found
 
 
@@ -231,9 +229,9 @@ def measure_model(name: str, args: argparse.Namespace) -> Record:
     """Training and inference of one detector, stock and GHM."""
     device = torch.device(args.device)
     models = build_pair(name, args)
-    batch = _batch(args)
+    batch = batch_of(args)
     with EventStorage():
-        steps = {key: _train_step(model.train(), batch) for key, model in models.items()}
+        steps = {key: train_step(model.train(), batch) for key, model in models.items()}
         result = {"train": compare(steps, device, args.rounds, f"{name}, training")}
         if device.type == "cuda":
             result["host_syncs_in_losses"] = _host_syncs(models[GHM], steps[GHM])
@@ -272,18 +270,15 @@ def table(results: dict[str, Record]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, writes JSON, prints a table."""
     args = parse(arguments)
-    result = measure.environment(torch.device(args.device))
+    result = describe(args.device)
     result["measured"] = "forward, backward, SGD step, zero_grad; inference; memory apart"
     result["settings"] = {k: v for k, v in vars(args).items() if k != "output"}
     result["models"] = {name: measure_model(name, args) for name in args.models}
     path = args.output or RESULTS / f"bench_train_step_{args.device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     print(f"{table(result['models'])}\nwritten: {path}")
 
 
 if __name__ == "__main__":
-    try:
+    with exits_with_one_sentence("bench_train_step.py"):
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

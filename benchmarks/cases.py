@@ -94,9 +94,7 @@ class Logits:
 
     def _ghm(self, module: GHMCLoss) -> Call:
         module.to(self.device)
-        return lambda: self._gradients(
-            sum(module(x, y) for x, y in zip(self.x, self.labels, strict=True))
-        )
+        return lambda: self._gradients(module.forward_levels(self.x, self.labels))
 
     def _mmdet(self, module: torch.nn.Module) -> Call:
         module.to(self.device)

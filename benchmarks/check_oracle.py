@@ -7,7 +7,6 @@ drawn anew until none does.
 """
 
 import argparse
-import json
 import secrets
 import sys
 from collections.abc import Callable, Sequence
@@ -18,8 +17,10 @@ import measure
 import numpy as np
 import torch
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import exits_with_one_sentence
+from ghm_d2.files import write_json
 from ghm_d2.losses import GHMCLoss, GHMRLoss
+from ghm_d2.provenance import describe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import reference
@@ -97,13 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="default: a random one, which is recorded")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
-    has_cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not has_cuda:
-        raise UserError("PyTorch sees no CUDA device here: leave --device away, or give cpu.")
-    device = torch.device(args.device or ("cuda" if has_cuda else "cpu"))
+    device = measure.choose_device(args.device)
     seed = secrets.randbits(32) if args.seed is None else args.seed
     rng = np.random.default_rng(seed)
-    result: dict[str, Any] = measure.environment(device) | {"seed": seed, "checks": []}
+    result: dict[str, Any] = describe(device) | {"seed": seed, "checks": []}
     for dtype, limit in TOLERANCE.items():
         for name, make, examples, module in (
             ("GHM-C", _logits, reference.sigmoid_examples, GHMCLoss(30, 0.75)),
@@ -119,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     print(f"seed {seed}, {device.type}")
     if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.output, result)
     if not all(c["good"] for c in result["checks"]):
         sys.exit(1)
 
@@ -129,7 +127,5 @@ def _asl1(pred: np.ndarray, target: np.ndarray) -> reference.Examples:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_with_one_sentence("check_oracle.py"):
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

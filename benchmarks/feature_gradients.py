@@ -13,20 +13,18 @@ same; only the losses called "noise" see it, and the detector is trained without
 """
 
 import argparse
-import json
 import math
 import statistics
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import detectron2
 import torch
 import torch.nn.functional as F
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -35,14 +33,15 @@ from detectron2.utils.events import EventStorage
 from feature_gradients_report import write_figure, write_table
 from gradient_measures import measure_gradient, summarize
 from gradient_variants import Predictions, Variant, box_variants, cls_variants
-from measure import environment
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ghm_d2 import add_ghm_config
-from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
+from ghm_d2.engine.arguments import parse_arguments
+from ghm_d2.engine.setup import build_config
 from ghm_d2.engine.trainer import GHMTrainer
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.files import write_json
+from ghm_d2.provenance import describe
 
 CONFIG = "configs/ghm_retinanet_MobileNetV2.yaml"
 OPTIONS = [
@@ -66,16 +65,10 @@ Inputs = list[dict[str, Any]]
 
 def build_detector(dataset: str, options: Sequence[Any] = ()) -> tuple[CfgNode, nn.Module]:
     """The detector with its backbone's weights, in training mode, and its config."""
-    data = check_coco_dataset(parse_dataset(dataset))
-    if len(data.classes) < 2:
+    words = ["--config-file", CONFIG, "--dataset", dataset, *map(str, [*OPTIONS, *options])]
+    cfg, _ = build_config(parse_arguments(words), log_to_file=False)
+    if cfg.MODEL.RETINANET.NUM_CLASSES < 2:
         raise UserError("--dataset has one class: label noise needs at least two.")
-    register_coco_dataset(data)
-    cfg = get_cfg()
-    add_ghm_config(cfg)
-    cfg.merge_from_file(CONFIG)
-    cfg.merge_from_list([*OPTIONS, *options])
-    cfg.MODEL.RETINANET.NUM_CLASSES = len(data.classes)
-    cfg.DATASETS.TRAIN = (data.name,)
     if cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
         raise UserError(
             f"{cfg.MODEL.WEIGHTS} does not exist: run ghm-d2 fetch-backbone mobilenet_v2."
@@ -122,9 +115,10 @@ def train_step(model: nn.Module, inputs: Inputs, variants: Sequence[Variant]) ->
     """The training loss; every variant counts the same predictions."""
     p = predict(model, inputs, extract_features(model, inputs))
     losses = model.losses(p.anchors, p.logits, list(p.labels), p.deltas, list(p.boxes))
-    with torch.no_grad():
-        for variant in variants:
-            variant(p)
+    # Counts move where gradients are enabled; detached predictions keep these graphs small.
+    seen = replace(p, logits=[x.detach() for x in p.logits], deltas=[x.detach() for x in p.deltas])
+    for variant in variants:
+        variant(seen)
     return sum(losses.values())
 
 
@@ -215,19 +209,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": " ".join(["python benchmarks/feature_gradients.py", *words]),
         "config": CONFIG,
         "options": [str(x) for x in OPTIONS],
-        "detectron2": detectron2.__version__,
-        **environment(torch.device("cpu")),
+        **describe(),
     }
     result["snapshots"] = list(run(args.dataset, args.steps, args.batches, args.opts))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    write_json(args.output, _rounded(result))
     write_table(result, args.output.with_suffix(".md"))
     write_figure(result, args.output.with_suffix(""))
     print(f"written: {args.output} and .md, .png, .svg beside it")
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits say all that a few batches know."""
+    """More than five digits would suggest a precision that a few batches do not have."""
     if isinstance(value, dict):
         return {key: _rounded(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -236,8 +228,5 @@ def _rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_with_one_sentence("feature_gradients.py"):
         main()
-    except UserError as error:
-        print(f"feature_gradients.py: error: {error}", file=sys.stderr)
-        sys.exit(2)

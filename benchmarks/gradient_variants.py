@@ -186,15 +186,16 @@ class FlooredGHMC(GHMCLoss):
 
     floor = 10
 
-    def _region_weights(self, counts: Tensor, state: dict[str, Tensor]) -> Tensor:
-        cap = 1 / (self.floor * (counts > 0).sum().clamp(min=1))
-        return super()._region_weights(counts, state).clamp(max=cap)
+    def _walk(self, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        weights, state = super()._walk(counts)
+        cap = 1 / (self.floor * (counts > 0).sum(1, keepdim=True).clamp(min=1))
+        return weights.clamp(max=cap), state
 
 
 def _harmonized(loss: HarmonizedLoss, scope: str, predictions, targets, weights) -> Tensor:
     if scope == "batch":
         return loss.forward_pooled(predictions, targets, weights)
-    return sum(map(loss, predictions, targets, weights))
+    return loss.forward_levels(predictions, targets, weights)
 
 
 def own_logits(labels: Tensor, num_classes: int) -> Tensor:

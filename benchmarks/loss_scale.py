@@ -11,16 +11,12 @@ norms say how strongly each loss pulls. The default LOSS_WEIGHTs come from the m
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import detectron2
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import build_detection_train_loader
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import RPN
@@ -30,10 +26,14 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ghm_d2 import add_ghm_config
-from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
+from ghm_d2.engine.arguments import parse_arguments
+from ghm_d2.engine.setup import build_config
 from ghm_d2.engine.trainer import GHMTrainer
+from ghm_d2.errors import exits_with_one_sentence
+from ghm_d2.files import write_json
+from ghm_d2.provenance import describe
 
+CONFIG = "configs/ghm_faster_rcnn_R_50.yaml"
 OPTIONS = [
     "MODEL.DEVICE", "cpu",
     "MODEL.WEIGHTS", "",
@@ -102,15 +102,9 @@ def record(module: nn.Module, stock: type, norms: Norms, split) -> None:
 
 def measure(dataset: str, iterations: int, sigmoid: bool) -> Norms:
     """Trains with the stock losses; returns the ratio of gradient norms of each step and loss."""
-    data = check_coco_dataset(parse_dataset(dataset))
-    cfg = get_cfg()
-    add_ghm_config(cfg)
-    register_coco_dataset(data)
-    cfg.merge_from_file("configs/ghm_faster_rcnn_R_50.yaml")
-    cfg.merge_from_list(OPTIONS)
-    cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE = sigmoid
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(data.classes)
-    cfg.DATASETS.TRAIN = (data.name,)
+    words = ["--config-file", CONFIG, "--dataset", dataset, *map(str, OPTIONS)]
+    words += ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", str(sigmoid)]
+    cfg, _ = build_config(parse_arguments(words), log_to_file=False)
     seed_all_rng(cfg.SEED)
     model = build_model(cfg).train()
     norms: Norms = {}
@@ -162,24 +156,20 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     result = {
         "ratio": "L2 norm of the GHM loss's gradient / of Detectron2's, at the predictions",
         "dataset": args.dataset.split("=")[0],
         "iterations": args.iterations,
-        "torch": torch.__version__,
-        "detectron2": detectron2.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, CPU",
-        "commit": commit.strip(),
         "options": [str(x) for x in OPTIONS],
+        **describe(),
     }
     for sigmoid in (False, True):
         norms = measure(args.dataset, args.iterations, sigmoid)
         result["sigmoid" if sigmoid else "softmax"] = summarize(norms)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.output, result)
     print(json.dumps({k: result[k] for k in ("softmax", "sigmoid")}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    with exits_with_one_sentence("loss_scale.py"):
+        main()

@@ -1,14 +1,10 @@
-"""How the benchmarks measure: interleaved timings, peak memory, spread, and on what machine."""
+"""How the benchmarks measure: interleaved timings, their spread, peak memory."""
 
 import os
-import platform
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +14,12 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ghm_d2.provenance import processor_name
+from ghm_d2.errors import UserError
 
 __all__ = [
     "available_bytes",
     "bootstrap_ratio",
-    "environment",
+    "choose_device",
     "host_sync",
     "peak_extra_bytes",
     "summarize",
@@ -31,7 +27,6 @@ __all__ = [
 ]
 
 Call = Callable[[], Any]
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def time_interleaved(
@@ -163,63 +158,20 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    lines = _lines("/proc/meminfo")
-    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    return kib[0] * 1024 if kib else 1 << 62
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, commit and date, for the head of a result file."""
-    names = ("fvcore", "torchvision", "numpy", "triton")
-    commit = _git("rev-parse", "HEAD")
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "dirty": None if commit is None else bool(_git("status", "--porcelain")),
-        "machine": _machine(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            **{name: _version(name) for name in names},
-        },
-    }
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    affinity = getattr(os, "sched_getaffinity", None)
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    out: dict[str, Any] = {
-        "device": device.type,
-        "cpu": processor_name(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(pages / 2**30, 1),
-        "load_average_at_start": round(os.getloadavg()[0], 2),
-    }
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        out |= {"gpu": gpu.name, "gpu_memory_gib": round(gpu.total_memory / 2**30, 1)}
-    return out
-
-
-def _lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return []
+        return 1 << 62
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; without one, CUDA where there is any.
 
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    Raises:
+        UserError: "cuda" is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise UserError("PyTorch sees no CUDA device here: leave --device away, or give cpu.")
+    return torch.device(name or ("cuda" if has_cuda else "cpu"))

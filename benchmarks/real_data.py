@@ -17,7 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from ghm_d2.files import write_json
+from ghm_d2.provenance import describe
+from ghm_d2.run_folder import RunFolder
 
 COMMON = """
 MODEL.WEIGHTS "" MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.NORM BN MODEL.RESNETS.STRIDE_IN_1X1 False
@@ -56,12 +58,10 @@ def run(words: list[str], log: Path) -> float:
     return (time.perf_counter() - start) / 60
 
 
-def last_ap(metrics: Path) -> dict[str, float]:
-    """The box AP, of all classes and each, of the last evaluation in ``metrics.json``."""
-    rows = map(json.loads, metrics.read_text().splitlines())
-    found = [{k: v for k, v in row.items() if k.startswith("bbox/AP")} for row in rows]
-    last = [row for row in found if row][-1]
-    return {k.removeprefix("bbox/"): round(v, 2) for k, v in last.items() if v == v}
+def last_ap(output: Path) -> dict[str, float | None]:
+    """The box AP, of all classes and each, of the last evaluation; None where nothing was found."""
+    found = {name.removeprefix("bbox/"): ap for name, ap in RunFolder(output).results.items()}
+    return {k: v and round(v, 2) for k, v in found.items() if k.startswith("AP")}
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -69,26 +69,33 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, obje
     config, pairs = MODELS[name]
     output, log = folder / name, folder / f"{name}.log"
     base = [sys.executable, "train_net.py", "--config-file", config]
-    base += ["--dataset", args.train, "--dataset", args.val]
     settings = shlex.split(COMMON + pairs) + ["SOLVER.MAX_ITER", str(args.iterations)]
-    train = [*base, *settings, "OUTPUT_DIR", str(output)]
+    train = [*base, "--dataset", args.train, "--dataset", args.val, *settings]
+    train += ["OUTPUT_DIR", str(output)]
     half = ["SOLVER.CHECKPOINT_PERIOD", str(args.iterations // 2)]
     minutes = run([*train, *half, "SOLVER.MAX_ITER", str(args.iterations // 2)], log)
-    middle = last_ap(output / "metrics.json")
+    middle = last_ap(output)
     minutes += run([*train, "--resume"], log)
-    trained = last_ap(output / "metrics.json")
+    trained = last_ap(output)
     weights = ["MODEL.WEIGHTS", str(output / "model_final.pth")]
-    again = [*base, *settings, "OUTPUT_DIR", str(folder / "again"), *weights, "--eval-only"]
+    again = [
+        *base,
+        "--dataset",
+        args.val,
+        *settings,
+        "OUTPUT_DIR",
+        str(folder / "again"),
+        *weights,
+        "--eval-only",
+    ]
     run(again, folder / "eval.log")
-    text = (folder / "eval.log").read_text()
-    csv = [line for line in text.splitlines() if "copypaste: " in line][-1]
     return {
         "config": config,
         "settings": settings,
         "minutes": round(minutes, 2),
         "ap_half_way": middle,
         "ap": trained,
-        "ap_of_eval_only": round(float(csv.split("copypaste: ")[1].split(",")[0]), 2),
+        "ap_of_eval_only": last_ap(folder / "again")["AP"],
     }
 
 
@@ -100,20 +107,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    result: dict[str, object] = {
-        "iterations": args.iterations,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "commit": commit.strip(),
-    }
+    result: dict[str, object] = {"iterations": args.iterations, **describe()}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             print(f"{name} ...", flush=True)
             result[name] = measure(name, args, Path(folder))
             print(json.dumps(result[name], indent=1), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.output, result)
 
 
 if __name__ == "__main__":

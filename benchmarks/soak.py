@@ -21,30 +21,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
+from ghm_d2.files import write_json, write_text
+from ghm_d2.markdown import markdown_table
 from ghm_d2.provenance import commit, processor_name
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from tiny import RETINANET, TINY, write_coco  # noqa: E402
+
 SCRIPT = str(ROOT / "train_net.py")
 STEPS, PERIOD = 24, 4
-SETTINGS = {
-    "MODEL.WEIGHTS": "",
-    "MODEL.DEVICE": "cpu",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
-    "MODEL.FPN.OUT_CHANNELS": 16,
-    "MODEL.RETINANET.NUM_CONVS": 1,
-    "INPUT.MIN_SIZE_TRAIN": "(48,64)",
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 2,
+SETTINGS = TINY | {
+    "INPUT.MIN_SIZE_TRAIN": (48, 64),
     "SOLVER.MAX_ITER": STEPS,
     "SOLVER.CHECKPOINT_PERIOD": PERIOD,
-    "SEED": 1,
 }
 TRAINER = [sys.executable, SCRIPT]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -56,35 +49,15 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def write_data(folder: Path) -> str:
-    """Six small images of random pixels with two boxes each; returns --dataset's word."""
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for i in range(6):
-        width, height = (64, 48) if i % 2 else (48, 64)
-        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        images.append({"id": i + 1, "file_name": f"{i}.png", "width": width, "height": height})
-        for j in range(2):
-            box = {"bbox": [4.0 + 8 * j, 5.0, 28.0, 26.0], "area": 728.0, "iscrowd": 0}
-            box |= {"id": 2 * i + j + 1, "image_id": i + 1, "category_id": j + 1}
-            annotations.append(box)
-    content = {"images": images, "annotations": annotations}
-    content["categories"] = [{"id": k + 1, "name": f"class {k}"} for k in range(2)]
-    (folder / "data.json").write_text(json.dumps(content))
-    return f"soak={folder / 'data.json'},{folder}"
-
-
 class Job:
     """A training in a process group of its own, its output in a file."""
 
     def __init__(self, command: list[str], data: str, output: Path, *words: Any) -> None:
         pairs = [str(word) for pair in SETTINGS.items() for word in pair]
-        config = str(ROOT / "configs" / "ghm_retinanet_R_50.yaml")
         self.log = output.with_suffix(".log")
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                [*command, "--config-file", config, *pairs, "OUTPUT_DIR", str(output)]
+                [*command, "--config-file", RETINANET, *pairs, "OUTPUT_DIR", str(output)]
                 + ["--dataset", data, *map(str, words)],
                 stdout=log,
                 stderr=log,
@@ -108,7 +81,7 @@ class Job:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started and that live."""
+    """The living child processes of a process."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as stream:
         return [int(word) for word in stream.read().split()]
     return []
@@ -120,7 +93,7 @@ class Campaign:
     def __init__(self, folder: Path) -> None:
         self.folder, self.rng = folder, random.Random()
         self.hit = False  # whether the last trial met a training at work
-        self.data = write_data(folder)
+        self.data = f"soak={write_coco(folder, 'soak')}"
         self.whole: dict[str, tuple[Path, float]] = {}
 
     def undisturbed(self, kind: str, command: list[str]) -> tuple[Path, float]:
@@ -186,7 +159,7 @@ class Campaign:
             subprocess.run(["umount", "-l", str(output)], check=True)
 
     def finish(self, output: Path, whole: Path, *words: Any) -> str:
-        """Resume a training and compare it; an empty text where all is well."""
+        """Resume a training and compare it; returns what went wrong, or ""."""
         pointer = output / "last_checkpoint"
         if not (pointer.exists() and pointer.read_text() == "model_final.pth"):
             code = Job(TRAINER, self.data, output, "--resume", *words).wait()
@@ -201,7 +174,7 @@ def mount(*words: str) -> None:
 
 
 def compare(output: Path, whole: Path) -> str:
-    """What differs between the final checkpoints of two trainings; empty: nothing."""
+    """What differs between the final checkpoints of two trainings, or ""."""
     a, b = (torch.load(x / "model_final.pth", weights_only=True) for x in (output, whole))
     return difference(a, b, "")
 
@@ -228,11 +201,8 @@ def plan(kills: int, seed: int) -> list[str]:
 
 def report(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| disturbed by | trials | disturbed at work | of these bit-equal after the resume "
-        "| failed | left out |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = ["disturbed by", "trials", "disturbed at work", "of these bit-equal after the resume"]
+    rows = []
     for kind in ("trainer", "torchrun", "loader", "disk"):
         trials = [t for t in results["trials"] if t["kind"] == kind]
         if not trials:
@@ -242,12 +212,11 @@ def report(results: dict[str, Any]) -> str:
         hit = [t for t in trials if t["disturbed"]]
         fine = sum(t["result"] == "" for t in hit)
         what = " ".join(getattr(Campaign, kind).__doc__.split()).rstrip(".")
-        lines.append(f"| {what} | {len(trials)} | {len(hit)} | {fine} | {failed} | {skipped} |")
+        rows.append([what, *map(str, (len(trials), len(hit), fine, failed, skipped))])
     about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    return "\n".join(
-        ["# Kills survived", "", *lines, "", f"`{results['command']}`: {about}; commit"]
-        + [f"{results['commit']}.", ""]
-    )
+    table = markdown_table([*header, "failed", "left out"], rows)
+    told = f"`{results['command']}`: {about}; commit {results['commit']}."
+    return f"# Kills survived\n\n{table}\n\n{told}\n"
 
 
 def main() -> None:
@@ -280,14 +249,14 @@ def main() -> None:
     for number, kind in enumerate(bar):
         if number < len(results["trials"]):
             continue
-        campaign.rng = random.Random(f"{args.seed}/{number}")  # wherever the campaign goes on
+        campaign.rng = random.Random(f"{args.seed}/{number}")  # so also in a resumed campaign
         output = folder / f"{number}_{kind}"
         can = kind != "disk" or os.geteuid() == 0
         result = getattr(campaign, kind)(output) if can else "left out: not root"
         hit = can and campaign.hit
         results["trials"].append({"kind": kind, "disturbed": hit, "result": result})
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        (args.output / "soak.md").write_text(report(results))
+        write_json(file, results)
+        write_text(args.output / "soak.md", report(results))
         if result and can:
             tqdm.write(f"trial {number} ({kind}): {result}; see {output}.log")
         else:

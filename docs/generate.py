@@ -1,15 +1,15 @@
-"""The parts of the documentation that are made from code and measurements, so never stale.
+"""The parts of the documentation that are made from code and measurements, to be never stale.
 
 conf.py calls :func:`write_all` before every build; the pages include what it writes.
 """
 
 import ast
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ghm_d2.files import read_json, write_text
 from ghm_d2.markdown import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,10 +20,13 @@ Record = dict[str, Any]
 
 def write_all(folder: Path) -> None:
     """Writes every generated part into ``folder``."""
-    folder.mkdir(exist_ok=True)
-    (folder / "configuration.md").write_text(configuration(), encoding="utf-8")
-    (folder / "performance.md").write_text(performance(RESULTS), encoding="utf-8")
-    (folder / "small_data.md").write_text(small_data(RESULTS), encoding="utf-8")
+    parts = {
+        "configuration": configuration(),
+        "performance": performance(RESULTS),
+        "small_data": small_data(RESULTS),
+    }
+    for name, text in parts.items():
+        write_text(folder / f"{name}.md", text)
 
 
 # --- configuration ------------------------------------------------------------------------------
@@ -41,20 +44,20 @@ def configuration() -> str:
 
     stock, cfg = get_cfg(), get_cfg()
     add_ghm_config(cfg)
-    known = {key for key, _ in leaves(stock)}
-    added = [(key, value) for key, value in leaves(cfg) if key not in known]
+    known = dict(leaves(stock))
     comments = comments_by_target((ROOT / "ghm_d2" / "config.py").read_text(encoding="utf-8"))
     sections: dict[str, list[tuple[str, str, str]]] = {}
-    for key, value in added:
-        node, _, name = key.rpartition(".")
-        sections.setdefault(node, []).append((name, f"`{value!r}`", comment_of(key, comments)))
+    for key, value in leaves(cfg):
+        if key not in known:
+            node, _, name = key.rpartition(".")
+            row = (f"`{name}`", f"`{value!r}`", comment_of(key, comments))
+            sections.setdefault(node, []).append(row)
     text = ""
     for node, rows in sections.items():
         about = [comments.get(f"cfg.{node}"), *inherited(node, comments)]
         text += f"## `{node}`\n\n"
         text += "".join(f"{sentence}\n\n" for sentence in about if sentence)
-        cells = ([f"`{name}`", default, meaning] for name, default, meaning in rows)
-        text += markdown_table(("key", "default", "meaning"), cells) + "\n\n"
+        text += markdown_table(("key", "default", "meaning"), rows) + "\n\n"
     return text
 
 
@@ -84,7 +87,7 @@ def comments_by_target(source: str) -> dict[str, str]:
 
 
 def inherited(key: str, comments: dict[str, str]) -> Iterator[str]:
-    """Comments in functions that make such nodes, longest name first: "node.REG.MU" fits REG.MU."""
+    """Comments in the functions that make such nodes; "node.REG.MU" stands for any ...REG.MU."""
     parts = key.split(".")
     for start in range(len(parts)):
         end = ".".join(parts[start:])
@@ -95,11 +98,11 @@ def inherited(key: str, comments: dict[str, str]) -> Iterator[str]:
 
 
 def comment_of(key: str, comments: dict[str, str]) -> str:
-    """The comment of one key, its own or else that of the function that makes its node."""
+    """The comment of one key: its own, or else that in the function that makes its node."""
     comment = comments.get(f"cfg.{key}") or next(inherited(key, comments), None)
     if comment is None:
         raise ValueError(f"{key} has no comment above its line in ghm_d2/config.py")
-    # A name in capitals or quotes is meant to be typed.
+    # A name in capitals or quotes is one to type: show it as code.
     comment = comment.replace("|", r"\|")
     return re.sub(r'"[^"]*"|\b[A-Z]+[A-Z0-9]*[_.][A-Z0-9_.]*[A-Z0-9]\b', r"`\g<0>`", comment)
 
@@ -117,18 +120,16 @@ def performance(folder: Path) -> str:
     text = ""
     for stem, render in renderers.items():
         for file in sorted(folder.glob(f"{stem}*.json")):
-            text += render(file, json.loads(file.read_text(encoding="utf-8"))) + "\n"
+            text += render(file, read_json(file)) + "\n"
     return text
 
 
 def source(file: Path, record: Record) -> str:
     """Where a section's figures come from."""
     place, versions = record.get("machine", record), record.get("versions", record)
-    where = place.get("gpu") or ", ".join(
-        f"{place[key]}{unit}"
-        for key, unit in (("cpu", ""), ("threads", " thread(s)"))
-        if key in place
-    )
+    units = {"cpu": "", "threads": " thread(s)"}
+    processor = ", ".join(f"{place[key]}{unit}" for key, unit in units.items() if key in place)
+    where = place.get("gpu") or processor
     return (
         f"From `{file.relative_to(ROOT)}`: {where}; PyTorch {versions['torch']}; "
         f"commit `{record['commit'][:10]}`.\n\n"
@@ -161,10 +162,8 @@ def losses_row(cell: Record) -> list[str]:
     start = [cell["case"], cell["row"]]
     if cell["status"] != "measured":
         return [*start, f"{cell['status']}: {cell.get('reason', '')}", "", ""]
-    quartiles = f"{duration(cell['q1_s'])} to {duration(cell['q3_s'])}"
-    return [
-        *start, duration(cell["median_s"]), quartiles, f"{cell['peak_times_predictions']:.1f}"
-    ]  # fmt: skip
+    median, low, high = (duration(cell[key]) for key in ("median_s", "q1_s", "q3_s"))
+    return [*start, median, f"{low} to {high}", f"{cell['peak_times_predictions']:.1f}"]
 
 
 def train_step_section(file: Path, record: Record) -> str:
@@ -211,8 +210,7 @@ def small_data(folder: Path) -> str:
     """The report of every ``small_data_*`` ablation in ``folder``, with its picture."""
     text = ""
     for report in sorted(folder.glob("small_data*/*.md")):
-        body = report.read_text(encoding="utf-8")
-        title, _, rest = body.partition("\n")
+        title, _, rest = report.read_text(encoding="utf-8").partition("\n")
         name = report.parent.name.removeprefix("small_data_")
         text += f"## {title.lstrip('# ')}: {name}\n\nFrom `{report.relative_to(ROOT)}`.\n\n"
         # One level down, below the heading of this page.

@@ -1,4 +1,4 @@
-"""Mistakes of the user: one exception type, and how names and errors stand in its sentence."""
+"""Mistakes of the user: one exception type, and how its sentence shows names and errors."""
 
 import contextlib
 import difflib
@@ -13,13 +13,12 @@ __all__ = [
     "cannot",
     "command",
     "exits_with_one_sentence",
-    "program_name",
     "reason",
     "shown",
     "similar_names",
 ]
 
-USER_ERROR = 2  # exit code, as argparse has it
+USER_ERROR = 2  # exit code, as argparse's
 _LONGEST_SENTENCE = 4000
 
 
@@ -30,7 +29,7 @@ class UserError(ValueError):
 
 
 def cannot(verb: str, what: object, error: Exception) -> UserError:
-    """The error "WHAT cannot be VERB (reason)." of a file that the system refuses.
+    """The error "WHAT cannot be VERB (reason)." for a file that the system refuses.
 
     Args:
         verb: a participle, such as "read" or "written".
@@ -60,11 +59,12 @@ def shown(text: object, limit: int = 300) -> str:
 
     Args:
         text: anything with a text form.
-        limit: in characters; a longer text is cut, which "..." says.
+        limit: in characters; of a longer text, the middle becomes "...".
     """
     text = str(text)
     if len(text) > limit:
-        text = f"{text[: limit - 3]}..."
+        end = limit // 3  # where a path or a message says what it is about
+        text = f"{text[: limit - end - 3]}...{text[-end:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -74,8 +74,8 @@ def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:
     Args:
         name: what was given.
         known: what would have been right.
-        separator: of the parts of a name. Where nothing is similar as a whole, the names whose last
-            part is the same count: people remember it, and miss its place in the tree.
+        separator: of the parts of a name. Where no whole name is similar, names with the same last
+            part are taken: people remember that part, but not where in the tree it stands.
     """
     known = sorted(set(known) - {name})
     found = difflib.get_close_matches(name, known, n=3)
@@ -85,17 +85,17 @@ def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:
     return f" (similar: {', '.join(map(shown, found))})" if found else ""
 
 
-def program_name(script: str, command: str) -> str:
-    """What the user runs: the ``command`` that an installation offers, or else the ``script``."""
-    return command if Path(sys.argv[0]).stem == command else script
-
-
 def command(name: str) -> str:
     """How the reader of a message runs a command of the ``ghm-d2`` program.
 
-    Without an installation, as in a plain checkout, there is ``python -m ghm_d2`` alone.
+    In a checkout that is not installed there is ``python -m ghm_d2`` alone; whoever ran
+    train_net.py is told to go on with it.
     """
-    installed = Path(sys.argv[0]).stem == "ghm-d2" or shutil.which("ghm-d2") is not None
+    started = Path(sys.argv[0])
+    as_module = started.parts[-2:] == ("ghm_d2", "__main__.py")
+    if name == "train" and not as_module and started.stem != "ghm-d2":
+        return "train_net.py"
+    installed = started.stem == "ghm-d2" or shutil.which("ghm-d2") is not None
     return f"{'ghm-d2' if installed else 'python -m ghm_d2'} {name}"
 
 
@@ -103,15 +103,20 @@ def command(name: str) -> str:
 def exits_with_one_sentence(program: str) -> Iterator[None]:
     """Turns a mistake of the user into one sentence on stderr and its exit code (2).
 
+    Ctrl-C gives one word and exit code 1.
+
     Args:
         program: name of the script, with which the sentence begins.
 
     Raises:
-        SystemExit: where the block raised a :class:`UserError`.
+        SystemExit: where the block raised a :class:`UserError`, or was interrupted.
     """
     try:
         yield
     except UserError as error:
-        # A sentence quotes names from files, which may hold anything.
+        # The sentence may quote names from files, and these any character.
         print(f"{program}: error: {shown(error, _LONGEST_SENTENCE)}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(1)

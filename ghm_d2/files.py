@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON that strangers or killed processes left."""
+"""Files that exist whole or not at all, and JSON that strangers or killed processes left."""
 
 import contextlib
 import json
@@ -32,10 +32,10 @@ PART = ".part"  # end of the name of a file that is being written
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name once it is complete and on the disk.
 
-    It is written beside its place as `path` + `PART`, which only a killed process leaves behind.
+    Until then it is called `path` + `PART`, which only a killed process leaves behind.
 
     Raises:
-        UserError: it cannot be written; a file that was there before is still there.
+        UserError: it cannot be written; a file of that name from before is still there.
     """
     part = f"{path}{PART}"
     try:
@@ -59,7 +59,7 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes a change of names outlive a power failure, where the file system can."""
+    """Makes a renaming survive a power failure, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -69,7 +69,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text in UTF-8, whole or not at all; what has no encoding becomes an escape.
+    """Writes text in UTF-8, whole or not at all; a character that has no encoding is escaped.
 
     Raises:
         UserError: the file cannot be written.
@@ -78,7 +78,7 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
-def write_json(path: str | Path, content: Any, indent: int = 1) -> None:
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     """Writes JSON, whole or not at all.
 
     Raises:
@@ -106,7 +106,7 @@ def read_text(path: str | Path) -> str:
     """Reads text in UTF-8.
 
     Raises:
-        UserError: the file cannot be read, or is no such text.
+        UserError: the file cannot be read, or is not UTF-8.
     """
     try:
         with open_regular(path) as file:
@@ -119,7 +119,7 @@ def read_json(path: str | Path) -> Any:
     """Reads JSON.
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: the file cannot be read, or is not JSON.
     """
     try:
         return parse_json(read_text(path))
@@ -151,7 +151,7 @@ def parse_json(text: str) -> Any:
     """Parses JSON.
 
     Raises:
-        ValueError: the text is none, or nested so deeply that Python's parser gives up.
+        ValueError: it is not JSON, or nested so deeply that Python's parser gives up.
     """
     try:
         return json.loads(text)

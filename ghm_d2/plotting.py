@@ -1,4 +1,4 @@
-"""Figures as files: PNG to look at, SVG to print, and the same data give the same files."""
+"""Figures as files: PNG to look at, SVG to print; the same data give the same files."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ __all__ = ["save_figure"]
 
 
 def save_figure(figure: Figure, stem: Path, dpi: int) -> list[Path]:
-    """Write ``<stem>.png`` and ``<stem>.svg``; returns both.
+    """Writes ``<stem>.png`` and ``<stem>.svg``; returns both.
 
     Args:
         figure: what to save.
@@ -21,12 +21,11 @@ def save_figure(figure: Figure, stem: Path, dpi: int) -> list[Path]:
     Raises:
         UserError: a file cannot be written.
     """
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    # Without a date, and with ids that are not drawn by chance, an SVG tells the data alone.
+    files = []
+    # A date or random ids would make each SVG of the same data another file.
     with rc_context({"svg.hashsalt": "ghm_d2"}):
-        for file in files:
-            kind = file.suffix[1:]
-            with whole_file(file) as stream:
-                date = {"Date": None} if kind == "svg" else {}
-                figure.savefig(stream, format=kind, dpi=dpi, metadata=date)
+        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+            files.append(stem.with_name(f"{stem.name}.{kind}"))
+            with whole_file(files[-1]) as stream:
+                figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata)
     return files

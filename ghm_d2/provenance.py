@@ -45,7 +45,7 @@ def commit() -> str | None:
     """The commit of the checkout that this code runs from; None outside one.
 
     Returns:
-        40 hexadecimal digits, with "-dirty" behind them where tracked files differ from it.
+        40 hexadecimal digits, followed by "-dirty" where tracked files differ from it.
     """
 
     def git(*words: str) -> str | None:
@@ -55,22 +55,21 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # Installed into an environment that lies in another project's checkout, the commit found
-    # would be that project's.
+    # Otherwise an installation inside another project's checkout would give that project's commit.
     if git("rev-parse", "--show-toplevel") != str(_ROOT):
         return None
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def versions() -> dict[str, str | None]:
-    """Python, CUDA, and the packages that a result may depend on; None for what is not there."""
+    """Python, CUDA and the packages that a result may depend on; None for what is not installed."""
     found = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     build = getattr(sys.modules.get("torch"), "version", None)
     return {**found, "cuda": getattr(build, "cuda", None)}
 
 
 def _version(package: str) -> str | None:
-    # A package that has been imported knows the version that runs, with its build ("+cu130").
+    # An imported package knows the version that really runs, with its build ("+cu130").
     running = getattr(sys.modules.get(package), "__version__", None)
     if running is not None:
         return str(running)
@@ -110,7 +109,7 @@ def hardware(device: "str | torch.device" = "cpu", processes: int = 1) -> str:
 
     Args:
         device: of one process.
-        processes: how many work together, each on a device of its own or with as many threads.
+        processes: how many work together, each on a GPU of its own or with as many CPU threads.
     """
     import torch
 

@@ -15,15 +15,14 @@ def get_random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and PyTorch's generators, and that of the current GPU.
 
     Returns:
-        Tensors and plain numbers alone, which every way of opening a checkpoint accepts.
+        Tensors and plain numbers alone, which `torch.load(weights_only=True)` accepts.
     """
     version, words, gauss = random.getstate()
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
         "numpy": numpy_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if cuda else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -59,7 +58,7 @@ def set_numpy_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """Whatever the block draws, the generators stand afterwards where they stood before."""
+    """The generators are afterwards in the state that they had before the block."""
     state = get_random_state()
     try:
         yield
@@ -74,14 +73,10 @@ def seeded(*seed: int) -> Iterator[None]:
     Args:
         seed: non-negative numbers; each combination gives a stream of its own.
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(seed).generate_state(8)
-    random.seed(int(words[0]) << 32 | int(words[1]))
-    np.random.seed(words[2:6])
-    torch.default_generator.manual_seed(int(words[6]) << 32 | int(words[7]))  # no GPU is touched
-    try:
+    with preserved():
+        random.seed(int(words[0]) << 32 | int(words[1]))
+        np.random.seed(words[2:6])
+        # torch.manual_seed would seed the GPUs as well.
+        torch.default_generator.manual_seed(int(words[6]) << 32 | int(words[7]))
         yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)

@@ -1,8 +1,8 @@
 """What a training leaves in its OUTPUT_DIR: the only code that knows, reads and writes these files.
 
-All of it is read as if a killed process, a full disk or an editor had been at it. What cannot be
-used raises a UserError with one sentence, and what is left out of a file that can be used stands in
-:attr:`RunFolder.notes`. A page that can do without a part catches the error; who needs it does not.
+A killed process, a full disk or an editor may have damaged any of them. A file that cannot be used
+raises a UserError with one sentence; what is left out of a usable one is told in
+:attr:`RunFolder.notes`. A page that can do without a part catches the error; others let it through.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ STATISTICS = "gradient_statistics.jsonl"
 FINAL_CHECKPOINT = "model_final.pth"
 LAST_CHECKPOINT = "last_checkpoint"  # Detectron2's file with the name of the newest one
 
-# What an evaluation in a training costs, beside its figures in metrics.json.
+# In metrics.json: what an evaluation during a training cost.
 SECONDS_PER_IMAGE = "inference/seconds_per_image"
 MEMORY_MIB = "inference/memory_mib"
 
@@ -145,7 +145,7 @@ class RunFolder:
     def results(self) -> dict[str, float | None]:
         """Figures of the last evaluation by "TASK/FIGURE", after "NAME/" for several data sets.
 
-        None stands where there is none, as for the AP where nothing was detected.
+        A figure that does not exist is None, as the AP is where nothing was detected.
 
         Raises:
             UserError: there is no such file, or it is damaged.
@@ -159,8 +159,9 @@ class RunFolder:
 
     def seconds_per_iteration(self) -> float | None:
         """Median of the last training; None for one too short to be timed (3 iterations)."""
-        times = [row["time"] for row in self.metrics.values() if "time" in row]
-        return median(filter(math.isfinite, times)) if any(map(math.isfinite, times)) else None
+        times = [row.get("time", math.nan) for row in self.metrics.values()]
+        times = list(filter(math.isfinite, times))
+        return median(times) if times else None
 
     def last(self, name: str, start: int = 0) -> float | None:
         """The last value of a name in the metrics from iteration `start` on; None without one."""
@@ -199,11 +200,8 @@ class RunFolder:
         """Writes training.json, with the date and where this training runs.
 
         Args:
-            config: the whole config as text: `cfg.dump()`, or what LazyConfig.save has written.
-            config_file: the file that was trained with.
-            classes: as in :class:`Record`.
-            datasets: as in :class:`Record`; the paths become absolute.
-            data: as in :class:`Record`.
+            config: the whole config as text: `cfg.dump()`, or what LazyConfig.save writes.
+            config_file, classes, datasets, data: as in :class:`Record`; paths become absolute.
             device: of one process.
             processes: how many.
 
@@ -232,14 +230,14 @@ class RunFolder:
         write_json(self.results_file, {name: finite(value) for name, value in figures.items()})
 
     def cut_logs(self, start: int) -> None:
-        """Takes from the logs what the iterations from `start` on, now done again, had written.
+        """Removes from the logs what iterations from `start` on wrote, which are done again.
 
-        With 0, whatever another training has left. The files are cut in place, because a writer
-        may hold them open.
+        With 0 that is everything an earlier training left. The files are cut in place, because a
+        writer may hold them open.
         """
 
         def is_undone(row: dict[str, Any]) -> bool:
-            # The evaluation at the end of a training counts as the iteration after its last one.
+            # The row of the last evaluation has the number of the iteration after the last one.
             return row["iteration"] > start - ("total_loss" in row or not start)
 
         _cut(self.folder / METRICS, is_undone)
@@ -261,7 +259,7 @@ class RunFolder:
         return os.path.basename(name) if name.isprintable() else ""
 
     def checkpoints(self) -> list[str]:
-        """Names of checkpoints to resume from, the best first: the newest, then those before it."""
+        """Names of checkpoints to resume from: the newest, then the earlier ones, latest first."""
         newest = self.last_checkpoint()
         if newest is None:
             return []
@@ -271,7 +269,7 @@ class RunFolder:
         return [newest] * bool(newest) + sorted(earlier, key=numbers.__getitem__, reverse=True)
 
     def set_last_checkpoint_aside(self) -> None:
-        """Makes this a folder without a checkpoint to resume; no file with weights is touched."""
+        """Leaves the folder without a checkpoint to resume; no file with weights is touched."""
         pointer = self.folder / LAST_CHECKPOINT
         if pointer.is_file():
             aside = pointer.replace(f"{pointer}.earlier").name
@@ -320,12 +318,11 @@ def _cut(file: Path, is_undone: Callable[[dict[str, Any]], bool]) -> None:
 def _goes(line: bytes, is_undone: Callable[[dict[str, Any]], bool]) -> bool:
     try:
         return is_undone(json.loads(line))
-    # The process was killed in the middle of this line.
     except (ValueError, KeyError, TypeError, RecursionError):
-        return True
+        return True  # the process was killed in the middle of this line
 
 
 def _number(name: str) -> int:
-    """The iteration in a name as PeriodicCheckpointer gives it; -1 in others (model_final.pth)."""
+    """The iteration in a name by PeriodicCheckpointer; -1 for others, such as model_final.pth."""
     match = re.fullmatch(r"model_(\d+)\.pth", name)
     return int(match[1]) if match else -1

@@ -1,11 +1,12 @@
-"""What stands in the files of a run, as values of the types that are promised; no file is opened.
+"""From the text in the files of a run to values of the promised types; no file is opened here.
 
-Whatever a file may hold that is valid JSON or YAML is either such a value or a ValueError.
+Whatever valid JSON or YAML a file may hold becomes such a value or a ValueError.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Record:
 
     Attributes:
         date: ISO 8601.
-        config: as text; an evaluation in the same folder replaces config.yaml.
+        config: as text; kept here because an evaluation in the same folder replaces config.yaml.
         config_file: path of the file that was trained with.
         classes: names in the order of the model's outputs.
         datasets: annotation file and image folder of each data set of the command line.
@@ -88,8 +89,7 @@ def _paths(value: Any) -> tuple[Path, Path]:
 
 
 _RECORD: dict[str, Callable[[Any], Any]] = {
-    **{name: lambda x: _a(str, x) for name in ("date", "config", "config_file", "hardware")},
-    "commit": lambda x: _a(str, x),
+    **dict.fromkeys(("date", "config", "config_file", "hardware", "commit"), partial(_a, str)),
     "classes": lambda x: tuple(_texts(x)),
     "datasets": lambda x: {name: _paths(value) for name, value in _a(dict, x).items()},
     "data": lambda x: {name: _a(dict, value) for name, value in _a(dict, x).items()},
@@ -99,7 +99,7 @@ _RECORD: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What readers of a run want of its config, be it a YAML or a Python one.
+    """What readers of a run need from its config, be it a YAML or a Python one.
 
     Attributes:
         tree: the config as nested dictionaries, lists, texts and numbers.
@@ -134,8 +134,7 @@ def parse_settings(text: str) -> Settings:
     if not isinstance(tree, dict):
         raise ValueError("it is not the YAML of a config")
     python = "MODEL" not in tree and isinstance(tree.get("model"), dict)
-    keys = _PYTHON if python else _YAML
-    detector, train, test, *counts = (_at(tree, key.split(".")) for key in keys)
+    detector, train, test, *counts = (_at(tree, keys[python].split(".")) for keys in _KEYS)
     return Settings(
         tree,
         python,
@@ -146,24 +145,18 @@ def parse_settings(text: str) -> Settings:
     )
 
 
-_YAML = (
-    "MODEL.META_ARCHITECTURE",
-    "DATASETS.TRAIN",
-    "DATASETS.TEST",
-    "SOLVER.MAX_ITER",
-    "SOLVER.IMS_PER_BATCH",
-)
-_PYTHON = (
-    "model._target_",
-    "dataloader.train.dataset.names",
-    "dataloader.test.dataset.names",
-    "train.max_iter",
-    "dataloader.train.total_batch_size",
+# In a YAML config, and in a Python one.
+_KEYS = (
+    ("MODEL.META_ARCHITECTURE", "model._target_"),
+    ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
+    ("DATASETS.TEST", "dataloader.test.dataset.names"),
+    ("SOLVER.MAX_ITER", "train.max_iter"),
+    ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
 )
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Takes a value with a tag of Python, such as a tuple or a name, for its text or its parts."""
+    """Reads a value with a Python tag, such as a tuple or a name, as its text or its parts."""
 
 
 def _untagged(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
@@ -178,7 +171,7 @@ _PlainLoader.add_multi_constructor("", _untagged)
 
 
 def _plain(node: Any, room: list[int]) -> Any:
-    """A copy without what JSON lacks; a few aliases of YAML may stand for a tree without end."""
+    """A copy without what JSON lacks; its size is limited, because YAML's aliases can explode."""
     room[0] -= 1
     if room[0] < 0:
         raise ValueError(f"it has more than {_MOST_VALUES} values")
@@ -225,7 +218,7 @@ def metrics_row(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def statistics_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The name of the loss, the histograms of each of its calls, all of one length, and shares."""
+    """Name of the loss, histograms of each of its calls, all of one length, and gradient shares."""
     keys = ("counts", "gradient_share")
     calls = [
         {key: [_number(x) for x in _a(list, _a(dict, call).get(key))] for key in keys}
@@ -249,7 +242,7 @@ def _number(value: Any) -> float:
 
 
 def finite(value: Any) -> float | None:
-    """The number that a value is; None where it is none, or not finite."""
+    """The value as a number; None where it is none, or not finite."""
     try:
         number = _number(value)
     except ValueError:
@@ -258,7 +251,7 @@ def finite(value: Any) -> float | None:
 
 
 def last_training(rows: Sequence[tuple[int, dict[str, Any]]]) -> Rows:
-    """By iteration; what an earlier training wrote from where a later one began is left out."""
+    """Rows by iteration, without those of an earlier training from where a later one began."""
     kept: Rows = {}
     previous = -1
     for iteration, row in rows:

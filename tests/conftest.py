@@ -21,6 +21,14 @@ settings.register_profile("ghm", deadline=None, derandomize=True, max_examples=4
 settings.load_profile("ghm")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that need the reference material, which a clone does not have beside it."""
+    for item in items:
+        if "shared_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker("reference")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)
@@ -30,11 +38,11 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The optional reference material; tests that need it skip where it is absent."""
+    """The reference material: golden files of the published code, and real images."""
     beside = Path(__file__).resolve().parents[1].parent / "shared"
     path = Path(os.environ.get("GHM_D2_SHARED") or beside)
     if not path.is_dir():
-        pytest.skip(f"no reference material at {path}; set GHM_D2_SHARED to its folder")
+        pytest.fail(f"no reference material at {path}; set GHM_D2_SHARED to its folder")
     return path
 
 

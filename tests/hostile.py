@@ -1,6 +1,5 @@
 """Hostile checkpoints, built by hand, and a process with little memory and time to open them in."""
 
-import contextlib
 import io
 import multiprocessing
 import os
@@ -8,12 +7,11 @@ import pickle
 import resource
 import signal
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 
-ALLOWED = (
-    192 * 2**20
-)  # bytes besides four times the file's size: torch's own, and what any file has
+ALLOWED = 192 * 2**20  # bytes beside four times the file's size: torch's own, and what is free
 SECONDS = 30
 END = b"."
 
@@ -37,9 +35,9 @@ def raw(value):
 
 def number(value):
     data = pickle.encode_long(value)
-    return b"\x8b" + struct.pack("<i", len(data)) + data if len(data) > 255 else (
-        b"\x8a" + bytes([len(data)]) + data
-    )  # fmt: skip
+    if len(data) > 255:
+        return b"\x8b" + struct.pack("<i", len(data)) + data
+    return b"\x8a" + bytes([len(data)]) + data
 
 
 def name(full):
@@ -102,10 +100,7 @@ def program(*parts, protocol=4):
 def archive(content, records=None, compression=zipfile.ZIP_STORED, comment=b"", more=()):
     """A file of torch.save around a pickle; `records`: data of the storages by key."""
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", compression) as file, contextlib.ExitStack() as stack:
-        import warnings
-
-        stack.enter_context(warnings.catch_warnings())
+    with zipfile.ZipFile(stream, "w", compression) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that stand twice
         file.writestr("archive/data.pkl", content)
         for key, data in (records or {}).items():

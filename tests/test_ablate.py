@@ -80,7 +80,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
         wait_for(lambda: next(out.glob("work/*/last_checkpoint"), None))
         os.kill(os.getpid(), signal.SIGINT)
 
-    # A suite that was started in the background of a shell has inherited "ignore".
+    # A suite that a shell started in the background has inherited "ignore" for SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(SystemExit) as stop:
@@ -125,7 +125,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
         str(r["seed"]): r["metrics"]["AP50"] for r in runs.values() if r["row"] == "M = 5"
     }
 
-    # The study alone knows its runs: nothing is started without models and single results.
+    # The study's file is enough to know its runs: without their folders, none is started again.
     monkeypatch.delattr(job, "Job")
     assert {one["id"]: one for one in read_study(out / "tiny.json")} == runs
     for name in ("work", "runs"):
@@ -202,7 +202,7 @@ def fake_training(argv):
     if number == 2:
         raise RuntimeError("the lamp\nis broken")
     if number == 3:
-        return  # has evaluated nothing
+        return  # ends well without an evaluation
     if number == 4:
         sys.exit(75)
     (output / "inference").mkdir()
@@ -271,6 +271,21 @@ def test_a_run_of_another_default_starts_from_nothing(tmp_path, fake):
     (store.runs / "id0.json").write_text(json.dumps(older))
     assert execute(runs, store, 1, 1, cluster="debug").finished == {"id0"}
     assert (output / "started").read_text() == "1" and store.load(runs[0])["metrics"]["AP"] == 40
+
+
+def test_a_run_of_another_default_is_resumed_too(tmp_path, fake, monkeypatch):
+    """What was cut off is not begun anew at each start, though the older result is still there."""
+    store, runs = Store(tmp_path / "out"), fake_runs(1)
+    older = {"id": "id0", "config": {"SEED": 2}, "weights": {}, "metrics": {"AP": 1.0}}
+    (store.runs / "id0.json").write_text(json.dumps(older))
+    monkeypatch.setattr(job, "main", lambda argv: sys.exit(75))
+    assert execute(runs, store, 1, 1, cluster="debug").failed
+    output = store.output(runs[0])
+    (output / "last_checkpoint").write_text("model_0000004.pth")
+    monkeypatch.setattr(job, "main", fake_training)
+    assert execute(runs, store, 1, 1, cluster="debug").finished == {"id0"}
+    assert (output / "started").read_text() == "1 --resume"
+    assert store.load(runs[0])["starts"] == 2
 
 
 def test_a_run_at_work_elsewhere_is_left_alone(tmp_path, fake):
@@ -352,7 +367,7 @@ def test_the_same_runs_on_slurm(tmp_path, monkeypatch):
 
 
 def test_a_requeued_job_keeps_no_failure(tmp_path, monkeypatch):
-    """Before its time limit submitit asks for a new job, then exits; nothing is to catch that."""
+    """Before its time limit submitit asks for a new job and exits: nothing may catch that."""
     (run,) = fake_runs(1)
     one = job.Job(tmp_path, "4")
 

@@ -16,8 +16,8 @@ from ghm_d2.ablation.plot import draw_summary
 from ghm_d2.ablation.report import render_markdown, summarize
 from ghm_d2.ablation.results import Store, _figures, read_study
 from ghm_d2.ablation.stats import mean_and_deviation, paired_difference, t_quantile
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.errors import UserError
+from ghm_d2.modeling import validate_ghm_config
 
 
 @pytest.fixture(autouse=True)
@@ -280,7 +280,7 @@ def test_a_study_keeps_every_run_whole(tmp_path, caplog):
     assert sum('"id": "id' in line for line in text.splitlines()) == 4  # one run a line
     again = store.write_study({"grid": "h", "seeds": [1, 2]}, dict(reversed(list(named.items()))))
     assert again.read_text() == text.replace('"grid": "g"', '"grid": "h"')
-    # The study alone knows its runs, whatever the grid is called that asks.
+    # The study's file is enough to know its runs, whatever the grid is called that asks.
     file.with_name("other.json").write_text('{"no": "study"}')
     stored_run = stored(run, id=run.id, row="a", seed=1)
     store.write_study({"grid": "i"}, {run.id: stored_run})

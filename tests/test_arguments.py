@@ -82,14 +82,14 @@ def test_help_names_every_option(capsys):
 
 @pytest.mark.parametrize(
     ("started", "name"),
-    [("bin/ghm-d2 train", "ghm-d2 train"), ("train_net.py", "train_net.py"), ("", "train_net.py")],
+    [("bin/ghm-d2", "ghm-d2 train"), ("train_net.py", "train_net.py"), ("", "train_net.py")],
 )
 def test_messages_name_what_was_run(started, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [started])
     with pytest.raises(SystemExit):
         main([])
     assert capsys.readouterr().err.startswith(f"{name}: error: ")
-    assert ("ghm-d2 train --conf" in next_command(train_program(), "out", [])) == (
+    assert ("ghm-d2 train --conf" in next_command(train_program(), "f.yaml", [], [])) == (
         name == "ghm-d2 train"
     )
 

@@ -7,9 +7,9 @@ from detectron2.config import get_cfg
 from detectron2.structures import Boxes
 
 from ghm_d2 import add_ghm_config
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.errors import UserError
 from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, OHEMLoss, cross_entropy_loss, ohem_loss
+from ghm_d2.modeling import validate_ghm_config
 from tests import reference
 from tests.detectors import NUM_CLASSES, TWO_IMAGES, batch, small_model, step
 from tests.test_retinanet import by_level, captured

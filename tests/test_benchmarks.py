@@ -271,10 +271,10 @@ def test_every_loss_call_of_a_step_is_watched_for_host_synchronisation(monkeypat
     words = "--device cpu --width 4 --size 64 96 --boxes 2"
     args = bench_train_step.parse(words.split())
     model = bench_train_step.build_pair("retinanet", args)["ghm"]
-    step = bench_train_step._train_step(model, bench_train_step._batch(args))
+    step = bench_train_step.train_step(model, bench_train_step.batch_of(args))
     with EventStorage():
-        assert bench_train_step._host_syncs(model, step) == ["waited"] * 10  # 5 levels, 2 losses
-        assert all("forward" not in vars(module) for module in model.modules())
+        assert bench_train_step._host_syncs(model, step) == ["waited"] * 2  # one call of each loss
+        assert all("_forward" not in vars(module) for module in model.modules())
 
 
 def test_losses_equal_the_oracle_on_fresh_inputs(tmp_path, capsys):

@@ -15,10 +15,7 @@ from detectron2.engine import defaults
 from foreign import Call
 from tiny import unregister_all, write_coco
 
-from ghm_d2.checkpoint import RestrictedCheckpointer, load_trained_weights
-from ghm_d2.checkpoint.checkpointer import (
-    newest_checkpoint,
-)
+from ghm_d2.checkpoint import RestrictedCheckpointer, load_file, load_trained_weights
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer
 from ghm_d2.errors import UserError
@@ -222,7 +219,7 @@ def test_loading_resuming_and_evaluating_keep_them(trained, tmp_path, lines):
     cfg = small_config(RETINANET, "MODEL.WEIGHTS", path, "OUTPUT_DIR", str(tmp_path))
     for resume in (False, True):
         model = build()
-        load_trained_weights(cfg, model, resume)
+        load_trained_weights(model, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, resume=resume)
         assert (counts(model) == 7).all()
     assert not lines()
 
@@ -240,7 +237,7 @@ def test_other_bins_start_at_0_and_evaluate(trained, tmp_path, resume, evaluate)
     if evaluate:
         (tmp_path / "last_checkpoint").write_text("trained.pth")
         cfg = small_config(RETINANET, "MODEL.WEIGHTS", path, "OUTPUT_DIR", str(tmp_path))
-        load_trained_weights(cfg, model, resume)
+        load_trained_weights(model, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, resume=resume)
     else:
         RestrictedCheckpointer(model, str(tmp_path)).resume_or_load(path, resume=resume)
     assert not counts(model).any()
@@ -368,7 +365,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, damage, caplo
     assert resumed(folder) == 5
     (warning,) = {r.getMessage() for r in caplog.records if r.name.startswith("ghm_d2")}
     assert "model_0000008.pth" in warning and warning.endswith("going back to model_0000005.pth")
-    assert newest_checkpoint(str(folder))[0] == "model_0000005.pth"
 
 
 def test_none_that_can_be_read_is_one_sentence(folder):
@@ -381,15 +377,29 @@ def test_none_that_can_be_read_is_one_sentence(folder):
 def test_which_one_is_the_newest(folder):
     """The one that last_checkpoint names, whatever an earlier training has left."""
     (folder / "last_checkpoint").write_text("model_0000005.pth")
-    assert newest_checkpoint(str(folder)) == ("model_0000005.pth", [])
+    assert resumed(folder) == 5
     (folder / "model_0000005.pth").write_bytes(b"")
-    assert newest_checkpoint(str(folder))[0] == "model_0000002.pth"
-    (folder / "last_checkpoint").write_text("model_final.pth")
-    assert newest_checkpoint(str(folder))[0] == "model_0000008.pth"
-    (folder / "last_checkpoint").write_text("")
-    assert newest_checkpoint(str(folder))[0] == "model_0000008.pth"
+    assert resumed(folder) == 2
+    for name in ("model_final.pth", ""):
+        (folder / "last_checkpoint").write_text(name)
+        assert resumed(folder) == 8
     RunFolder(folder).set_last_checkpoint_aside()
-    assert newest_checkpoint(str(folder)) == (None, [])
+    with pytest.raises(KeyError, match="iteration"):
+        resumed(folder)
+
+
+def test_a_checkpoint_is_opened_once(folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "ghm_d2.checkpoint.checkpointer.load_file",
+        lambda path, **kwargs: opened.append(path) or load_file(path, **kwargs),
+    )
+    assert resumed(folder) == 8
+    assert opened == [str(folder / "model_0000008.pth")]
+    checkpointer = RestrictedCheckpointer(torch.nn.Linear(2, 2), str(folder))
+    for _ in range(2):  # what was kept of the first is not given for a later file of this name
+        checkpointer.resume_or_load("", resume=True)
+    assert len(opened) == 3
 
 
 def test_what_a_kill_leaves_is_removed(folder, caplog, monkeypatch):

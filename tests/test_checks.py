@@ -65,7 +65,15 @@ def test_compiled_misuse_gives_nan_and_writes_nothing():
     assert not module._failures
 
 
-def test_conditions_on_a_device_are_kept_and_joined():
+def test_conditions_without_a_value_are_forgotten():
+    checks, failures = ValueChecks(), {}
+    checks.require(torch.ones((), dtype=torch.bool, device="meta"), "there is no value")
+    checks.defer_to(failures)
+    assert checks.all_hold() is None and not failures
+
+
+def test_conditions_on_a_device_are_kept_and_joined(monkeypatch):
+    monkeypatch.setattr("ghm_d2.losses.checks.is_plain", lambda value: True)  # meta stands for it
     checks = ValueChecks()
     assert checks.all_hold() is None
     on_device = torch.ones((), dtype=torch.bool, device="meta")

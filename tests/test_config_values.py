@@ -8,8 +8,8 @@ from detectors import small_config
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.errors import UserError
+from ghm_d2.modeling import validate_ghm_config
 
 
 def leaves(node, prefix="MODEL.GHM"):

@@ -9,8 +9,9 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from ghm_d2 import add_ghm_config
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.errors import UserError
+from ghm_d2.modeling import validate_ghm_config
+from tests.detectors import small_model
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 MODELS = [p for p in CONFIGS if not p.name.startswith("Base-")]
@@ -231,3 +232,70 @@ def test_exclusive_keys_are_refused_by_naming_both(name, opts, both):
     with pytest.raises(UserError) as error:
         validate_ghm_config(cfg)
     assert all(key in str(error.value) for key in both)
+
+
+ROTATED = {"MODEL.ANCHOR_GENERATOR.NAME": "RotatedAnchorGenerator"}
+STOCK_RPN = {"MODEL.PROPOSAL_GENERATOR.NAME": "RPN"}
+GHM_RPN = {"MODEL.PROPOSAL_GENERATOR.NAME": "GHMRPN"}
+STOCK_HEADS = {"MODEL.ROI_HEADS.NAME": "StandardROIHeads"}
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "both"),
+    [
+        ("ghm_retinanet_R_50", ROTATED, (*ROTATED, "MODEL.META_ARCHITECTURE GHMRetinaNet")),
+        (
+            "ghm_faster_rcnn_R_50",
+            ROTATED | STOCK_RPN,
+            (*ROTATED, "MODEL.ROI_HEADS.NAME GHMROIHeads"),
+        ),
+        (
+            "ghm_cascade_rcnn_R_50",
+            ROTATED | STOCK_RPN,
+            (*ROTATED, "MODEL.ROI_HEADS.NAME GHMCascadeROIHeads"),
+        ),
+        (
+            "ghm_faster_rcnn_R_50",
+            ROTATED | GHM_RPN | STOCK_HEADS,
+            (*ROTATED, "MODEL.PROPOSAL_GENERATOR.NAME GHMRPN"),
+        ),
+        (
+            "ghm_faster_rcnn_R_50",
+            {"MODEL.PROPOSAL_GENERATOR.NAME": "RRPN"},
+            ("MODEL.PROPOSAL_GENERATOR.NAME RRPN", "MODEL.ROI_HEADS.NAME GHMROIHeads"),
+        ),
+        (
+            "ghm_faster_rcnn_R_50",
+            GHM_RPN | {"MODEL.ROI_HEADS.NAME": "RROIHeads"},
+            ("MODEL.ROI_HEADS.NAME RROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME GHMRPN"),
+        ),
+        (
+            "ghm_faster_rcnn_R_50",
+            STOCK_RPN | {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignRotated"},
+            ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "MODEL.ROI_HEADS.NAME GHMROIHeads"),
+        ),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("enabled", [True, False])
+def test_rotated_boxes_are_refused_by_naming_both(name, opts, both, enabled):
+    cfg = load(f"configs/{name}.yaml")
+    cfg.merge_from_list([word for pair in opts.items() for word in pair])
+    for part in ("RETINANET", "RPN", "ROI_BOX_HEAD"):
+        cfg.MODEL.GHM[part].CLS.ENABLED = cfg.MODEL.GHM[part].REG.ENABLED = enabled
+    with pytest.raises(UserError) as error:
+        validate_ghm_config(cfg)
+    assert all(key in str(error.value) for key in both)
+
+
+@pytest.mark.parametrize("name", ["ghm_retinanet_R_50", "ghm_faster_rcnn_R_50"])
+def test_rotated_boxes_are_refused_before_a_network_is_built(name):
+    with pytest.raises(UserError, match="RotatedAnchorGenerator"):
+        small_model(name, *next(iter(ROTATED.items())))
+
+
+def test_stock_detectors_of_rotated_boxes_are_left_alone():
+    cfg = load("configs/ghm_faster_rcnn_R_50.yaml")
+    stock = ROTATED | {"MODEL.PROPOSAL_GENERATOR.NAME": "RRPN", "MODEL.ROI_HEADS.NAME": "RROIHeads"}
+    cfg.merge_from_list([word for pair in stock.items() for word in pair])
+    validate_ghm_config(cfg)

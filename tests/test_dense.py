@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from ghm_d2.config import groups_of_images
 from ghm_d2.losses import GHMCLoss, GHMRLoss
-from ghm_d2.modeling import DenseLoss
+from ghm_d2.modeling import DenseLoss, groups_of_images
 
 N, K, SIZES = 5, 3, (40, 12)
 

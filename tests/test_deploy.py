@@ -23,6 +23,7 @@ from exportable import (
 )
 from torch.torch_version import TorchVersion
 
+from ghm_d2.data.pictures import read_image
 from ghm_d2.deploy.detections import (
     Detections,
     check_detector,
@@ -40,7 +41,7 @@ from ghm_d2.deploy.export import (
     smallest_side,
 )
 from ghm_d2.deploy.fixed_size import fixed_size_detector
-from ghm_d2.deploy.setup import image_preparer, read_image
+from ghm_d2.deploy.setup import image_preparer
 from ghm_d2.errors import UserError
 
 SIZES = [(131, 130), (150, 233), (240, 129), (160, 160)]

@@ -11,7 +11,12 @@ import torch
 from detectron2.config import get_cfg
 
 from ghm_d2 import add_ghm_config, cli
-from ghm_d2.engine.setup import locate_config_file, merge_config_file
+from ghm_d2.engine.setup import (
+    is_python,
+    load_config,
+    locate_config_file,
+    merge_config_file,
+)
 from tests.tiny import ROOT
 
 DOCS = ROOT / "docs"
@@ -83,7 +88,10 @@ def test_commands(page, command, tmp_path, monkeypatch, capsys):
         file = words[words.index("--config-file") + 1]
         if not file.startswith("output/"):  # of a training before
             monkeypatch.chdir(tmp_path)
-            merge_config_file(cfg, locate_config_file(file))
+            if is_python(file):
+                load_config(file, [w for w in words if re.fullmatch(r"[a-z_]+(\.\w+)+=.*", w)])
+            else:
+                merge_config_file(cfg, locate_config_file(file))
     for key, value in zip(words, words[1:], strict=False):
         if re.fullmatch(r"(MODEL|SOLVER|INPUT|DATASETS|DATALOADER|TEST)(\.\w+)+", key):
             cfg.merge_from_list([key, value])

@@ -8,10 +8,13 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from pycocotools.cocoeval import COCOeval
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
-from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
+from ghm_d2.engine import evaluation
+from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator, costs_recorded
+from ghm_d2.run_folder import SECONDS_PER_IMAGE
 from tests.tiny import coco_content, unregister_all, write_coco
 
 NAMES = [f"AP{threshold}" for threshold in range(50, 100, 5)]
@@ -92,3 +95,25 @@ def test_the_log_shows_each_threshold(tmp_path, dataset, caplog):
     text = caplog.text.split("AP at each IoU threshold")[1]
     assert all(name in text for name in NAMES)
     assert f"{results['AP55']:.3f}" in text
+
+
+def test_costs_of_an_evaluation_in_a_training_are_recorded(monkeypatch):
+    """The median over the calls, without the time between them; nothing outside a training."""
+    now = [0.0]
+
+    class Slow(torch.nn.Module):
+        def forward(self, seconds):
+            now[0] += seconds
+
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: now[0])
+    model = Slow()
+    with EventStorage(7) as storage:
+        with costs_recorded(model) as timed:
+            for seconds in (0.5, 0.25, 0.25):
+                timed(seconds)
+                now[0] += 9
+        ((value, iteration),) = storage.latest().values()
+    assert (value, iteration) == (0.25, 7)
+    assert list(storage.latest()) == [SECONDS_PER_IMAGE]  # no memory without a GPU
+    with costs_recorded(model) as timed:
+        timed(0.0)

@@ -1,6 +1,7 @@
 """A NaN anywhere stops training: one sentence, good weights, a batch that can be replayed."""
 
 import logging
+import signal
 from unittest.mock import Mock
 
 import pytest
@@ -15,7 +16,7 @@ from ghm_d2.cli import replay
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer
 from ghm_d2.engine.finite import NotFiniteError
-from ghm_d2.engine.preemption import Preempted, StopOnSigterm
+from ghm_d2.engine.preemption import Preempted, StopOnSignal
 from ghm_d2.engine.processes import end_process
 from ghm_d2.engine.replay import load_replay
 from ghm_d2.errors import exits_with_one_sentence
@@ -71,7 +72,7 @@ def nan_image(batch):
 
 def replayed(message, capsys):
     """What the tool prints for the file that the message names, and its exit code."""
-    file = message.split("ghm_d2 replay ")[1].split(" ")[0].rstrip(".")
+    file = message.split(" replay ")[1].split(" ")[0].rstrip(".")
     with pytest.raises(SystemExit) as stop:
         replay.main([file])
     return capsys.readouterr().out, stop.value.code
@@ -299,10 +300,10 @@ def test_two_processes_stop_together(tmp_path, where):
 
 def test_sigterm_saves_no_weights_that_are_not_finite():
     checkpointer, states = Mock(), Mock()
-    hook = StopOnSigterm(checkpointer, states)
+    hook = StopOnSignal(checkpointer, states)
     hook.trainer = Mock(model=torch.nn.Linear(2, 2), iter=3, max_iter=9)
     torch.nn.init.constant_(hook.trainer.model.bias, float("nan"))
-    hook._note(15, None)
+    hook._note(signal.SIGTERM, None)
     with pytest.raises(NotFiniteError, match="the first bias"):
         hook.after_step()
     assert not checkpointer.save.called

@@ -40,11 +40,11 @@ def classification(shape, dtype=torch.float32, seed=0):
 
 def sigmoid_kernel(logits, labels, keep, bins):
     """The kernel alone; its second derivative is tested through the modules."""
-    return kernels.sigmoid_kernel(logits, labels, keep, bins, None)
+    return kernels.sigmoid_kernel([(logits, labels, keep)], bins, None)
 
 
 def regression_kernel(pred, target, keep, mu, bins):
-    return kernels.regression_kernel(pred, target, keep, mu, bins, None)
+    return kernels.regression_kernel([(pred, target, keep)], mu, bins, None)
 
 
 def eager_sigmoid(logits, labels, valid, bins, weights):
@@ -60,19 +60,24 @@ def eager_sigmoid(logits, labels, valid, bins, weights):
 def check(kernel, expected, weights, dtype, off_by=0):
     """``off_by``: examples that may lie in a neighbour region, beside its edge."""
     counts, total, grad = expected
-    found = kernel.counts(weights.numel())
+    (found,) = kernel.counts(weights.numel())
     assert found.dtype == torch.int64
     assert (found.cpu() - counts).abs().sum() <= 2 * off_by
-    weights = weights.to(found.device)
+    weights = weights.to(found.device)[None]
     one = torch.ones((), device=found.device)
-    got, gradient = kernel.loss(weights).cpu(), kernel.gradient(weights, one).cpu()
+
+    def both():
+        loss, (gradient,) = kernel.loss(weights), kernel.gradient(weights, one)
+        return loss.cpu(), gradient.cpu()
+
+    got, gradient = both()
     assert gradient.dtype == dtype
     torch.testing.assert_close(got.double(), total, rtol=1e-5, atol=1e-6)
     if not off_by:
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
         torch.testing.assert_close(gradient.double().view_as(grad), grad, rtol=tolerance, atol=1e-6)
     # Once more without what counting kept, as a second backward pass does.
-    again, second = kernel.loss(weights).cpu(), kernel.gradient(weights, one).cpu()
+    again, second = both()
     torch.testing.assert_close(again, got, rtol=1e-6, atol=0)
     torch.testing.assert_close(second, gradient, rtol=1e-6, atol=0)
 
@@ -89,7 +94,7 @@ def test_sigmoid_equals_eager(shape, dtype, threads):
     weights = torch.rand(30, generator=torch.Generator().manual_seed(1))
     valid = (labels >= 0).unsqueeze(1)
     expected = eager_sigmoid(logits, labels, valid, 30, weights)
-    kernel = sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, 30)
+    kernel = sigmoid_kernel(logits.requires_grad_(), labels, None, 30)
     check(kernel, expected, weights, dtype)
 
 
@@ -98,7 +103,7 @@ def test_any_number_of_regions(bins):
     logits, labels = classification((4000, 20))
     weights = smooth_weights(bins)
     expected = eager_sigmoid(logits, labels, (labels >= 0).unsqueeze(1), bins, weights)
-    kernel = sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, bins)
+    kernel = sigmoid_kernel(logits.requires_grad_(), labels, None, bins)
     # float64 and float32 may disagree beside an edge; of many regions, some norm is beside one.
     check(kernel, expected, weights, logits.dtype, off_by=0 if bins < 50 else 5)
 
@@ -113,7 +118,7 @@ def test_dropped_examples_even_with_nan(rows):
     expected = eager_sigmoid(logits, labels, valid, 30, weights)
     spoiled = torch.where(valid, logits, torch.nan)
     check(
-        sigmoid_kernel(spoiled.view(-1).requires_grad_(), labels, keep, 30),
+        sigmoid_kernel(spoiled.requires_grad_(), labels, keep, 30),
         expected,
         weights,
         logits.dtype,
@@ -126,7 +131,7 @@ def test_dense_labels():
     weights = torch.rand(30)
     expected = eager_sigmoid(logits, dense, None, 30, weights)
     check(
-        sigmoid_kernel(logits.view(-1).requires_grad_(), dense, None, 30),
+        sigmoid_kernel(logits.requires_grad_(), dense, None, 30),
         expected,
         weights,
         logits.dtype,
@@ -139,7 +144,7 @@ def test_large_logits():
     weights = torch.rand(30)
     expected = eager_sigmoid(logits, labels, None, 30, weights)
     check(
-        sigmoid_kernel(logits.view(-1).requires_grad_(), labels, None, 30),
+        sigmoid_kernel(logits.requires_grad_(), labels, None, 30),
         expected,
         weights,
         logits.dtype,
@@ -151,7 +156,7 @@ def test_losses_of_tiny_gradients_keep_their_digits():
     labels = torch.full((1000,), 4)
     weights = torch.ones(30)
     expected = eager_sigmoid(logits, labels, None, 30, weights)
-    got = sigmoid_kernel(logits.view(-1), labels, None, 30).loss(weights)
+    got = sigmoid_kernel(logits, labels, None, 30).loss(weights[None])
     torch.testing.assert_close(got.double(), expected[1], rtol=1e-5, atol=0)
 
 
@@ -223,16 +228,16 @@ def test_blocks_cover_everything_once(threads):
         blocks = Blocks(size)
         shares = blocks.map(list)
         assert len(shares) <= threads
-        assert [n for share in shares for n in share] == list(range(blocks.number))
+        assert [n for share in shares for n in share] == list(range(len(blocks.lengths)))
         positions = torch.arange(size)
-        assert torch.equal(torch.cat(blocks.split(positions)), positions)
-        lengths = [len(block) for block in blocks.split(positions)]
+        assert torch.equal(torch.cat(blocks.split([positions])), positions)
+        lengths = [len(block) for block in blocks.split([positions])]
         assert max(lengths) <= BLOCK
         for number, length in enumerate(lengths):
             scratch = blocks.scratch(2)(number)
             assert [len(buffer) for buffer in scratch.buffers] == [length] * 2
             assert [len(half) for half in (*scratch.halves, scratch.pairs)] == [length // 2] * 3
-        cut = blocks.cut(positions[:: max(size // 1000, 1)])
+        cut = blocks.cut([positions[:: max(size // 1000, 1)]])
         found = [part + number * blocks.length for number, part in enumerate(cut)]
         assert torch.equal(torch.cat(found), positions[:: max(size // 1000, 1)])
 
@@ -254,7 +259,7 @@ CUTS = {
 @pytest.mark.parametrize("size", CUTS)
 def test_length_of_the_blocks(size, threads):
     blocks = Blocks(size)
-    assert (blocks.length, blocks.number, blocks.threads) == CUTS[size][threads - 1]
+    assert (blocks.length, len(blocks.lengths), blocks.threads) == CUTS[size][threads - 1]
 
 
 def test_long_tensors_alone_are_dealt_to_the_pool(threads):
@@ -270,11 +275,11 @@ def test_without_gradient_the_loss_is_the_same():
     logits, labels = classification((3000, 8))
     weights = torch.rand(30)
     with_gradient, without = (
-        sigmoid_kernel(logits.view(-1).requires_grad_(wanted), labels, None, 30)
+        sigmoid_kernel(logits.clone().requires_grad_(wanted), labels, None, 30)
         for wanted in (True, False)
     )
     assert torch.equal(with_gradient.counts(30), without.counts(30))
-    assert torch.equal(with_gradient.loss(weights), without.loss(weights))
+    assert torch.equal(with_gradient.loss(weights[None]), without.loss(weights[None]))
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +296,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def on_device(*tensors):
-    return [None if t is None else t.to(DEVICE) for t in tensors]
+    return tuple(None if t is None else t.to(DEVICE) for t in tensors)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -305,9 +310,7 @@ def test_triton_sigmoid_equals_eager(triton_kernels, dtype, keep_shape):
         valid = valid & keep
     weights = smooth_weights(30)
     expected = eager_sigmoid(logits, labels, valid, 30, weights)
-    kernel = triton_kernels.TritonSigmoid(
-        logits.view(-1).to(DEVICE), None, *on_device(labels, keep), 7
-    )
+    kernel = triton_kernels.TritonSigmoid([on_device(logits, labels, keep)], None)
     check(kernel, expected, weights, dtype)
 
 
@@ -323,7 +326,7 @@ def test_triton_regression_equals_eager(triton_kernels, bins):
     total = harmonized_sum(loss, region, weights)
     total.backward()
     expected = count_unit_regions(region, bins), total.detach(), x.grad
-    kernel = triton_kernels.TritonRegression(pred.to(DEVICE), None, *on_device(target, keep), MU)
+    kernel = triton_kernels.TritonRegression([on_device(pred, target, keep)], None, MU)
     check(kernel, expected, weights, pred.dtype, off_by=9 if bins == 1000 else 0)
 
 

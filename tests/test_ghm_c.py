@@ -311,7 +311,7 @@ def test_large_logits_keep_the_digits_of_float64():
     np.testing.assert_allclose(loss.numpy(), ref.sigmoid_examples(x, labels).loss, rtol=1e-15)
 
 
-# Layouts, soft targets, ignored labels, class weights: the same examples in another dress.
+# Layouts, soft targets, ignored labels, class weights: the same examples in another form.
 
 LAYOUTS = {
     "(B, N, K)": ((3, 10), {}),

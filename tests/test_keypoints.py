@@ -11,7 +11,7 @@ from detectron2.data.datasets import builtin_meta
 from tiny import coco_content, forget_program, one_sentence, unregister_all, write_coco
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
-from ghm_d2.data.keypoints import mirrored_pairs
+from ghm_d2.data.keypoints import check_keypoints, convert_incomplete, mirrored_pairs
 from ghm_d2.engine import main
 from ghm_d2.errors import UserError
 
@@ -93,15 +93,18 @@ def test_annotations_without_keypoints_are_not_labelled(tmp_path, caplog, monkey
     caplog.set_level(logging.INFO)
     dataset = checked(tmp_path, content(every=3))
     assert "8 annotations have no keypoints" in caplog.text
-    assert not dataset.evaluable  # pycocotools wants them of all
     register_coco_dataset(dataset)
+    metadata = MetadataCatalog.get("points")
+    assert metadata.json_file == dataset.json_file  # for boxes alone
+    convert_incomplete(metadata)  # pycocotools wants keypoints of all
+    assert not hasattr(metadata, "json_file")
     found = [a["keypoints"] for r in DatasetCatalog.get("points") for a in r["annotations"]]
     assert sum(values == [0.0] * 9 for values in found) == 8 and len(found) == 12
 
 
 def test_files_without_keypoints_are_as_before(tmp_path):
     dataset = checked(tmp_path, content(every=100) | coco_content())
-    assert dataset.num_keypoints == 0 and dataset.evaluable
+    assert dataset.keypoints.number == 0
     register_coco_dataset(dataset)
     assert MetadataCatalog.get("points").get("keypoint_names") is None
     assert "keypoints" not in DatasetCatalog.get("points")[0]["annotations"][0]
@@ -115,22 +118,29 @@ def change_number(made):
     made["annotations"][2]["keypoints"] = [1, 2, 2]
 
 
-def change_type(made):
-    made["annotations"][2]["keypoints"] = ["1"] * 9
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (change_names, "the categories 'disc' and 'bar' list different keypoints"),
-        (change_number, "annotation 3 are not 9 numbers"),
-        (change_type, "annotation 3 are not 9 numbers"),
+        (change_number, "annotation 3 are 3 numbers instead of 9"),
     ],
 )
-def test_bad_keypoints(tmp_path, change, words):
+def test_what_boxes_alone_can_do_without(tmp_path, change, words):
     made = content()
     change(made)
-    with pytest.raises(UserError, match=words):
+    register_coco_dataset(checked(tmp_path, made))
+    assert len(DatasetCatalog.get("points")) == 6
+    metadata = MetadataCatalog.get("points")
+    assert metadata.get("keypoint_names") is None
+    with pytest.raises(UserError, match=f"KEYPOINT_ON is True, but .*{words}.*KEYPOINT_ON False"):
+        check_keypoints("points", metadata, 3, mirrored=False)
+
+
+@pytest.mark.parametrize("values", [["1"] * 9, {"nose": 1}, [float("nan")] * 9, 7])
+def test_what_is_no_list_of_numbers_is_refused(tmp_path, values):
+    made = content()
+    made["annotations"][2]["keypoints"] = values
+    with pytest.raises(UserError, match="annotation 3 has keypoints that are no list"):
         checked(tmp_path, made)
 
 

@@ -1,4 +1,4 @@
-"""ghm-d2 look: the figures are right, the pictures show the boxes, mistakes get words."""
+"""ghm-d2 look: the figures are right, the pictures show the boxes, mistakes get a sentence."""
 
 import json
 

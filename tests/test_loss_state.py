@@ -260,7 +260,7 @@ def test_the_observer_sees_arguments_counts_and_weights_of_each_call(density):
     logits, labels = torch.tensor([[0.0], [-9.0], [-9.0]]), torch.tensor([1, 1, 1])
     with observed(lambda *args: seen.append(args)):
         loss_fn.forward_pooled([logits], [labels])
-    loss_fn.forward_pooled([logits], [labels])  # nobody looks any more
+    loss_fn.forward_pooled([logits], [labels])  # no longer observed
     ((module, predictions, targets, weights, counts, region_weights),) = seen
     assert module is loss_fn and predictions[0] is logits and targets[0] is labels
     assert weights == [None]
@@ -503,3 +503,56 @@ def test_outside_training_steps_no_process_waits_for_another(make, call, monkeyp
     torch.testing.assert_close(loss_fn.eval()(*inputs), expected, rtol=1e-6, atol=0)
     with pytest.raises(AssertionError, match="validates alone"):
         loss_fn.train()(*inputs)
+
+
+# Levels: one call for several tensors, each with a histogram of its own.
+
+
+@KINDS
+@SWITCHES
+@DOUBLE
+def test_levels_at_once_are_single_calls_one_after_the_other(make, call, switches, dtype):
+    at_once, single, rng = make(**switches), make(**switches), np.random.default_rng(18)
+    for rows in ((30, 9, 0, 2), (0, 40, 3, 1)):
+        parts = [typed(call(rng, n), dtype) for n in rows]
+        masks = [None, None, None, torch.zeros(rows[3])]  # the last level counts nothing
+        twins = [typed(part, dtype) for part in parts]
+        seen, seen_singly = [], []
+        with observed(lambda *arguments, seen=seen: seen.append(arguments[4:])):
+            loss = at_once.forward_levels(*zip(*parts, strict=True), masks)
+        with observed(lambda *arguments, seen=seen_singly: seen.append(arguments[4:])):
+            losses = [single(*twin, mask) for twin, mask in zip(twins, masks, strict=True)]
+        torch.testing.assert_close(loss, sum(losses), rtol=1e-6, atol=0)
+        loss.backward()
+        sum(losses).backward()
+        for (x, _), (twin, _) in zip(parts, twins, strict=True):
+            assert torch.equal(x.grad, twin.grad)
+        for name, value in single.state_dict().items():
+            assert torch.equal(at_once.state_dict()[name], value), name
+        for own, other in zip(seen, seen_singly, strict=True):
+            assert all(map(torch.equal, own, other))
+
+
+@KINDS
+def test_processes_meet_once_for_all_levels(make, call, monkeypatch):
+    met = []
+
+    def all_reduce(counts):
+        assert counts.is_contiguous()  # gloo would add up something else
+        met.append(counts.mul_(2))
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    rng = np.random.default_rng(19)
+    make(sync=True).forward_levels(*zip(*(call(rng, n) for n in (20, 7, 3)), strict=True))
+    assert len(met) == 1 and len(met[0]) == 3
+
+
+@KINDS
+def test_a_refused_level_leaves_the_counts_of_all_alone(make, call):
+    loss_fn, rng = make(), np.random.default_rng(20)
+    (a, t), (b, u) = call(rng), call(rng)
+    with pytest.raises(ValueError, match="must be finite"):
+        loss_fn.forward_levels([a, b * torch.nan], [t, u])
+    assert not loss_fn.acc_sum.any()

@@ -17,9 +17,10 @@ from tiny import ROOT, ZOO_ENTRY
 
 from ghm_d2 import model_zoo
 from ghm_d2.errors import UserError
+from ghm_d2.files import write_json
 from ghm_d2.model_zoo import ZooError, zoo
 from ghm_d2.model_zoo.export import write_weights
-from ghm_d2.model_zoo.index import read_index, write_index
+from ghm_d2.model_zoo.zoo import read_index
 
 CONFIG = "ghm_retinanet_R_50"
 
@@ -49,7 +50,7 @@ def add_model(folder, name, model_id, seed):
             "config_sha256": sha256(target / "config.yaml"),
         }
     )
-    write_index(file, index)
+    write_json(file, index)
     return model
 
 
@@ -100,7 +101,7 @@ def test_no_zoo(monkeypatch):
 def test_listed_but_no_zoo(monkeypatch, tmp_path):
     add_model(tmp_path, CONFIG, 1, seed=0)
     index = read_index(tmp_path / "index.json") | {"published": []}
-    write_index(tmp_path / "index.json", index)
+    write_json(tmp_path / "index.json", index)
     monkeypatch.setattr("ghm_d2.model_zoo.model_zoo.PACKAGED_INDEX", tmp_path / "index.json")
     monkeypatch.delenv("GHM_D2_ZOO", raising=False)
     with pytest.raises(ZooError, match="set GHM_D2_ZOO to the folder or URL of one that holds"):
@@ -124,7 +125,7 @@ def test_newest_model_of_a_folder(own):
     model = model_zoo.get(f"{CONFIG}.yaml", trained=True, device="cpu")
     assert model.training and type(model).__name__ == "GHMRetinaNet"
     assert same_weights(newest, model)
-    # A name that configs/ has not.
+    # A name that configs/ does not have.
     assert model_zoo.get_config_file("other.yaml") == str(own / "other" / "7" / "config.yaml")
     with pytest.raises(ZooError, match=r"othr.yaml is not available.*similar: other.yaml"):
         model_zoo.get_config_file("othr.yaml")
@@ -134,7 +135,7 @@ def test_untrained_model_has_no_weights_of_the_zoo(own, tmp_path, monkeypatch):
     trained = add_model(own, CONFIG, 1, seed=1)
     file = tmp_path / "small.yaml"
     file.write_text(small_config(CONFIG).dump())
-    monkeypatch.setattr("ghm_d2.model_zoo.model_zoo.configs_folder", lambda: tmp_path)
+    monkeypatch.setattr("ghm_d2.config_files.configs_folder", lambda: tmp_path)
     model = model_zoo.get("small.yaml", device="cpu")
     assert model.training and not same_weights(trained, model)
 
@@ -257,7 +258,7 @@ def test_release_outranks_a_mirror(served, tmp_path, monkeypatch):
     weights.write_bytes(b"other bytes")
     index = read_index(folder / "index.json")
     index["models"][0]["sha256"] = sha256(weights)
-    write_index(folder / "index.json", index)
+    write_json(folder / "index.json", index)
     with pytest.raises(ZooError, match="not the file that the index records"):
         PathManager.get_local_path(model_zoo.get_checkpoint_url(f"{CONFIG}.yaml"))
 

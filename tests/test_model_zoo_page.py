@@ -14,8 +14,9 @@ from tiny import ROOT, ZOO_ENTRY
 from ghm_d2 import model_zoo
 from ghm_d2.cli.export_zoo import main
 from ghm_d2.errors import UserError
-from ghm_d2.model_zoo.index import PACKAGED_INDEX, read_index, write_index
+from ghm_d2.files import write_json
 from ghm_d2.model_zoo.table import add_models, model_zoo_page
+from ghm_d2.model_zoo.zoo import PACKAGED_INDEX, read_index
 
 # --- MODEL_ZOO.md -------------------------------------------------------------------------------
 
@@ -66,8 +67,8 @@ def test_command_takes_over_a_zoo(tmp_path, monkeypatch, capsys):
     packaged, page = tmp_path / "index.json", tmp_path / "MODEL_ZOO.md"
     shutil.copy(PACKAGED_INDEX, packaged)
     (tmp_path / "zoo").mkdir()
-    write_index(tmp_path / "zoo" / "index.json", {"models": [ZOO_ENTRY | FIGURES]})
-    monkeypatch.setattr("ghm_d2.model_zoo.index.PACKAGED_INDEX", packaged)
+    write_json(tmp_path / "zoo" / "index.json", {"models": [ZOO_ENTRY | FIGURES]})
+    monkeypatch.setattr("ghm_d2.model_zoo.zoo.PACKAGED_INDEX", packaged)
     for added in (1, 0):
         main(["--page", str(page), "--zoo", str(tmp_path / "zoo")])
         said = capsys.readouterr().out
@@ -102,16 +103,18 @@ def run_python(code, folder=ROOT, **environment):
     return done.stdout
 
 
-# A config by its name from anywhere, and what each installed command says to a missing image.
+# A config by its name from anywhere, and what the installed program says to a missing image.
 COMMANDS = """
 import importlib.metadata, sys
 from ghm_d2.engine.setup import locate_config_file
 print(locate_config_file("configs/ghm_faster_rcnn_R_50.yaml"))
 sys.stderr = sys.stdout
-for command in importlib.metadata.distribution("ghm_d2").entry_points:
-    sys.argv = [command.name, "--config-file", "ghm_retinanet_R_50.yaml", "--input", "gone.png"]
+(program,) = importlib.metadata.distribution("ghm_d2").entry_points
+words = ["--config-file", "ghm_retinanet_R_50.yaml", "--input", "gone.png", "--output", "out"]
+for command in ("predict", "train"):
+    sys.argv = [program.name, command, *words]
     try:
-        command.load()([*sys.argv[1:], "--output", "out"])
+        program.load()()
     except SystemExit as stop:
         print(stop.code)
 """
@@ -137,10 +140,10 @@ def test_installed_wheel_works_on_its_own(tmp_path):
     assert Path(file).is_relative_to(tmp_path / "installed")
     cfg = model_zoo.get_config(name)
     assert yaml.safe_load(dumped) == yaml.safe_load(cfg.dump())
-    root = tmp_path / "installed" / "ghm_d2" / "model_zoo"
+    root = tmp_path / "installed" / "ghm_d2"
     there = {p.relative_to(root / "configs") for p in (root / "configs").rglob("*.yaml")}
     assert there == {p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")}
-    assert (root / "index.json").read_bytes() == PACKAGED_INDEX.read_bytes()
+    assert (root / "model_zoo" / "index.json").read_bytes() == PACKAGED_INDEX.read_bytes()
     assert (tmp_path / "installed" / "ghm_d2" / "py.typed").is_file()
     said = run_python(COMMANDS, tmp_path, PYTHONPATH=str(tmp_path / "installed")).splitlines()
     assert said == [

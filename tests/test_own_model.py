@@ -95,7 +95,6 @@ def make_trainer(spec, output, iterations=2):
         DATASETS__TRAIN="('own',)",
         DATASETS__TEST="()",
         OUTPUT_DIR=output,
-        MODEL__GHM__STATISTICS_PERIOD=0,
         SOLVER__MAX_ITER=iterations,
     )
     return GHMTrainer(small_config("ghm_retinanet_R_50", *pairs))

@@ -158,7 +158,7 @@ def test_failed_step_is_one_sentence_below_the_reason(tmp_path, monkeypatch, cap
 
 
 def make(*arguments: str) -> str:
-    # Not what an outer `make test ARGS=...` hands down.
+    # Without what an outer `make test ARGS=...` hands down.
     drop = {"MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON", "CONFIG"}
     environment = {k: v for k, v in os.environ.items() if k not in drop}
     command = ["make", "--no-print-directory", *arguments]

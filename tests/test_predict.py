@@ -88,7 +88,7 @@ def test_pictures_and_results(base, tmp_path, capsys):
         assert (np.abs(drawn.astype(int) - plain).max(axis=2) > 60).mean() > 0.01
     text = capsys.readouterr().out
     assert f"{len(results)} detections in 2 images or frames, " in text
-    assert "numbered, not named" in text
+    assert "they are numbered (--dataset" in text
 
 
 def test_threshold_leaves_out_and_zero_keeps_all(retinanet, tmp_path):

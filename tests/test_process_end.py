@@ -1,6 +1,5 @@
 """How the processes of a job end: with their exit code, and without gloo's threads."""
 
-import argparse
 import atexit
 import os
 import sys
@@ -12,7 +11,7 @@ from detectron2.utils import comm
 
 from ghm_d2.engine.finite import NotFiniteError
 from ghm_d2.engine.preemption import PREEMPTED, Preempted
-from ghm_d2.engine.processes import exit_code_of, launch_processes, leave_process_group
+from ghm_d2.engine.processes import Processes, exit_code_of, launch_processes, leave_process_group
 from ghm_d2.errors import UserError, exits_with_one_sentence
 
 pytestmark = pytest.mark.skipif(
@@ -41,17 +40,17 @@ def leave_by(end):
 def test_exit_codes(name, capsys):
     code, end = ENDS[name]
     assert exit_code_of(lambda: leave_by(end)) == code
-    assert ("Traceback" in capsys.readouterr().err) == (name in ("interrupt", "error"))
+    assert ("Traceback" in capsys.readouterr().err) == (name == "error")
 
 
 class Survivor:
-    """What the interpreter destroys last tells that it went through its own end."""
+    """An object that the interpreter destroys last tells that it came to its own end."""
 
     def __del__(self):
         os.write(1, b"finalized\n")
 
 
-def work(args, name):
+def work(name):
     torch.set_num_threads(1)
     sys.survivor = Survivor()
     atexit.register(print, "registered")
@@ -63,8 +62,7 @@ def work(args, name):
 
 @pytest.mark.parametrize("name", ["done", "not finite", "error"])
 def test_no_process_of_a_job_goes_through_the_end_of_the_interpreter(name, capfd):
-    job = argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
-    code = exit_code_of(lambda: launch_processes(work, job, name))
+    code = exit_code_of(lambda: launch_processes(work, Processes(2), name))
     out, err = capfd.readouterr()
     assert code == ENDS[name][0], err
     assert "registered" in out and "finalized" not in out

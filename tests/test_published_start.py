@@ -26,7 +26,7 @@ BATCHES = 40
 
 @pytest.fixture(scope="module")
 def first_steps(shared_dir):
-    """Of 40 batches of 2: the losses of a fresh model, those of each level, and its labels."""
+    """For 40 batches of 2: the losses of a fresh model, those of each level, and its labels."""
     folder = shared_dir / "data" / "coco-mini"
     if not folder.is_dir():
         pytest.skip(f"no images at {folder}")

@@ -17,10 +17,11 @@ from ghm_d2.cli.report import main
 from ghm_d2.config import add_ghm_config
 from ghm_d2.report import write_report
 from ghm_d2.report.evaluation import _best_threshold, evaluate
+from ghm_d2.report.page import differences
 from ghm_d2.report.run_files import TestSet, read_run
-from ghm_d2.report.settings import differences
 
 HOSTILE = ("<script>alert(1)</script>", r"$\frac{ {{ 7*7 }}", "\"'><img src=x onerror=alert(1)>")
+INVISIBLE = ("\x1b[2J\u202e", "\ud800", "long " * 500)
 
 
 class Page(HTMLParser):
@@ -211,6 +212,51 @@ def test_hostile_names_are_text(tmp_path):
     for name in (*HOSTILE, evil, "<b>x</b>"):
         assert " ".join(name.split()) in found.text
     assert all(image["src"].startswith("data:image/") for image in found.images)
+
+
+def test_invisible_and_endless_names_are_escaped_and_cut(tmp_path, capsys, quick):
+    run = record_run(tmp_path, classes=INVISIBLE, name="a\x1b\ud800")
+    record = json.loads((run / "training.json").read_text())
+    record |= {"hardware": "\x1b]0;x\x07", "classes": ["other"], "commit": "\ud800"}
+    (run / "training.json").write_text(json.dumps(record))
+    main([str(run)])
+    text = (run / "report.html").read_text()
+    assert "\x1b" not in text and "\u202e" not in text
+    for shown in (r"\x1b[2J\u202e", r"\ud800", r"\x1b]0;x\x07", r"a\x1b\ud800"):
+        assert shown in text
+    assert "long " * 450 not in text
+    said = capsys.readouterr().out
+    assert said.startswith("not on the page: names of classes: a\\x1b\\ud800 has other ones")
+    assert said.replace("\n", "").isprintable()
+
+
+PYTHON_CONFIG = """\
+dataloader: {test: {dataset: {names: val}}, train: {dataset: {names: [train]}}}
+model: {_target_: ghm_d2.modeling.GHMRetinaNet, num_classes: 3}
+train: {max_iter: 60, device: !!python/name:torch.cpu ''}
+"""
+
+
+def test_a_python_config_has_a_page_too(tmp_path, quick):
+    run = record_run(tmp_path)
+    record = json.loads((run / "training.json").read_text()) | {"config": PYTHON_CONFIG}
+    (run / "training.json").write_text(json.dumps(record))
+    found, missing = page(run)
+    assert missing == []
+    assert "detector GHMRetinaNet trained on train tested on val iterations 60 of 60" in found.text
+    assert "A Python config has no defaults" in found.text and "num_classes: 3" in found.text
+    assert len(found.images) == 25
+
+
+def test_whatever_the_annotations_hold_is_a_sentence(tmp_path, quick):
+    run = record_run(tmp_path)
+    for content in (
+        "[" * 100_000, "null", "5", '{"images": 5}', '{"images": [{"id": 1}], "annotations": [{}]}',
+        '{"images": [], "annotations": [], "categories": [{"id": "x"}]}', "\xff",
+    ):  # fmt: skip
+        (tmp_path / "a.json").write_text(content)
+        _, missing = page(run)
+        assert [s for s in missing if "does not belong to" in s and len(s) < 1000], missing
 
 
 @pytest.mark.parametrize(

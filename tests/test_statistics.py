@@ -18,11 +18,11 @@ from ghm_d2 import add_ghm_config
 from ghm_d2.analysis import statistics
 from ghm_d2.analysis.hook import GradientStatistics, build_gradient_statistics
 from ghm_d2.analysis.statistics import measure, summarize
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.engine.pictures import plot_training
 from ghm_d2.errors import UserError
 from ghm_d2.losses import GHMCLoss, GHMRLoss, base
 from ghm_d2.losses.base import HarmonizedLoss, observed
+from ghm_d2.modeling import validate_ghm_config
 from ghm_d2.run_folder import RunFolder
 from tests import reference
 from tests.detectors import NUM_CLASSES, TWO_IMAGES, batch, small_model
@@ -220,7 +220,7 @@ def lines(file):
 
 
 def test_period_files_and_cost(tmp_path):
-    """Each 20th and the last step are observed; every other one does what it did without."""
+    """Each 20th and the last step are observed; all others run as without the hook."""
     net = Net()
     hook = GradientStatistics(net, 20, str(tmp_path / "statistics.jsonl"))
     assert list(hook.losses) == ["ghm_c", "ghm_r"]
@@ -283,17 +283,18 @@ def test_no_observer_is_left_after_an_error(tmp_path):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """The arguments of every harmonised loss, by module, in the order of the calls."""
+    """The arguments of every harmonised loss, by module, in the order of the histograms."""
     calls = defaultdict(list)
-    original = HarmonizedLoss.forward_pooled
+    original = HarmonizedLoss._forward
 
-    def spy(self, predictions, targets, weights=None):
+    def spy(self, predictions, targets, weights, pooled):
         none = [None] * len(predictions)
         zipped = zip(predictions, targets, weights or none, strict=True)
-        calls[self].append([tuple(a if a is None else a.detach() for a in x) for x in zipped])
-        return original(self, predictions, targets, weights)
+        each = [tuple(a if a is None else a.detach() for a in x) for x in zipped]
+        calls[self] += [each] if pooled else [[x] for x in each]
+        return original(self, predictions, targets, weights, pooled)
 
-    monkeypatch.setattr(HarmonizedLoss, "forward_pooled", spy)
+    monkeypatch.setattr(HarmonizedLoss, "_forward", spy)
     return calls
 
 
@@ -388,20 +389,15 @@ def test_two_stages(sigmoid, captured, tmp_path):
 
 
 def test_when_there_is_a_hook(tmp_path, monkeypatch):
-    cfg = get_cfg()
-    add_ghm_config(cfg)
-    cfg.OUTPUT_DIR = str(tmp_path)
-    hook = build_gradient_statistics(cfg, Net())
+    hook = build_gradient_statistics(Net(), 100, str(tmp_path))
     assert (hook.period, hook.file) == (100, str(tmp_path / "gradient_statistics.jsonl"))
-    assert build_gradient_statistics(cfg, torch.nn.Linear(1, 1)) is None
+    assert build_gradient_statistics(torch.nn.Linear(1, 1), 100, "") is None
     wrapped = torch.nn.Sequential()
     wrapped.module = Net()  # as DistributedDataParallel names it
-    assert list(build_gradient_statistics(cfg, wrapped).losses) == ["ghm_c", "ghm_r"]
-    cfg.MODEL.GHM.STATISTICS_PERIOD = 0
-    assert build_gradient_statistics(cfg, Net()) is None
-    cfg.MODEL.GHM.STATISTICS_PERIOD = 40
+    assert list(build_gradient_statistics(wrapped, 100, "").losses) == ["ghm_c", "ghm_r"]
+    assert build_gradient_statistics(Net(), 0, "") is None
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    assert build_gradient_statistics(cfg, Net()) is None
+    assert build_gradient_statistics(Net(), 40, "") is None
 
 
 @pytest.mark.parametrize("period", [-20, 5, 30])

@@ -99,11 +99,12 @@ def test_detectron2_s_launcher_resumes_exactly(start, tmp_path, workers):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2 launches NCCL where GPUs are")
-def test_sigterm_stops_both_processes(start, tmp_path):
-    """To every process of the job, those that load images too, as a cluster sends it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_stops_both_processes(start, tmp_path, number):
+    """To every process of the job, those that load images too, as clusters and terminals do."""
     job = start(LAUNCHER, "out", "DATALOADER.NUM_WORKERS", 1, iterations=5000)
     wait_for(tmp_path / "out" / "model_0000002.pth", job)
-    os.killpg(job.pid, signal.SIGTERM)
+    os.killpg(job.pid, number)
     text = job.communicate(timeout=600)[0]
     assert job.returncode == 75, text[-3000:]
     assert text.count("Stopped by SIGTERM after") == 1 and "Traceback" not in text

@@ -168,6 +168,6 @@ def test_a_torch_data_set_is_left_to_detectron2(cfg, warnings):
         cfg.DATASETS.TRAIN = ("loaded_torch",)
         loader = build_train_loader(cfg)
         assert not isinstance(loader, TrainLoader) and len(take(loader, 1)[0]) == 2
-        assert "loaded_torch is no list of dataset dicts" in warnings()[0]
+        assert "is no list of dataset dicts" in warnings()[0]
     finally:
         DatasetCatalog.remove("loaded_torch")

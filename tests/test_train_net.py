@@ -153,7 +153,8 @@ def plan(monkeypatch):
     """The config that main would launch with."""
     seen = []
     monkeypatch.setattr(
-        "ghm_d2.engine.processes.launch", lambda *a, args, **k: seen.append(args[1])
+        "ghm_d2.engine.run.launch_processes",
+        lambda work, processes, command, cfg, datasets: seen.append(cfg),
     )
 
     def run(argv):

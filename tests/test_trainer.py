@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import coco_content, unregister_all, write_coco
 
 from ghm_d2.data import CocoDataset, check_coco_dataset, parse_dataset, register_coco_dataset
+from ghm_d2.data.pictures import TILE
 from ghm_d2.engine import GHMTrainer, pictures, summary
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.engine.pictures import draw_predictions, plot_training
@@ -115,7 +116,7 @@ def test_predictions_are_drawn_beside_the_truth(cfg, data, tmp_path):
     draw_predictions(data, mapper, model, tmp_path / "p" / "sheet.png", images=4)
     assert model.training
     sheet = np.asarray(Image.open(tmp_path / "p" / "sheet.png")).astype(int)
-    tile, gap, caption = pictures._TILE, pictures._GAP, 26
+    tile, gap, caption = TILE, pictures._GAP, 26
     assert sheet.shape == (2 * (tile + caption + gap), 2 * (2 * tile + 3 * gap), 3)
     scale = tile / 64
 
@@ -186,7 +187,12 @@ def test_summary_names_files_and_the_next_command(data, tmp_path, capsys, monkey
     write_metrics(out / "metrics.json", [{"iteration": 1, "total_loss": 1.0}])
     for name in ("model_final.pth", "config.yaml"):
         (out / name).touch()
-    command = summary.next_command("train_net.py", out, [CocoDataset(data, "a b.json", "images")])
+    command = summary.next_command(
+        "train_net.py",
+        f"{out}/config.yaml",
+        ["MODEL.WEIGHTS", f"{out}/model_final.pth"],
+        [CocoDataset(data, "a b.json", "images")],
+    )
 
     def draw(file):
         file.parent.mkdir()
@@ -218,7 +224,7 @@ def test_summary_survives_what_it_cannot_draw(tmp_path, caplog, capsys, monkeypa
 
     run = RunFolder(tmp_path)
     summary.summarize_training(run, draw, None, None, iterations=12, seconds=61.5)
-    assert "predictions could not be drawn (KeyError: 'no image')" in caplog.text
+    assert "predictions could not be drawn (KeyError: no image)" in caplog.text
     assert "curves could not be drawn (UserError: " in caplog.text
     text = capsys.readouterr().out
     assert "in 1 min 01 s" in text and "give a second --dataset" in text

@@ -285,7 +285,7 @@ def other_weights(run):
         (put("metrics.json", b""), "has done 0 of 5 iterations"),
         (put("model_final.pth", b"PK\x03\x04 cut off"), "not a file of weights, or a damaged one"),
         (put("model_final.pth", b""), "not a file of weights, or a damaged one"),
-        (no_training, "is not a checkpoint of a training ('iteration')"),
+        (no_training, "is not a checkpoint of a training (it has no iteration)"),
         (put("training.json", b"{"), "training.json is not a complete JSON file"),
         (put("training.json", b'{"config": "[1"}'), "is damaged (it is not valid YAML"),
         (put("training.json", b'{"config": "A: 1"}'), "does not say for how many iterations"),
@@ -342,6 +342,34 @@ def test_run_without_record(run, tmp_path, caplog):
     assert "stay unknown" in caplog.text and "metrics.json: 1 damaged line" in caplog.text
 
 
+PYTHON_CONFIG = """\
+dataloader:
+  test: {dataset: {names: second}}
+  train: {dataset: {names: [first]}, total_batch_size: 2}
+model: {_target_: ghm_d2.modeling.GHMRetinaNet}
+train: {max_iter: 5, output_dir: /home/somebody/out, device: cpu}
+"""
+
+
+def test_run_of_a_python_config(run, tmp_path, monkeypatch, caplog):
+    record = json.loads((run / "training.json").read_text())
+    record |= {"config": PYTHON_CONFIG, "config_file": str(ROOT / "configs/lazy/ghm_x.py")}
+    (run / "training.json").write_text(json.dumps(record))
+    folder = export_run(run, tmp_path / "zoo")
+    assert folder == tmp_path / "zoo" / "lazy" / "ghm_x" / "1"
+    assert not (folder / "config_stock.yaml").exists() and "is a Python config" in caplog.text
+    text = (folder / "config.yaml").read_text()
+    assert "GHMRetinaNet" in text and "somebody" not in text
+    (entry,) = json.loads((tmp_path / "zoo" / "index.json").read_text())["models"]
+    assert (entry["python"], entry["stock"], entry["images_per_batch"]) == (True, False, 2)
+    assert (entry["train_data"], list(entry["box_ap"])) == (["first"], ["second"])
+    monkeypatch.setenv("GHM_D2_ZOO", str(tmp_path / "zoo"))
+    weights = load_file(model_zoo.get_checkpoint_url("lazy/ghm_x.yaml"))["model"]
+    assert "head.cls_score.weight" in weights and not any("ghm_" in name for name in weights)
+    with pytest.raises(model_zoo.ZooError, match="was trained with a Python config"):
+        model_zoo.get("lazy/ghm_x.yaml", trained=True)
+
+
 def test_detector_that_stock_detectron2_lacks():
     cfg = small_config("ghm_retinanet_R_50")
     ours, stock = small_model("ghm_retinanet_R_50"), small_config("ghm_retinanet_R_50")
@@ -353,7 +381,7 @@ def test_detector_that_stock_detectron2_lacks():
 
 
 def test_backbone_that_stock_detectron2_lacks():
-    """Its settings lie in MODEL.GHM, which the stock config has not; the weights come out whole."""
+    """Its settings lie in MODEL.GHM, which the stock config lacks; all weights come out."""
     cfg = get_cfg()
     add_ghm_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs" / "ghm_retinanet_MobileNetV2.yaml"))

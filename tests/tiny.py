@@ -35,6 +35,26 @@ TINY = {
     "SEED": 1,
 }
 
+# The same as TINY, on a RegNet, which Python configs can make small.
+PYTHON_CONFIG = f'''
+from detectron2.config import LazyConfig
+from detectron2.layers import ShapeSpec
+
+_cfg = LazyConfig.load("{ROOT}/configs/lazy/ghm_retinanet_RegNetX_4GF.py")
+model, optimizer, lr_multiplier = _cfg.model, _cfg.optimizer, _cfg.lr_multiplier
+dataloader, train = _cfg.dataloader, _cfg.train
+model.backbone.bottom_up.update(
+    stem_width=8, depth=8, w_a=8.0, w_0=8, w_m=2.0, group_width=8, norm="BN", freeze_at=0
+)
+model.backbone.out_channels = 16
+model.head.update(input_shape=[ShapeSpec(channels=16)] * 5, conv_dims=[16])
+dataloader.train.update(total_batch_size=2, num_workers=0)
+dataloader.test.num_workers = 0
+dataloader.train.mapper.augmentations[0].short_edge_length = [64]
+dataloader.test.mapper.augmentations[0].short_edge_length = 64
+train.update(init_checkpoint="", max_iter=2, seed=1, device="cpu", statistics_period=20)
+'''
+
 # What the index of a model zoo must hold of a model.
 ZOO_ENTRY = {
     "name": "a/b",

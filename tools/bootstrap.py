@@ -1,8 +1,8 @@
 """Set up `.venv` from nothing, or bring it up to date; the Makefile calls this before every target.
 
 Standard library only, and syntax that Python 3.6 reads: an old interpreter gets a sentence instead
-of a syntax error. What stands in `.venv` is recorded in `.venv/ghm_d2_setup.json`; a second call
-that finds the same record does nothing, and a set-up that was cut off is done again from nothing.
+of a syntax error. `.venv/ghm_d2_setup.json` records what `.venv` holds: a second call that finds
+the same record does nothing, and a set-up that was cut off starts again from nothing.
 """
 
 import argparse
@@ -21,17 +21,7 @@ MINIMUM_PYTHON = (3, 10)
 # a59f0563). Its tag says Python 3.10, but its Python part runs on later versions too.
 DETECTRON2_WHEEL = "sal-detectron2==0.7.2"
 DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
-TOOLS = (
-    "pip",
-    "setuptools",
-    "wheel",
-    "pytest",
-    "pluggy",
-    "iniconfig",
-    "hypothesis",
-    "mypy",
-    "ruff",
-)
+DEV = ("pip", "setuptools", "wheel", "pytest", "pluggy", "iniconfig", "hypothesis", "mypy", "ruff")
 KEY_FILES = ("constraints.txt", "pyproject.toml", "setup.py", "tools/bootstrap.py")
 SITES = '[p for p in sys.path if p.rstrip("/").endswith(("site-packages", "dist-packages"))]'
 FIND_DETECTRON2 = (
@@ -76,7 +66,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def stamp_key(root: Path) -> str:
-    """Hash of everything that decides what stands in `.venv` (the editable install names root)."""
+    """Hash of everything that decides what `.venv` holds (the editable install names root)."""
     digest = hashlib.sha256(str(root).encode())
     for name in KEY_FILES:
         digest.update(hashlib.sha256((root / name).read_bytes()).digest())
@@ -87,8 +77,9 @@ class Environment:
     """`.venv` and the record of its set-up."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.python = path / "bin" / "python"
+        self.path, self.python = path, path / "bin" / "python"
+        self.pip = [self.python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        self.own_limits = path / "ghm_d2_constraints.txt"
         self.record_file = path / "ghm_d2_setup.json"
         self.log = path / "ghm_d2_setup.log"
 
@@ -116,11 +107,11 @@ def needs(record: dict, key: str, requested: str, whole: bool) -> str:
         record: its record; empty when it was made by hand.
         key: `stamp_key` of the checkout.
         requested: the Detectron2 that was asked for, "" for the default.
-        whole: whether its Python starts and finds what this project stands on.
+        whole: whether its Python starts and finds what this project needs.
 
     Returns:
-        "nothing", "packages" (install what is missing or has changed) or "rebuild", which is for
-        environments that an earlier set-up made: nobody's own work is deleted.
+        "nothing", "packages" (install what is missing or has changed) or "rebuild": only of an
+        environment that an earlier set-up made, so that nobody's own work is deleted.
     """
     same = record.get("complete") and record.get("requested", "") == requested and whole
     if record.get("created_here") and not same:
@@ -173,67 +164,66 @@ def probe(python: str) -> dict:
 
 
 def create(environment: Environment, python: str, record: dict) -> None:
-    """Makes `.venv`; if Python already has a Detectron2, `.venv` sees that Python's packages."""
+    """Makes `.venv`; where Python already has a Detectron2, `.venv` sees that Python's packages."""
     environment.path.mkdir()
-    # The record comes first: a `.venv` cut off before it has pip must count as ours.
+    # The record comes first: cut off before it has pip, this `.venv` must still count as ours.
     environment.write(record)
     run(f"making .venv with {python}", [python, "-m", "venv", environment.path], environment.log)
     parent = probe(python)
     if parent["found"] and not record["requested"]:
         site_packages = next((environment.path / "lib").glob("python*/site-packages"))
-        # addsitedir, because an editable Detectron2 is itself a .pth file there.
+        # addsitedir also reads the .pth files there, one of which an editable Detectron2 is.
         lines = [f"import site; site.addsitedir({folder!r})\n" for folder in parent["sites"]]
         (site_packages / "ghm_d2_parent.pth").write_text("".join(lines))
 
 
 def installed_versions(environment: Environment) -> str:
-    """Constraints that keep every package at the version it has, but for development tools."""
-    command = [environment.python, "-m", "pip", "list", "--format=freeze"]
+    """Constraints that keep every package, except development tools, at its present version."""
+    command = [*environment.pip, "list", "--format=freeze"]
     out = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in out.stdout.splitlines() if "==" in line]
-    return "\n".join(line for line in lines if line.split("==")[0].lower() not in TOOLS)
+    return "\n".join(line for line in lines if line.split("==")[0].lower() not in DEV)
 
 
-def install_detectron2(environment: Environment, requested: str, pip: list) -> None:
-    # No dependencies: the wheel's metadata says numpy<2 and upstream's iopath<0.1.10; neither is
-    # needed. pyproject.toml names what Detectron2 really imports.
-    options = ["install", "--no-deps"]
+def install_detectron2(environment: Environment, requested: str) -> None:
+    # Without dependencies: the wheel's metadata wants numpy<2 and upstream's iopath<0.1.10, and
+    # needs neither. pyproject.toml names what Detectron2 really imports.
+    options = [*environment.pip, "install", "--no-deps"]
     if requested:
-        command = [*pip, *options, "--no-build-isolation", "--force-reinstall", requested]
+        command = [*options, "--no-build-isolation", "--force-reinstall", requested]
         run(f"installing Detectron2 from {requested}", command, environment.log)
         return
     target = ["--only-binary=:all:", "--python-version", "3.10"]
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     purelib = subprocess.check_output([environment.python, "-c", code], text=True).strip()
     with tempfile.TemporaryDirectory() as folder:
-        command = [*pip, "download", "--no-deps", *target, "-d", folder, DETECTRON2_WHEEL]
+        command = [*environment.pip, "download", "--no-deps", *target, "-d", folder]
+        command.append(DETECTRON2_WHEEL)
         run(f"downloading {DETECTRON2_WHEEL}", command, environment.log)
         wheel = next(Path(folder).iterdir())
         check_sha256(wheel, DETECTRON2_SHA256)
-        command = [*pip, *options, *target, "--upgrade", "--target", purelib, str(wheel)]
+        command = [*options, *target, "--upgrade", "--target", purelib, str(wheel)]
         run("installing Detectron2 (SHA-256 as expected)", command, environment.log)
 
 
 def install(environment: Environment, record: dict) -> None:
     """Installs the packages, this project (editable) and, if there is none yet, Detectron2."""
-    pip = [environment.python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    constraints, extras = ROOT / "constraints.txt", "detectron2,dev,export"
+    constraints, extras = ROOT / "constraints.txt", "ablation,detectron2,dev,export"
     ours = record["requested"] or record["detectron2"] not in ("", "found")
     as_it_is = not ours and probe(str(environment.python))["found"]
     if as_it_is:
         print("setup: Detectron2 is already there: it and its packages stay as they are")
-        constraints, extras = environment.path / "ghm_d2_constraints.txt", "dev,export"
+        constraints, extras = environment.own_limits, "ablation,dev,export"
         constraints.write_text(installed_versions(environment))
     record["detectron2"] = "found" if as_it_is else record["requested"] or DETECTRON2_WHEEL
     environment.write(record)
-    limits = ["-c", str(constraints)]
-    tools = ["setuptools>=64,<82", "wheel"]
-    run("installing setuptools", [*pip, "install", *limits, *tools], environment.log)
-    command = [*pip, "install", "--no-build-isolation", *limits, "-e", f".[{extras}]"]
+    command = [*environment.pip, "install", "-c", str(constraints)]
+    run("installing setuptools", [*command, "setuptools>=64,<82", "wheel"], environment.log)
+    command += ["--no-build-isolation", "-e", f".[{extras}]"]
     size = "" if as_it_is else " (about 5 GB, some minutes)"
     run(f"installing the packages{size}", command, environment.log)
     if not as_it_is:
-        install_detectron2(environment, record["requested"], pip)
+        install_detectron2(environment, record["requested"])
 
 
 def install_docs(environment: Environment) -> None:
@@ -241,10 +231,10 @@ def install_docs(environment: Environment) -> None:
     if environment.runs(DOCS_PRESENT):
         return
     # Beside a Detectron2 that was found, everything stays at the version it has.
-    own = environment.path / "ghm_d2_constraints.txt"
-    limits = own if environment.record().get("detectron2") == "found" else ROOT / "constraints.txt"
-    pip = [environment.python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    command = [*pip, "install", "--no-build-isolation", "-c", str(limits), "-e", ".[docs]"]
+    found = environment.record().get("detectron2") == "found"
+    limits = environment.own_limits if found else ROOT / "constraints.txt"
+    command = [*environment.pip, "install", "--no-build-isolation", "-c", str(limits)]
+    command += ["-e", ".[docs]"]
     run("installing what the documentation needs", command, environment.log)
 
 
@@ -252,8 +242,8 @@ def set_up(requested: str, python_was_chosen: bool) -> None:
     """Brings `.venv` to what this checkout needs.
 
     Args:
-        requested: what `pip install` gets for Detectron2; "" keeps the one of the last set-up.
-        python_was_chosen: the user named this Python, so a `.venv` of another one is an error.
+        requested: what `pip install` gets as Detectron2; "" keeps that of the last set-up.
+        python_was_chosen: the user named this Python, so that a `.venv` of another is an error.
     """
     start = time.monotonic()
     environment = Environment(ROOT / ".venv")

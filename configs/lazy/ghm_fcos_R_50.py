@@ -3,9 +3,8 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
-from ghm_d2.config import groups_of_images
 from ghm_d2.losses import GHMCLoss
-from ghm_d2.modeling import GHMFCOS
+from ghm_d2.modeling import GHMFCOS, groups_of_images
 
 from .common.recipe import dataloader, lr_multiplier, optimizer, train  # noqa: F401
 

@@ -88,7 +88,7 @@ def execute(
     if not waiting:
         return outcome
     submitter = _Submitter(store, threads, gpus_each, cluster, parameters or {})
-    submitter.executor(waiting[0])  # what is wrong with it is wrong for all runs
+    submitter.executor(waiting[0])  # a wrong option is told once, before anything starts
     total, steps = len(waiting), sum(run.iterations for run in waiting)
     done = {run.id: store.progress(run)[0] for run in waiting}
     quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0}
@@ -193,21 +193,21 @@ class _Submitter:
         return executor
 
     def submit(self, run: Run, slot: int) -> _Active:
-        """Start a run as the one with this number among those side by side."""
+        """Start a run; slots number those side by side, from 0."""
         from submitit.helpers import environment_variables
 
         from ghm_d2.ablation.job import Job
 
         gpus = self._gpus(slot) if self._cluster == "local" else None
         job = Job(self._store.folder.resolve(), gpus)
-        # Ctrl-C in a terminal reaches every process, and would kill a training in mid-step that
-        # `cancel` lets write a checkpoint.
+        # A terminal sends Ctrl-C to every process: without this a training would die in mid-step,
+        # where `cancel` lets it write a checkpoint first.
         deaf = _signals(dict.fromkeys((signal.SIGINT, signal.SIGHUP), signal.SIG_IGN))
         with environment_variables(**self._environment), deaf:
             return _Active(run, self.executor(run).submit(job, run), slot)
 
     def _gpus(self, slot: int) -> str:
-        """CUDA_VISIBLE_DEVICES of one of the runs side by side; submitit's default hides all."""
+        """CUDA_VISIBLE_DEVICES of a slot; submitit by itself would hide every GPU."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = [str(i) for i in range(torch.cuda.device_count())]
         if visible is not None:
@@ -220,13 +220,14 @@ class _Submitter:
     def cancel(self, active: Sequence[_Active]) -> None:
         """End what is still running, and wait for it; the next call goes on from the checkpoints.
 
-        A training writes a checkpoint after its step. Here, what takes too long over it is killed.
+        A training finishes its step and writes a checkpoint. A local one that takes longer than
+        the time of grace is killed.
         """
         local = self._cluster == "local"
         for item in active:
             if not local:
                 item.job.cancel(check=False)
-            elif not item.job.done():  # submitit's own way leaves one second
+            elif not item.job.done():  # its own `cancel` kills after a second
                 os.kill(int(item.job.job_id), signal.SIGTERM)
         end = time.monotonic() + _GRACE
         for item in active if local else ():
@@ -238,7 +239,7 @@ class _Submitter:
 
 @contextlib.contextmanager
 def _signals(handlers: Mapping[int, Any]) -> Iterator[None]:
-    """Handles signals so within the block; what the user has made this ignore, it still ignores."""
+    """Installs handlers for the block, but for signals that the user has made this ignore."""
     before = {
         number: signal.signal(number, handler)
         for number, handler in handlers.items()

@@ -37,9 +37,10 @@ class Job:
 
     def __call__(self, run: Run) -> str:
         """Returns "" once the result is kept, or else in one sentence why there is none."""
-        # submitit lets SIGTERM pass unheard; outside a training, which takes it over, it must end.
+        # submitit ignores SIGTERM, so a run could be cancelled in its training alone, which has a
+        # handler of its own.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self._gpus is not None:  # CUDA reads it when it starts, so it is not too late
+        if self._gpus is not None:  # in time: nothing has initialised CUDA yet
             os.environ["CUDA_VISIBLE_DEVICES"] = self._gpus
         store = Store(self._folder)
         with store.lock(run) as free:
@@ -55,10 +56,7 @@ class Job:
         return DelayedSubmission(Job(self._folder, self._gpus), run)
 
     def _run(self, run: Run, store: Store) -> str:
-        output = store.prepare(run)
-        starts = output / "starts"
-        count = int(starts.read_text()) + 1 if starts.exists() else 1
-        starts.write_text(str(count))
+        output, starts = store.prepare(run)
         begin = time.perf_counter()
         options = {None: [], FINAL_CHECKPOINT: ["--resume", "--eval-only"]}
         last = RunFolder(output).last_checkpoint()
@@ -67,7 +65,7 @@ class Job:
             return reason
         seconds = round(time.perf_counter() - begin, 1)
         try:
-            store.save(run, {"seconds": seconds, "starts": count, **_usage()})
+            store.save(run, {"seconds": seconds, "starts": starts, **_usage()})
         except UserError as error:
             return str(error)
         return ""
@@ -86,7 +84,7 @@ class Job:
 
 
 def _reason(stop: SystemExit) -> str:
-    """The error that the trainer has told in its log before it exited."""
+    """Why the trainer has exited: the error behind it, where there is one."""
     if isinstance(stop.code, str):
         return stop.code
     if isinstance(stop.__context__, Exception):

@@ -1,6 +1,5 @@
 """From a grid to runs: merged configs, checked before anything starts, and their identities."""
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -18,15 +17,15 @@ from detectron2.evaluation.testing import flatten_results_dict
 from ghm_d2.ablation.grid import Grid, Row
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset
-from ghm_d2.engine.arguments import parse_arguments
 from ghm_d2.engine.checks import check_all
+from ghm_d2.engine.processes import Processes
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError
 
 __all__ = ["Run", "effective", "plan_runs"]
 
-# Keys that decide where and how a run is kept, not what comes out of it. The device is among them:
-# seeds already stand for the last digits, and the figures of a GPU shall be found without one.
+# Keys that decide where and how a run is kept, not what comes out of it. The device is among them,
+# so that figures measured on a GPU are found again on a machine without one.
 _NO_INFLUENCE = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
 SPLITS = ("DATASETS.TRAIN", "DATASETS.TEST")
 _NUM_CLASSES = ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
@@ -102,8 +101,8 @@ def plan_runs(
     base = Path(config_file) if config_file else grid.config_file
     common = [*_words(grid.overrides), *pairs]
     # The first config registers the data and finds the splits, which all rows then share.
-    first, registered, _ = _build(base, [*options, *given], common, scratch)
-    shared = {key: _leaf(first, key) for key in (*SPLITS, *_NUM_CLASSES)} if given else {}
+    first, registered = _build(base, common, scratch, datasets)
+    shared = {key: _leaf(first, key) for key in (*SPLITS, *_NUM_CLASSES)} if datasets else {}
     # A training counts the classes of its data itself, but its splits must not depend on the order.
     splits = _words({key: value for key, value in shared.items() if key in SPLITS})
     device = ["MODEL.DEVICE", first.MODEL.DEVICE]  # chosen, and warned of, once
@@ -114,9 +113,10 @@ def plan_runs(
         own = [*common, *_words(row.overrides)]
         file = row.config_file or base
         with _named(f"row {row.name!r}"):
-            cfg, _, parsed = _build(file, options, [*own, *_words(shared), *device], scratch)
+            words = [*own, *_words(shared), *device]
+            cfg, _ = _build(file, words, scratch)
             if complete:
-                check_all(cfg, parsed)
+                check_all(cfg, set(words[::2]), Processes(num_gpus))
             if not cfg.DATASETS.TEST:
                 raise UserError(
                     "DATASETS.TEST is empty, and an ablation compares evaluations: give a second "
@@ -135,12 +135,9 @@ def plan_runs(
 
 
 def _build(
-    file: Path, options: Sequence[str], pairs: Sequence[str], scratch: Path
-) -> tuple[CfgNode, list[CocoDataset], argparse.Namespace]:
-    words = ["--config-file", str(file), *options, *pairs, "OUTPUT_DIR", str(scratch)]
-    parsed = parse_arguments(words)
-    cfg, registered = build_config(parsed)
-    return cfg, registered, parsed
+    file: Path, pairs: Sequence[str], scratch: Path, datasets: Sequence[str] = ()
+) -> tuple[CfgNode, list[CocoDataset]]:
+    return build_config(str(file), [*pairs, "OUTPUT_DIR", str(scratch)], datasets)
 
 
 def _run(
@@ -181,7 +178,7 @@ def flat(cfg: CfgNode) -> dict[str, Any]:
 
 
 def effective(config: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the settings of losses that are not enabled: they decide nothing of a run.
+    """Leave out the settings of losses that are not enabled: they have no influence on a run.
 
     Args:
         config: keys to values; also of an older file, which has them still.

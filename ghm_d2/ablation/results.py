@@ -102,16 +102,21 @@ class Store:
         except UserError:  # it has not logged anything yet
             return 0, None
 
-    def prepare(self, run: Run) -> Path:
-        """OUTPUT_DIR, made where it is missing and emptied of a run with another default."""
+    def prepare(self, run: Run) -> tuple[Path, int]:
+        """OUTPUT_DIR, emptied of a run with another default, and which start in it this one is."""
         output = self.output(run)
-        if self._find(run) and output.exists():
-            shutil.rmtree(output)
-        output.mkdir(exist_ok=True)
-        return output
+        file = output / "run.json"
+        own = {"config": run.config, "weights": run.weights}
+        before = read_json(file) if file.exists() else own | {"starts": 0}
+        if {key: before.get(key) for key in own} != own or (self._find(run) and not file.exists()):
+            shutil.rmtree(output, ignore_errors=True)
+            before["starts"] = 0
+        starts = before["starts"] + 1
+        write_json(file, own | {"starts": starts})
+        return output, starts
 
     def save(self, run: Run, usage: Mapping[str, Any]) -> None:
-        """Collect what a run that has ended well has left, and write it.
+        """Write the result of a run that has finished.
 
         Args:
             run: the run.
@@ -145,7 +150,7 @@ class Store:
             file.unlink()  # model_final.pth stays
 
     def write_study(self, summary: Mapping[str, Any], results: Mapping[str, Result]) -> Path:
-        """Write ``<grid>.json``: the summary and every run, those that it held before too.
+        """Write ``<grid>.json``: the summary, these runs, and those that it holds already.
 
         Args:
             summary: what :func:`~ghm_d2.ablation.report.summarize` returns.
@@ -161,8 +166,8 @@ class Store:
 def _study_text(summary: Mapping[str, Any], runs: list[Result]) -> str:
     """A study as JSON, one run a line: a new run is one new line in a diff.
 
-    The configs of a study are nearly the same, so they stand as differences from the one that most
-    runs share the values of, key by key.
+    Configs hardly differ within a study: each run lists where it departs from the most common value
+    of a key.
     """
     base: dict[str, Any] = {}
     for key in sorted({key for run in runs for key in run["config"]}):
@@ -221,7 +226,8 @@ def _difference(run: Run, found: Result) -> str:
 def _figures(evaluated: dict[str, float | None], first: str) -> tuple[dict[str, Any], bool]:
     """Name the figures: those of boxes on the first data set have no prefix.
 
-    A model that finds nothing has an AP of 0; Detectron2 says NaN, which means would leave out.
+    A model that finds nothing has an AP of 0. Detectron2 reports NaN, which a mean over the seeds
+    would leave out.
     """
     metrics = {}
     for name, value in evaluated.items():

@@ -18,9 +18,10 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..data.loader import build_test_mapper
-from ..errors import UserError
-from .distributions import ClassificationDistribution, RegressionDistribution
+from ghm_d2.analysis.distributions import ClassificationDistribution, RegressionDistribution
+from ghm_d2.data.loader import build_test_mapper
+from ghm_d2.errors import UserError
+from ghm_d2.modeling.targets import anchor_deltas, proposal_deltas
 
 __all__ = ["PartDistributions", "collect", "detector_parts"]
 
@@ -35,8 +36,8 @@ class PartDistributions:
     regression: RegressionDistribution
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, part: str, activation: str = "sigmoid") -> Any:
-        """Empty ones, with the unit regions and mu of ``MODEL.GHM.<part>``, enabled or not."""
+    def from_config(cls, cfg: CfgNode, part: str, activation: str) -> "PartDistributions":
+        """Empty, with the regions and mu of ``MODEL.GHM.<part>``, even if its losses are off."""
         node, focal = cfg.MODEL.GHM[part], cfg.MODEL.RETINANET
         return cls(
             ClassificationDistribution(
@@ -47,10 +48,10 @@ class PartDistributions:
 
 
 def detector_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose ``losses`` show the examples, by the name of their node in ``MODEL.GHM``.
+    """The modules whose ``losses`` see the examples, by the name of their node in ``MODEL.GHM``.
 
     Raises:
-        UserError: none is known in this model.
+        UserError: this model has none.
     """
     if isinstance(model, RetinaNet):
         return {"RETINANET": model}
@@ -72,7 +73,7 @@ def detector_parts(model: nn.Module) -> dict[str, nn.Module]:
 def collect(
     cfg: CfgNode, model: nn.Module, records: Iterable[dict[str, Any]]
 ) -> dict[str, PartDistributions]:
-    """Runs the model on each image as in training, but with its weights and statistics at rest.
+    """Runs the model on each image as in training, but changes neither weights nor statistics.
 
     Anchors and proposals are matched (and sampled, where the detector samples) as in training;
     images are resized as for the test.
@@ -83,15 +84,15 @@ def collect(
         records: images in Detectron2's standard format, with annotations.
 
     Returns:
-        "retinanet", or "rpn" and "box_head", to their distributions.
+        Distributions by part: "retinanet", or "rpn" and "box_head".
 
     Raises:
         UserError: the detector is of an unknown kind, or no image could be read.
     """
     parts = {}
     for name, module in detector_parts(model).items():
-        sigmoid = not isinstance(module, FastRCNNOutputLayers) or module.use_sigmoid_ce
-        activation = "sigmoid" if sigmoid else "softmax"
+        softmax = isinstance(module, FastRCNNOutputLayers) and not module.use_sigmoid_ce
+        activation = "softmax" if softmax else "sigmoid"
         parts[name] = PartDistributions.from_config(cfg, name, activation)
     mapper = build_test_mapper(cfg)
     mapper.is_train = True  # resized as for the test, yet with the ground truth
@@ -120,10 +121,10 @@ def collect(
 
 @contextlib.contextmanager
 def _recording(model: nn.Module, parts: dict[str, PartDistributions]) -> Iterator[None]:
-    """Puts recorders where the losses are, and lets the model match ground truth meanwhile."""
+    """Puts recorders in place of the losses, and has the model match ground truth meanwhile."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
-    # These flags make the forward pass go to the losses; batch norm keeps its own.
+    # Their flags alone send the forward pass to the losses; batch norm stays in eval mode.
     matching = [model]
     for name in ("proposal_generator", "roi_heads"):
         if isinstance(getattr(model, name, None), RPN | StandardROIHeads):
@@ -140,7 +141,7 @@ def _recording(model: nn.Module, parts: dict[str, PartDistributions]) -> Iterato
         recorder = _record_box_head if name == "ROI_BOX_HEAD" else _record_dense
         replace(module, "losses", partial(recorder, module, parts[name]))
         if name == "RETINANET":
-            # A subclass may hand its losses something else.
+            # A subclass may call its losses with other arguments than the recorder takes.
             forward = partial(RetinaNet.forward_training, module)
             replace(module, "forward_training", forward)
     try:
@@ -168,11 +169,14 @@ def _record_dense(
         labels, logits = torch.where(labels >= 0, 1 - labels, labels).long(), logits.unsqueeze(2)
     num_classes = logits.shape[2]
     part.classification.add(logits.flatten(0, 1), labels.flatten())
-    image, index = ((labels >= 0) & (labels < num_classes)).nonzero(as_tuple=True)
-    target = module.box2box_transform.get_deltas(
-        Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
+    pair = anchor_deltas(
+        module.box2box_transform,
+        Boxes.cat(anchors).tensor,
+        torch.cat(pred_anchor_deltas, dim=1),
+        gt_boxes,
+        (labels >= 0) & (labels < num_classes),
     )
-    part.regression.add(torch.cat(pred_anchor_deltas, dim=1)[image, index], target)
+    part.regression.add(*pair)
     return {}
 
 
@@ -186,13 +190,16 @@ def _record_box_head(
     scores, deltas = predictions
     labels = torch.cat([x.gt_classes for x in proposals])
     part.classification.add(scores[:, :-1] if module.use_sigmoid_ce else scores, labels)
-    index = ((labels >= 0) & (labels < module.num_classes)).nonzero(as_tuple=True)[0]
-    proposal_boxes = torch.cat([x.proposal_boxes.tensor for x in proposals])[index]
-    if len(index):  # gt_boxes is missing from an image without ground truth
-        gt_boxes = torch.cat([x.gt_boxes.tensor for x in proposals])[index]
-        columns = proposal_boxes.shape[1]
-        pred = deltas.view(len(deltas), -1, columns)
-        own = labels[index] if pred.shape[1] > 1 else torch.zeros_like(index)
-        target = module.box2box_transform.get_deltas(proposal_boxes, gt_boxes)
-        part.regression.add(pred[index, own], target)
+    # Without ground truth, an image's proposals are background and have no gt_boxes.
+    pair = proposal_deltas(
+        module.box2box_transform,
+        torch.cat([x.proposal_boxes.tensor for x in proposals]),
+        deltas,
+        torch.cat(
+            [(x.gt_boxes if x.has("gt_boxes") else x.proposal_boxes).tensor for x in proposals]
+        ),
+        labels,
+        module.num_classes,
+    )
+    part.regression.add(*pair)
     return {}

@@ -1,19 +1,20 @@
-"""The numbers behind the paper's figures, by unit region; small, whatever the number of examples.
+"""The numbers behind the paper's figures, summed by unit region.
 
-Densities here follow the paper: one histogram of all examples, ``GD = R_j M``, no moving average.
+Densities here are the paper's: one histogram of all examples, ``GD = R_j M``, no moving average.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..losses import (
+from ghm_d2.analysis.statistics import positives
+from ghm_d2.losses import (
     count_unit_regions,
     regression_examples,
     sigmoid_examples,
     softmax_examples,
 )
-from ..losses.functional import unit_region_index
+from ghm_d2.losses.functional import unit_region_index
 
 __all__ = [
     "ClassificationDistribution",
@@ -74,18 +75,14 @@ class ClassificationDistribution:
         logits, labels = logits[labels >= 0], labels[labels >= 0]
         if not len(labels):
             return
-        if self.activation == "sigmoid":
-            loss, norm = sigmoid_examples(logits, labels)
-            classes = torch.arange(logits.shape[1], device=labels.device)
-            positive = labels.unsqueeze(1) == classes
-        else:
-            loss, norm = softmax_examples(logits, labels)
-            positive = labels < logits.shape[1] - 1
+        examples = sigmoid_examples if self.activation == "sigmoid" else softmax_examples
+        loss, norm = examples(logits, labels)
+        positive = positives(labels, logits.shape[1], self.activation)
         region = unit_region_index(norm, None, self.bins)
         self.counts += count_unit_regions(region, self.bins).cpu().numpy()
         own = count_unit_regions(torch.where(positive, region, self.bins), self.bins)
         self.positives += own.cpu().numpy()
-        norm, loss = norm.double(), loss.double()  # the loss is -ln(1 - g), without cancellation
+        norm, loss = norm.double(), loss.double()  # the loss is -ln(1 - g), exact also near 1
         focal = norm**self.gamma * (norm + self.gamma * (1 - norm) * loss)
         if self.alpha >= 0:
             focal *= torch.where(positive, self.alpha, 1 - self.alpha)

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
+from ghm_d2.analysis.collect import PartDistributions
+from ghm_d2.analysis.distributions import ClassificationDistribution, regression_gradients
 from ghm_d2.plotting import save_figure
-
-from .collect import PartDistributions
-from .distributions import regression_gradients
 
 __all__ = ["write_figures"]
 
@@ -26,11 +26,30 @@ _STYLES = {
     "SL1": ("#0072B2", "--", "s"),
     "ASL1": ("#D55E00", "-.", "o"),
     "GHM-R": ("#000000", "-", "^"),
-    "all examples": ("#0072B2", "-", "o"),
+    "examples": ("#0072B2", "-", "o"),
     "positives": ("#D55E00", "--", "s"),
 }
 _WIDTH, _HEIGHT = 5.6, 4.2
 _DPI = 150
+
+# Of each figure by unit region: its curves, the label of their axis, the title.
+_CLASSIFICATION = {
+    "example_counts": (
+        lambda data: {"examples": data.counts, "positives": data.positives},
+        "number of examples",
+        "Examples by gradient norm",
+    ),
+    "gradient_norm": (
+        ClassificationDistribution.gradient_norms,
+        "reformulated gradient norm",
+        "Gradient of one example",
+    ),
+    "gradient_contribution": (
+        ClassificationDistribution.contributions,
+        "share of the total gradient",
+        "Gradient of all examples",
+    ),
+}
 
 Table = dict[str, Sequence[float] | np.ndarray]
 
@@ -39,20 +58,18 @@ def write_figures(part: PartDistributions, folder: Path, caption: str) -> list[P
     """Draws the figures and writes their data.
 
     Args:
-        part: at least one example of each kind.
-        folder: is made; gets ``example_counts``, ``gradient_norm``, ``gradient_contribution``,
-            ``regression_fraction``, ``regression_gradient``, each as .png, .svg and .csv, and
-            ``overview.png`` and ``.svg``.
-        caption: one line that says what the numbers come from.
+        part: has at least one example of each kind.
+        folder: created where it does not exist; gets ``example_counts``, ``gradient_norm``,
+            ``gradient_contribution``, ``regression_fraction``, ``regression_gradient``, each as
+            .png, .svg and .csv, and ``overview.png`` and ``.svg``.
+        caption: one line on where the numbers come from.
 
     Returns:
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     panels = {
-        "example_counts": _example_counts,
-        "gradient_norm": _gradient_norm,
-        "gradient_contribution": _gradient_contribution,
+        **{name: partial(_by_region, name) for name in _CLASSIFICATION},
         "regression_fraction": _regression_fraction,
         "regression_gradient": _regression_gradient,
     }
@@ -73,7 +90,7 @@ def write_figures(part: PartDistributions, folder: Path, caption: str) -> list[P
 
 
 def _explain(axes: Axes, part: PartDistributions) -> None:
-    """The definitions, in the place that the fifth figure leaves free."""
+    """The definitions, in the sixth place of the overview, which no figure needs."""
     data, box = part.classification, part.regression
     lines = [
         "Reformulated gradient norm of an example",
@@ -91,32 +108,19 @@ def _explain(axes: Axes, part: PartDistributions) -> None:
     axes.text(0, 0.95, "\n".join(lines), va="top", linespacing=1.7)
 
 
-def _example_counts(axes: Axes, part: PartDistributions) -> Table:
+def _by_region(figure: str, axes: Axes, part: PartDistributions) -> Table:
     data = part.classification
+    values, ylabel, title = _CLASSIFICATION[figure]
+    curves = values(data)
     low, high, centre = _regions(data.bins)
-    _lines(axes, centre, {"all examples": data.counts, "positives": data.positives})
-    axes.set(yscale="log", ylabel="number of examples", title="Examples by gradient norm")
+    for name, column in curves.items():
+        colour, line, marker = _STYLES[name]
+        shown = np.where(column > 0, column, np.nan)  # a logarithm has no place for 0
+        label = "all examples" if name == "examples" else name
+        axes.plot(centre, shown, color=colour, linestyle=line, marker=marker, ms=4, label=label)
+    axes.set(yscale="log", ylabel=ylabel, title=title)
     _norm_axis(axes, "g")
-    counts = {"examples": data.counts, "positives": data.positives}
-    return {"g_from": low, "g_to": high, **counts}
-
-
-def _gradient_norm(axes: Axes, part: PartDistributions) -> Table:
-    low, high, centre = _regions(part.classification.bins)
-    norms = part.classification.gradient_norms()
-    _lines(axes, centre, norms)
-    axes.set(yscale="log", ylabel="reformulated gradient norm", title="Gradient of one example")
-    _norm_axis(axes, "g")
-    return {"g_from": low, "g_to": high, **norms}
-
-
-def _gradient_contribution(axes: Axes, part: PartDistributions) -> Table:
-    low, high, centre = _regions(part.classification.bins)
-    shares = part.classification.contributions()
-    _lines(axes, centre, shares)
-    axes.set(yscale="log", ylabel="share of the total gradient", title="Gradient of all examples")
-    _norm_axis(axes, "g")
-    return {"g_from": low, "g_to": high, **shares}
+    return {"g_from": low, "g_to": high, **curves}
 
 
 def _regression_fraction(axes: Axes, part: PartDistributions) -> Table:
@@ -148,13 +152,6 @@ def _regression_gradient(axes: Axes, part: PartDistributions) -> Table:
 def _regions(bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     edges = np.arange(bins + 1) / bins
     return edges[:-1], edges[1:], (edges[:-1] + edges[1:]) / 2
-
-
-def _lines(axes: Axes, x: np.ndarray, curves: dict[str, np.ndarray]) -> None:
-    for name, values in curves.items():
-        colour, line, marker = _STYLES[name]
-        shown = np.where(values > 0, values, np.nan)  # a logarithm has no place for 0
-        axes.plot(x, shown, color=colour, linestyle=line, marker=marker, markersize=4, label=name)
 
 
 def _norm_axis(axes: Axes, symbol: str, more: str = "") -> None:

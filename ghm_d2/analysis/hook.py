@@ -6,16 +6,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..losses.base import HarmonizedLoss, observed
-from ..run_folder import STATISTICS as FILE
-from .statistics import SHARES, CallStatistics, measure, summarize
+from ghm_d2.analysis.statistics import SHARES, CallStatistics, measure, summarize
+from ghm_d2.losses.base import HarmonizedLoss, observed
+from ghm_d2.run_folder import STATISTICS as FILE
 
 __all__ = ["GradientStatistics", "build_gradient_statistics"]
 
@@ -23,26 +22,32 @@ _SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for
 _SCALARS += ("non_empty_regions", "largest_weight")
 
 
-def build_gradient_statistics(cfg: CfgNode, model: nn.Module) -> "GradientStatistics | None":
-    """The hook that ``MODEL.GHM.STATISTICS_PERIOD`` asks for.
+def build_gradient_statistics(
+    model: nn.Module, period: int, folder: str
+) -> "GradientStatistics | None":
+    """The hook that writes to a folder.
+
+    Args:
+        model: wrapped for several processes or not.
+        period: in iterations; 0: never.
+        folder: OUTPUT_DIR.
 
     Returns:
         None where the period is 0, the model has no harmonised loss, or another process writes
         the logs.
     """
-    period = cfg.MODEL.GHM.STATISTICS_PERIOD
     if not period or not comm.is_main_process():
         return None
-    hook = GradientStatistics(model, period, os.path.join(cfg.OUTPUT_DIR, FILE))
+    hook = GradientStatistics(model, period, os.path.join(folder, FILE))
     return hook if hook.losses else None
 
 
 class GradientStatistics(HookBase):
     """Observes every harmonised loss of a model at each ``period``-th iteration and the last one.
 
-    It must run before the hook that writes the logs. Between two observed steps nobody looks at the
-    losses, and they do what they would do without this hook. Under several processes the statistics
-    are those of the main one; with ``MODEL.GHM.SYNC`` its counts are those of all of them.
+    It must run before the hook that writes the logs. Between observed steps the losses run as they
+    would without it. The statistics are those of the main process; with ``MODEL.GHM.SYNC`` its
+    counts are those of all processes.
     """
 
     def __init__(self, model: nn.Module, period: int, file: str) -> None:
@@ -65,7 +70,7 @@ class GradientStatistics(HookBase):
         self._observation = ExitStack()
 
     def before_step(self) -> None:
-        """Observes the losses where this iteration is to be observed."""
+        """Begins to observe the losses where this iteration is due."""
         following = self.trainer.iter + 1
         if following % self.period == 0 or following == self.trainer.max_iter:
             self._calls = {}
@@ -84,8 +89,10 @@ class GradientStatistics(HookBase):
                     continue
                 summary = summarize(copies)
                 put(self.trainer.storage, name, summary)
-                head = {"iteration": self.trainer.iter, "loss": name}
-                stream.write(json.dumps(head | _rounded(summary)) + "\n")
+                row = {"iteration": self.trainer.iter, "loss": name, **summary}
+                # Six significant digits are enough, and halve the file.
+                row = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.6g}"))
+                stream.write(json.dumps(row) + "\n")
 
     def after_train(self) -> None:
         """Ends the observation of a step that was broken off."""
@@ -98,8 +105,8 @@ class GradientStatistics(HookBase):
 def put(storage: EventStorage, name: str, summary: dict[str, Any]) -> None:
     """Hands the result of :func:`summarize` to Detectron2's writers as ``NAME/...``.
 
-    The two histograms over the gradient norm have the logarithm of the counts (log10(1 + R_j), or
-    nothing but the first region would be seen) and the share of the gradient.
+    The two histograms over the gradient norm show log10(1 + R_j), without which the first region
+    would dwarf all others, and the share of the gradient.
     """
     for key in _SCALARS:
         if summary[key] is not None:
@@ -111,9 +118,9 @@ def put(storage: EventStorage, name: str, summary: dict[str, Any]) -> None:
 
 
 def _put_histogram(storage: EventStorage, name: str, heights: torch.Tensor) -> None:
-    """A histogram over [0, 1] of the given heights; ``put_histogram`` only takes the values.
+    """A histogram over [0, 1] of the given heights; ``put_histogram`` counts values itself.
 
-    Detectron2's TensorBoard writer reads the list that it fills here, as ``put_histogram`` does.
+    As it does, this appends to the list that Detectron2's TensorBoard writer reads.
     """
     edges = torch.linspace(0, 1, len(heights) + 1, dtype=torch.float64)
     centres = (edges[1:] + edges[:-1]) / 2
@@ -130,12 +137,3 @@ def _put_histogram(storage: EventStorage, name: str, heights: torch.Tensor) -> N
             "global_step": storage.iter,
         }
     )
-
-
-def _rounded(value: Any) -> Any:
-    """Six significant digits are enough, and half of the file."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
 """What the gradient of a harmonised loss is made of: plain value, regions, easy and hard examples.
 
 The value of a harmonised loss hovers around 1 by construction, so it says little about a model.
-These figures say what it hides. All are recomputed from the arguments of the loss, in pieces that
-bound the extra memory, so that the losses themselves have nothing to keep.
+These figures say what it hides. They are recomputed from the arguments of the loss, which has
+nothing to keep for them, piece by piece, which bounds the extra memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,29 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import (
+from ghm_d2.losses import (
     GHMRLoss,
     exact_gradient_density,
     regression_examples,
     sigmoid_examples,
     softmax_examples,
 )
-from ..losses.base import HarmonizedLoss
-from ..losses.functional import count_unit_regions, unit_region_index
+from ghm_d2.losses.base import HarmonizedLoss
+from ghm_d2.losses.functional import count_unit_regions, unit_region_index
 
-__all__ = ["CallStatistics", "kept_examples", "measure", "summarize"]
+__all__ = ["CallStatistics", "kept_examples", "measure", "positives", "summarize"]
 
 # Easy examples have g < 1/3, hard ones g >= 2/3, medium ones lie between.
 THIRDS = (1 / 3, 2 / 3)
 SHARES = ("easy", "medium", "hard")
 
-# Examples that are looked at together: the whole-tensor functions take six times their size.
+# Elements in a piece: the loss functions take about six times the memory of their arguments.
 _PIECE = 1 << 22
 
 
 @dataclass
 class CallStatistics:
-    """One call of a harmonised loss; tensors on its device, so that nothing waits for it.
+    """One call of a harmonised loss; tensors on its device, so that the step never waits for it.
 
     Attributes:
         counts: int64 (bins,), R_j, the examples in each unit region.
@@ -78,7 +78,7 @@ def kept_examples(
     weights = [None] * len(predictions) if weights is None else weights
     for prediction, target, weight in zip(predictions, targets, weights, strict=True):
         rows = max(_PIECE * len(prediction) // max(prediction.numel(), 1), 1)
-        # Tensors without a row have one empty piece, which the loss functions do not take.
+        # Without an element there is no piece: the loss functions do not take an empty one.
         for start in range(0, len(prediction) if prediction.numel() else 0, rows):
             piece = slice(start, start + rows)
             x, t = prediction[piece].detach(), target[piece]
@@ -89,7 +89,7 @@ def kept_examples(
                 examples = sigmoid_examples if loss.activation == "sigmoid" else softmax_examples
                 plain, norm = examples(x, t if t.dim() == 2 else t.long())
                 valid = t >= 0 if t.dim() == 1 else None
-                positive = _positives(t, x.shape[1], loss.activation)
+                positive = positives(t, x.shape[1], loss.activation)
             masks = [valid] if weight is None else [valid, weight[piece] > 0]
             keep = torch.ones_like(norm, dtype=torch.bool)
             for mask in masks:
@@ -98,7 +98,8 @@ def kept_examples(
             yield plain[keep], norm[keep], positive[keep]
 
 
-def _positives(labels: Tensor, columns: int, activation: str) -> Tensor:
+def positives(labels: Tensor, columns: int, activation: str) -> Tensor:
+    """Bool (R, K), or (R,) for softmax: whether the target is (one of) the foreground classes."""
     if labels.dim() == 2:
         return labels >= 0.5
     if activation == "softmax":

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
@@ -20,15 +18,17 @@ from ghm_d2.run_parts import Record
 
 from .files import check_name
 from .opening import load_file
-from .origin import ORIGIN, check_classes, read_origin
+from .origin import ORIGIN, read_origin
 
 __all__ = [
     "RestrictedCheckpointer",
     "load_trained_weights",
-    "newest_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
+
+# Whatever restoring an optimizer, a schedule or a hook from wrong values raises.
+_DAMAGED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _WAY_OUT = (
     "where it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
@@ -55,39 +55,17 @@ class _RestrictedTorchLoad(Checkpointer):
     """Stands behind DetectionCheckpointer, which leaves everything but .pkl and .pyth to it."""
 
     trusted = False  # whether files may run code; an instance sets it
+    _opened: tuple[str, dict[str, Any]] | None = None  # path and content, until it is loaded
+
+    def _open(self, file: str) -> dict[str, Any]:
+        """What a file holds; one that was opened to see whether it can be is not read twice."""
+        opened, self._opened = self._opened, None
+        if opened is not None and opened[0] == file:
+            return opened[1]
+        return _mapping(load_file(file, trusted=self.trusted), file)
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        return _mapping(load_file(f, trusted=self.trusted), f)
-
-
-def newest_checkpoint(folder: str) -> tuple[str | None, list[str]]:
-    """The newest checkpoint of a training that can be read.
-
-    Args:
-        folder: OUTPUT_DIR.
-
-    Returns:
-        The name of a file in `folder`, or None where there is no `last_checkpoint`; and a sentence
-        for each newer one that cannot be read.
-
-    Raises:
-        UserError: there are checkpoints, and none can be read.
-    """
-    run = RunFolder(folder)
-    if run.last_checkpoint() is None:
-        return None, []
-    reasons = []
-    for name in run.checkpoints():
-        try:
-            if "model" in _mapping(load_file(os.path.join(folder, name)), name):
-                return name, reasons
-            reasons.append(f"{name} holds no model")
-        except UserError as error:
-            reasons.append(str(error).rstrip("."))
-    raise UserError(
-        f"--resume: no checkpoint in {folder} can be read ({'; '.join(reasons)}): write the name "
-        f"of another checkpoint into {LAST_CHECKPOINT}, or leave --resume out."
-    )
+        return self._open(f)
 
 
 def _reset_counts(model: torch.nn.Module, path: str) -> None:
@@ -123,8 +101,16 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             rest = super().load(path, checkpointables)
         except UserError:
             raise
-        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not such a checkpoint ({reason(error)}).") from error
+        except _DAMAGED as error:
+            if not self._resumes:
+                if isinstance(error, RuntimeError):  # of the device
+                    raise
+                raise UserError(f"{path} is not such a checkpoint ({reason(error)}).") from error
+            raise UserError(
+                f"{path} cannot be resumed, its training state is damaged or of another version "
+                f"({type(error).__name__}: {reason(error)}): write the name of another checkpoint "
+                f"into {LAST_CHECKPOINT}, or start anew with MODEL.WEIGHTS {path}."
+            ) from error
         self.origin = read_origin(rest)
         return rest
 
@@ -184,13 +170,35 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             return rest
         return self.load(os.path.join(self.save_dir, name))
 
+    def _open_newest(self) -> str | None:
+        """The newest checkpoint that can be read: its name, or None where there is none at all."""
+        run = RunFolder(self.save_dir)
+        if run.last_checkpoint() is None:
+            return None
+        reasons = []
+        for name in run.checkpoints():
+            path = os.path.join(self.save_dir, name)
+            try:
+                self._opened = path, self._open(path)
+            except UserError as error:
+                reasons.append(str(error).rstrip("."))
+                continue
+            if "model" not in self._opened[1]:
+                reasons.append(f"{name} holds no model")
+                continue
+            for newer in reasons:
+                logger.warning("%s: going back to %s", newer, name)
+            return name
+        raise UserError(
+            f"--resume: no checkpoint in {self.save_dir} can be read ({'; '.join(reasons)}): write "
+            f"the name of another checkpoint into {LAST_CHECKPOINT}, or leave --resume out."
+        )
+
     def _common_checkpoint(self) -> str | None:
         name, failure = None, ""
         if comm.is_main_process():
             try:
-                name, reasons = newest_checkpoint(self.save_dir)
-                for reason in reasons:
-                    logger.warning("%s: going back to %s", reason, name)
+                name = self._open_newest()
             except UserError as error:
                 failure = str(error)
         name, failure = comm.all_gather((name, failure))[0]
@@ -207,7 +215,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._filename = filename
         if filename.endswith(".pkl"):
-            data = _mapping(load_file(filename, trusted=self.trusted), filename)
+            data = self._open(filename)
             if "model" in data and "__author__" in data:
                 return data
             # Caffe2 and Detectron1: detectors have "blobs", ImageNet models do not.
@@ -215,13 +223,19 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             model = {k: v for k, v in blobs.items() if not str(k).endswith("_momentum")}
             return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):
-            data = _mapping(load_file(filename, trusted=self.trusted), filename)
+            data = self._open(filename)
             state = _mapping(data.get("model_state"), filename)
             model = {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
             return {"model": model, "__author__": "pycls", "matching_heuristics": True}
         return super()._load_file(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if self._resumes and (missing := self.checkpointables.keys() - checkpoint.keys()):
+            raise UserError(
+                f"{self._filename} holds no state of a training ({', '.join(sorted(missing))}), "
+                "only weights: leave --resume out and start anew with MODEL.WEIGHTS "
+                f"{self._filename}."
+            )
         _check_tensors(_mapping(checkpoint["model"], self._filename), self._filename)
         return super()._load_model(checkpoint)
 
@@ -243,26 +257,35 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
 
 
 def load_trained_weights(
-    cfg: CfgNode, model: torch.nn.Module, resume: bool = False, trusted: bool = False
+    model: torch.nn.Module,
+    weights: str,
+    folder: str = "",
+    *,
+    resume: bool = False,
+    trusted: bool = False,
 ) -> Record:
-    """Load `MODEL.WEIGHTS`, or with `resume` the last checkpoint in `OUTPUT_DIR`, into a model.
+    """Load weights to evaluate or to predict with, their running counts included.
+
+    Args:
+        model: whose shapes they must have.
+        weights: file or URL.
+        folder: of a training.
+        resume: load the last checkpoint in `folder`; `weights` where there is none.
+        trusted: whether the file may run code.
 
     Returns:
         What the checkpoint says of the classes and the data that it was trained on.
 
     Raises:
         UserError: the file cannot be loaded, holds weights of other shapes, or was trained on other
-            classes than those of `DATASETS.TEST`.
+            classes.
     """
-    checkpointer = _EvaluationCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = _EvaluationCheckpointer(model, save_dir=folder)
     checkpointer.trusted = trusted
     if resume:
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS)
+        checkpointer.resume_or_load(weights)
     else:
-        checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
-    for name in cfg.DATASETS.TEST:
-        if name in MetadataCatalog.list():
-            check_classes(checkpointer.origin, MetadataCatalog.get(name).get("thing_classes"), name)
+        checkpointer.load(weights, checkpointables=[])
     return checkpointer.origin
 
 

@@ -4,14 +4,23 @@ Two data sets with the same classes in another order give weights of the same sh
 the names can tell that one's detections are not the other's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from detectron2.data import MetadataCatalog
 
 from ghm_d2 import provenance
 from ghm_d2.errors import UserError, shown
 from ghm_d2.run_parts import Record, parse_record
 
-__all__ = ["ORIGIN", "check_classes", "changed_data", "origin_entry", "read_origin"]
+__all__ = [
+    "ORIGIN",
+    "changed_data",
+    "check_classes",
+    "check_datasets",
+    "origin_entry",
+    "read_origin",
+]
 
 ORIGIN = "ghm_d2"  # key in a checkpoint, beside "model"
 
@@ -67,6 +76,17 @@ def check_classes(origin: Record, classes: Sequence[str] | None, name: str) -> N
         f"{name} has other classes than the weights were trained on ({_listed(found)} instead of "
         f"{_listed(trained)}): take the data of the training, or train on this."
     )
+
+
+def check_datasets(origin: Record, names: Iterable[str]) -> None:
+    """As :func:`check_classes`, for registered data sets.
+
+    Args:
+        origin: of the weights.
+        names: of data sets that the model is to be compared with.
+    """
+    for name in names:
+        check_classes(origin, MetadataCatalog.get(name).get("thing_classes"), name)
 
 
 def changed_data(origin: Record, data: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ghm_d2.data.pictures import read_image
 from ghm_d2.deploy.detections import Comparison, Detections, compare_detections, detect, limits
 from ghm_d2.deploy.export import (
     FORMATS,
@@ -22,14 +23,12 @@ from ghm_d2.deploy.export import (
 from ghm_d2.deploy.setup import (
     IMAGE_SUFFIXES,
     build_detector,
-    class_metadata,
     image_preparer,
     list_files,
-    read_image,
     tool_parser,
 )
 from ghm_d2.engine.arguments import Parser, parse_arguments
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
 __all__ = ["main"]
 
@@ -72,12 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse_arguments(words, _parser(), lists=("--check",))
         _check_output(Path(args.output))
         files = list_files(args.check, IMAGE_SUFFIXES)
-        cfg, model = build_detector(args)
+        cfg, model, classes = build_detector(args)
         prepare = image_preparer(cfg)
         images = {str(f): prepare(read_image(f)) for f in files}
         _check_sizes(images, model, args.format)
-        names = class_metadata(cfg, model).get("thing_classes")
-        metadata = describe(cfg, model, names)
+        metadata = describe(cfg, model, classes.get("thing_classes"))
         print(f"Exporting to {args.output} ...", flush=True)
         export_detector(model, args.output, args.format, metadata)
         same = _run_beside(model, args, images)
@@ -92,7 +90,7 @@ def _check_output(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {file} cannot be written ({error.strerror}).") from error
+        raise cannot("written", f"--output {file}", error) from error
 
 
 def _check_sizes(images: dict[str, Tensor], model: nn.Module, format: str) -> None:

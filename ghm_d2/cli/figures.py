@@ -15,11 +15,12 @@ from tqdm import tqdm
 from ghm_d2.analysis.collect import collect, detector_parts
 from ghm_d2.analysis.figures import write_figures
 from ghm_d2.checkpoint import load_trained_weights
+from ghm_d2.checkpoint.origin import check_datasets
 from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.engine.checks import check_all
-from ghm_d2.engine.setup import build_config
+from ghm_d2.engine.setup import build_config, is_python
 from ghm_d2.engine.trainer import GHMTrainer
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
 __all__ = ["main", "plot_gradients"]
 
@@ -58,21 +59,23 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be made ({error.strerror}).") from error
+        raise cannot("made", f"--output {output}", error) from error
     # The pairs hold the OUTPUT_DIR of a training, where its log must not be written to.
-    args.opts = [*args.opts, "OUTPUT_DIR", str(output)]
-    cfg, _ = build_config(args)
+    pairs = [*args.opts, "OUTPUT_DIR", str(output)]
+    if is_python(args.config_file):
+        raise UserError("--config-file must be a YAML file, whose heads the figures know.")
+    cfg, _ = build_config(args.config_file, pairs, args.dataset, eval_only=True)
     if not cfg.DATASETS.TEST:
         raise UserError("there are no images: give --dataset or DATASETS.TEST \"('NAME',)\".")
     if "MODEL.WEIGHTS" not in args.opts[::2] or not cfg.MODEL.WEIGHTS:
         raise UserError("the figures show a trained detector: give MODEL.WEIGHTS FILE.")
-    check_all(cfg, args)
+    check_all(cfg, set(pairs[::2]), eval_only=True)
     cfg.freeze()
     setup_logger(str(output), name="fvcore")
     setup_logger(str(output))
     records, caption = _records(cfg, args.max_images)
     model = GHMTrainer.build_model(cfg)
-    load_trained_weights(cfg, model)
+    check_datasets(load_trained_weights(model, cfg.MODEL.WEIGHTS), cfg.DATASETS.TEST)
     detector_parts(model)
     seed_all_rng(max(cfg.SEED, 0))  # the RPN and the box head sample their examples
     parts = collect(cfg, model, tqdm(records, desc="images", unit="image"))

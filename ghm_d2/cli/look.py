@@ -16,8 +16,8 @@ from ghm_d2.data.anchor_check import anchor_report
 from ghm_d2.data.look_pictures import draw_grid, draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
 from ghm_d2.engine.arguments import Parser, parse_arguments
-from ghm_d2.engine.setup import build_config
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.engine.setup import build_config, is_python
+from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
 __all__ = ["main"]
 
@@ -46,7 +46,6 @@ def _parser() -> Parser:
     )
     add("--config-file", metavar="FILE", help="look at its DATASETS where no --dataset is given")
     add("--images", type=int, default=12, metavar="N", help="images that are drawn (12)")
-    parser.set_defaults(eval_only=False, num_gpus=1)
     return parser
 
 
@@ -68,14 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output {args.output} cannot be made ({error.strerror}).") from error
+            raise cannot("made", f"--output {args.output}", error) from error
         for name in names:
             _look(name, cfg, args)
 
 
 def _data_sets(args: argparse.Namespace) -> tuple[CfgNode | None, list[str]]:
     if args.config_file:
-        cfg, datasets = build_config(args, log_to_file=False)
+        if is_python(args.config_file):
+            raise UserError("--config-file must be a YAML file, whose anchors this tool knows.")
+        cfg, datasets = build_config(args.config_file, args.opts, args.dataset, log_to_file=False)
         names = [dataset.name for dataset in datasets] or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         return cfg, list(dict.fromkeys(names))
     if args.opts:

@@ -1,6 +1,5 @@
 """A trained detector on images and videos."""
 
-import json
 import logging
 import sys
 from collections import Counter
@@ -15,12 +14,13 @@ from ghm_d2.deploy.setup import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     build_detector,
-    class_metadata,
     list_files,
     tool_parser,
 )
 from ghm_d2.engine.arguments import Parser, parse_arguments
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.engine.settings import read_settings
+from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.files import write_json
 
 __all__ = ["main"]
 
@@ -75,12 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = list_files(args.input, IMAGE_SUFFIXES + VIDEO_SUFFIXES)
         output = Path(args.output)
         outputs = _outputs(files, output)
-        cfg, model = build_detector(args)
-        metadata = class_metadata(cfg, model)
+        cfg, model, metadata = build_detector(args)
         if not metadata.get("thing_classes"):
             logger.warning(
-                "no data set of the config has the model's classes: they are numbered, not named "
-                "(--dataset NAME=annotations.json,image_dir names them)"
+                "neither the weights nor a data set of the config name the model's classes: they "
+                "are numbered (--dataset NAME=annotations.json,image_dir names them)"
             )
         elif metadata.name in [text.partition("=")[0] for text in args.dataset]:
             DatasetCatalog.get(metadata.name)  # sets the category ids
@@ -89,17 +88,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             predictor.run(file, number, outputs[file])
         if predictor.unreadable == len(files):
             raise UserError(f"none of the {len(files)} inputs could be read.")
-        with open(output / _RESULTS, "w", encoding="utf-8") as stream:
-            json.dump(predictor.results, stream)
+        write_json(output / _RESULTS, predictor.results, indent=None)
         if predictor.unreadable:
             logger.warning(
                 "%d of %d inputs could not be read and were skipped",
                 predictor.unreadable,
                 len(files),
             )
+        device = read_settings(cfg).device
         print(
             f"{len(predictor.results)} detections in {predictor.done} images or frames, "
-            f"{predictor.seconds / predictor.done:.3f} s each on {cfg.MODEL.DEVICE} (drawing not "
+            f"{predictor.seconds / predictor.done:.3f} s each on {device} (drawing not "
             f"counted): pictures and {_RESULTS} are in {output}."
         )
 
@@ -131,7 +130,7 @@ def _outputs(files: Sequence[Path], folder: Path) -> dict[Path, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {folder} cannot be made ({error.strerror}).") from error
+        raise cannot("made", f"--output {folder}", error) from error
     return outputs
 
 

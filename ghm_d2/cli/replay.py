@@ -8,6 +8,7 @@ import torch
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.engine.diagnosis import diagnose
 from ghm_d2.engine.replay import load_replay
+from ghm_d2.engine.settings import read_settings
 from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 from ghm_d2.files import file_to_blame
 
@@ -19,10 +20,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="ghm-d2 replay", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", help="OUTPUT_DIR/not_finite/*.pth, which the training has named")
     parser.add_argument("--device", help="cpu or cuda (that of the training, if there is one)")
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="build what a Python config names (only from files of people you trust)",
+    )
     with exits_with_one_sentence(parser.prog):
         args = parser.parse_args(argv)
         replay = load_replay(args.file)
-        device = args.device or replay.cfg.MODEL.DEVICE
+        device = args.device or read_settings(replay.load_config(args.trust_checkpoint)).device
         if device.startswith("cuda") and not torch.cuda.is_available():
             if args.device:
                 raise UserError("--device cuda: no GPU found; leave it out.")
@@ -30,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("No GPU found: the replay runs on the CPU and may differ in the last digits.")
         # A traceback would exit with 1, which says that something is not finite.
         with file_to_blame(args.file, "cannot be replayed"):
-            model = replay.build(device)
+            model = replay.build(device, args.trust_checkpoint)
             replay.state.restore(model)
             dtype = getattr(torch, replay.precision) if replay.precision else None
             with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):

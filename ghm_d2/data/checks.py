@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "duplicate id": (STOPS, "ids occur more than once"),
     "unknown category": (STOPS, "annotations have a category_id that is not among the categories"),
     "bad box": (STOPS, "boxes are not four finite numbers"),
+    "bad keypoints": (STOPS, "keypoints are not a list of finite numbers"),
     "ignore flag": (STOPS, 'annotations set "ignore", which Detectron2 does not know'),
     "crowded image": (STOPS, f"images have more than {MAX_BOXES} boxes"),
     "no usable annotation": (STOPS, "file without anything to train on"),
@@ -218,6 +219,9 @@ def _annotation(
             "ignore flag",
             f'{where} sets "ignore", which Detectron2 does not know: use "iscrowd"',
         )
+    keypoints = annotation.get("keypoints")
+    if keypoints and not (isinstance(keypoints, list) and all(map(_is_number, keypoints))):
+        yield Problem("bad keypoints", f"{where} has keypoints that are no list of finite numbers")
     if not _is_box(box):
         yield Problem(
             "bad box", f"{where} has the bbox {box!r} instead of four finite numbers x, y, w, h"
@@ -241,10 +245,12 @@ def _annotation(
 
 
 def _is_box(box: Any) -> bool:
-    numbers = isinstance(box, list) and len(box) == 4
-    return numbers and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box
-    )
+    return isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _is_polygon(polygon: Any) -> bool:

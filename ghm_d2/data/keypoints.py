@@ -7,11 +7,19 @@ for all classes, and for each of a pair the name of the other.
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ghm_d2.errors import UserError
 
-__all__ = ["check_keypoints", "fill_in", "find_keypoints", "mirrored_pairs"]
+__all__ = [
+    "Keypoints",
+    "check_keypoints",
+    "convert_incomplete",
+    "fill_in",
+    "find_keypoints",
+    "mirrored_pairs",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +38,30 @@ def mirrored_pairs(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def find_keypoints(content: Mapping[str, Any], file: str) -> tuple[tuple[str, ...], int, int]:
-    """The keypoints of an annotation file.
+@dataclass(frozen=True)
+class Keypoints:
+    """What an annotation file holds of them.
+
+    Attributes:
+        names: in their order; empty where the categories list none.
+        number: of an object; 0: no object has any, or ``fault`` says why none can be used.
+        incomplete: whether an annotation has none, or no "num_keypoints", without which pycocotools
+            does not evaluate keypoints.
+        fault: a clause on why the file's keypoints cannot be trained on, or an empty string.
+    """
+
+    names: tuple[str, ...] = ()
+    number: int = 0
+    incomplete: bool = False
+    fault: str = ""
+
+
+def find_keypoints(content: Mapping[str, Any], file: str) -> Keypoints:
+    """The keypoints of an annotation file, whether or not they will be used.
 
     Args:
         content: its tables, each of them checked.
         file: its name, for messages.
-
-    Returns:
-        The names, or an empty tuple where the categories list none; how many keypoints an object
-        has, 0 where no object has any; how many annotations have none, or no "num_keypoints".
-
-    Raises:
-        UserError: categories list different names, or an annotation has another number of them.
     """
     lists: dict[tuple[str, ...], str] = {}  # the names, and the first category that has them
     for category in content["categories"]:
@@ -51,31 +70,29 @@ def find_keypoints(content: Mapping[str, Any], file: str) -> tuple[tuple[str, ..
     annotations = content.get("annotations", [])
     found = [a for a in annotations if a.get("keypoints")]
     if not found:
-        return (), 0, 0
+        return Keypoints()
     if len(lists) > 1:
         first, other = list(lists.values())[:2]
-        raise UserError(
-            f"{file}: the categories {first!r} and {other!r} list different keypoints, and "
-            'Detectron2 has one list for all: give every category the same, or remove "keypoints" '
-            "from the file."
+        return Keypoints(
+            fault=f"in {file} the categories {first!r} and {other!r} list different keypoints, of "
+            "which Detectron2 has one list for all"
         )
     names = next(iter(lists), ())
     number = len(names) or len(found[0]["keypoints"]) // 3
     for annotation in found:
-        values = annotation["keypoints"]
-        good = isinstance(values, list) and all(type(v) in (int, float) for v in values)
-        if not good or len(values) != 3 * number:
-            raise UserError(
-                f"{file}: the keypoints of annotation {annotation['id']!r} are not {3 * number} "
-                f"numbers, x, y and visibility of each of {number} keypoints."
+        if len(annotation["keypoints"]) != 3 * number:
+            return Keypoints(
+                fault=f"in {file} the keypoints of annotation {annotation['id']!r} are "
+                f"{len(annotation['keypoints'])} numbers instead of {3 * number}, x, y and "
+                f"visibility of each of {number}"
             )
-    incomplete = sum(not (a.get("keypoints") and "num_keypoints" in a) for a in annotations)
     without = len(annotations) - len(found)
     if without:
         logger.info(
             "%s: %d annotations have no keypoints; they count as not labelled.", file, without
         )
-    return names, number, incomplete
+    incomplete = any(not a.get("keypoints") or "num_keypoints" not in a for a in annotations)
+    return Keypoints(names, number, incomplete)
 
 
 def fill_in(records: Sequence[dict[str, Any]], number: int) -> None:
@@ -102,6 +119,11 @@ def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) ->
         UserError: one sentence with the way out.
     """
     found = metadata.get("num_keypoints", len(metadata.get("keypoint_names", ())))
+    if fault := metadata.get("keypoint_fault"):
+        raise UserError(
+            f"MODEL.KEYPOINT_ON is True, but {fault}: correct the file, or give MODEL.KEYPOINT_ON "
+            "False to train on boxes alone."
+        )
     if found is None:  # predictions are written, and compared with nothing
         return
     if not found:
@@ -130,3 +152,12 @@ def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) ->
         ", ".join(f"{a} and {b}" for a, b in pairs)
         or "no keypoints: no names differ in left and right alone",
     )
+
+
+def convert_incomplete(metadata: Any) -> None:
+    """Has Detectron2 convert a data set whose file pycocotools cannot evaluate keypoints by.
+
+    For boxes alone the file is evaluated as it is, with the areas that stand in it.
+    """
+    if metadata.get("keypoints_incomplete") and hasattr(metadata, "json_file"):
+        del metadata.json_file

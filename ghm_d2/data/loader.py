@@ -20,11 +20,16 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ghm_d2.data import workers
 from ghm_d2.data.anchor_check import log_anchor_fit
-from ghm_d2.data.workers import outlive_sigterm
 from ghm_d2.randomness import numpy_state, preserved, seeded, set_numpy_state
 
-__all__ = ["TrainLoader", "build_test_mapper", "build_train_loader"]
+__all__ = [
+    "TrainLoader",
+    "build_test_mapper",
+    "build_train_loader",
+    "build_train_loader_from_parts",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -59,28 +64,40 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
         A :class:`TrainLoader`; Detectron2's own loader, after a warning, where a data set is a
         ``torch.utils.data.Dataset`` instead of a list.
     """
-    # A sampler is named so that none is built yet: its seeds must be drawn where they are noted.
+    # With a sampler given, Detectron2 builds none: its seeds must be drawn where they are noted.
     parts = _train_loader_from_config(cfg, mapper, sampler=())
     records, mapper = parts["dataset"], parts["mapper"]
 
     def build_sampler() -> Sampler:
         return _train_loader_from_config(cfg, mapper, dataset=records)["sampler"]
 
-    if not isinstance(records, list):
+    if isinstance(records, list):
+        log_anchor_fit(cfg, records)
+    return build_train_loader_from_parts(parts, build_sampler)
+
+
+def build_train_loader_from_parts(
+    parts: dict[str, Any], build_sampler: Callable[[], Sampler]
+) -> Iterable[list[dict]]:
+    """As :func:`build_train_loader`, from the arguments of ``build_detection_train_loader``.
+
+    Args:
+        parts: those arguments without ``sampler``.
+        build_sampler: see :class:`TrainLoader`.
+    """
+    if not isinstance(parts["dataset"], list):
         logger.warning(
-            "%s is no list of dataset dicts: a resumed training will not go on with the images "
-            "where it stopped",
-            ", ".join(cfg.DATASETS.TRAIN),
+            "the training data is no list of dataset dicts: a resumed training will not go on "
+            "with the images where it stopped"
         )
         return build_detection_train_loader(**{**parts, "sampler": build_sampler()})
-    log_anchor_fit(cfg, records)
     return TrainLoader(
-        records,
-        mapper,
+        parts["dataset"],
+        parts["mapper"],
         build_sampler,
         total_batch_size=parts["total_batch_size"],
-        aspect_ratio_grouping=parts["aspect_ratio_grouping"],
-        num_workers=parts["num_workers"],
+        aspect_ratio_grouping=parts.get("aspect_ratio_grouping", True),
+        num_workers=parts.get("num_workers", 0),
     )
 
 
@@ -132,13 +149,16 @@ class TrainLoader:
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_it_is,
-            worker_init_fn=outlive_sigterm,
+            worker_init_fn=workers.outlive_signals,
+            timeout=workers.TIMEOUT if self._num_workers else 0,
             generator=torch.Generator(),  # the global one belongs to the model
         )
         samples = iter(loader)
         try:
             while True:
-                yield list(itertools.islice(samples, self._batch_size))
+                with workers.watched():
+                    batch = list(itertools.islice(samples, self._batch_size))
+                yield batch
         finally:
             # An exception that holds the iterator would keep its workers until SIGTERM, and longer.
             if self._num_workers:

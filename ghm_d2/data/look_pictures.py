@@ -16,8 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ghm_d2.data.look_statistics import DataStatistics
-from ghm_d2.deploy.setup import UnreadableError, read_image
-from ghm_d2.engine.pictures import draw_boxes
+from ghm_d2.data.pictures import UnreadableError, draw_boxes, read_image
 
 __all__ = ["draw_grid", "draw_histograms", "spread"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 
 __all__ = ["ReadableMapper", "TooManyUnreadable"]
 
@@ -73,17 +73,16 @@ class ReadableMapper:
     def _count(self, record: dict[str, Any], error: Exception) -> None:
         name = str(record.get("file_name"))
         self._failed[name] = self._failed.get(name, 0) + 1
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         times = sum(self._failed.values())
         if len(self._failed) > _FEW and times > _SHARE * self._seen:
             raise TooManyUnreadable(
-                f"{times} of {self._seen} images could not be read, the last {name} ({reason}): "
-                "check the disk, or list all of them with ghm-d2 check-data."
+                f"{times} of {self._seen} images could not be read, the last {name} "
+                f"({reason(error)}): check the disk, or list all of them with ghm-d2 check-data."
             )
         logger.warning(
             "%s cannot be used (%s): %s; %d of %d images so far, in this worker of the loader",
             name,
-            reason,
+            reason(error),
             "another one replaces it" if self._is_train else "tested as a black one",
             times,
             self._seen,

@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 
 from ghm_d2.data.checks import KINDS, Findings, annotation_problems, row_problems
 from ghm_d2.data.image_checks import image_problems
-from ghm_d2.data.keypoints import fill_in, find_keypoints, mirrored_pairs
+from ghm_d2.data.keypoints import Keypoints, fill_in, find_keypoints, mirrored_pairs
 from ghm_d2.errors import UserError, cannot
 
 __all__ = [
@@ -56,10 +56,7 @@ class CocoDataset:
         evaluable: whether pycocotools can evaluate the file as it is. If not, Detectron2 converts
             the loaded data into a file that it can.
         without_mask: number of objects, crowd regions left out, that have no segmentation.
-        keypoint_names: names of the keypoints of an object, in their order; empty where the
-            categories list none.
-        num_keypoints: number of keypoints of an object; 0: there are none; None: the file has no
-            annotations.
+        keypoints: what the file holds of them; None: it has no annotations.
         fingerprint: what :func:`data_fingerprint` returns; empty until the file has been checked.
     """
 
@@ -69,8 +66,7 @@ class CocoDataset:
     classes: tuple[str, ...] = ()
     evaluable: bool = True
     without_mask: int = 0
-    keypoint_names: tuple[str, ...] = ()
-    num_keypoints: int | None = 0
+    keypoints: Keypoints | None = Keypoints()
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,7 +102,8 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
     file = dataset.json_file
     if not os.path.isdir(dataset.image_root):
         raise UserError(
-            f"--dataset {dataset.name}: the image folder {dataset.image_root} does not exist."
+            f"--dataset {dataset.name}: the image folder {dataset.image_root} does not exist"
+            + (" (what follows the last comma)." if "," in dataset.json_file else ".")
         )
     logger.info("Checking data set %s (%s)", dataset.name, file)
     content = read_annotations(file)
@@ -121,15 +118,13 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
         _log_repairs(file, found)
     else:
         logger.warning("%s has no annotations: predictions are written, no AP is computed.", file)
-    names, num_keypoints, incomplete = find_keypoints(content, file)
     ordered = sorted(content["categories"], key=lambda category: category["id"])
     return replace(
         dataset,
         classes=tuple(category["name"] for category in ordered),
-        evaluable=not incomplete and all(map(_evaluable, annotations)),
+        evaluable=all(map(_evaluable, annotations)),
         without_mask=sum(not (a.get("segmentation") or a.get("iscrowd", 0)) for a in annotations),
-        keypoint_names=names,
-        num_keypoints=num_keypoints if labelled else None,
+        keypoints=find_keypoints(content, file) if labelled else None,
         fingerprint=_fingerprint(ordered, images, annotations),
     )
 
@@ -251,15 +246,18 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
         evaluator_type="coco",
         thing_classes=list(dataset.classes),
         without_mask=dataset.without_mask,
-        num_keypoints=dataset.num_keypoints,
-        keypoints_named=bool(dataset.keypoint_names),
-        fingerprint=dict(dataset.fingerprint),
     )
-    if dataset.num_keypoints:
+    keypoints = dataset.keypoints
+    metadata.num_keypoints = None if keypoints is None else keypoints.number
+    if keypoints is not None:
+        metadata.keypoint_fault = keypoints.fault
+    if keypoints is not None and keypoints.number:
         # Detectron2's mapper asks for names whether or not it mirrors images.
-        numbers = map(str, range(1, dataset.num_keypoints + 1))
-        metadata.keypoint_names = list(dataset.keypoint_names or numbers)
-        metadata.keypoint_flip_map = mirrored_pairs(metadata.keypoint_names)
+        numbers = map(str, range(1, keypoints.number + 1))
+        metadata.keypoint_names = list(keypoints.names or numbers)
+        metadata.keypoint_flip_map = mirrored_pairs(keypoints.names)
+        metadata.keypoints_named = bool(keypoints.names)
+        metadata.keypoints_incomplete = keypoints.incomplete
     if dataset.evaluable:  # without json_file, COCOEvaluator converts what `_load` returns
         metadata.json_file = dataset.json_file
     _registered_here.add(name)
@@ -294,6 +292,6 @@ def _load(dataset: CocoDataset) -> list[dict[str, Any]]:
     for record in records:
         # Detectron2's mapper drops boxes without area, but turns negative sizes into positive ones.
         record["annotations"] = [a for a in record["annotations"] if min(a["bbox"][2:]) > 0]
-    if dataset.num_keypoints:
-        fill_in(records, dataset.num_keypoints)
+    if dataset.keypoints and dataset.keypoints.number:
+        fill_in(records, dataset.keypoints.number)
     return records

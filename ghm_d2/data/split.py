@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, cannot
 
 __all__ = ["choose", "describe", "read_coco", "split_coco", "write_coco"]
 
@@ -89,7 +89,7 @@ def read_coco(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
+        raise cannot("read", file, error) from error
     except ValueError as error:
         raise UserError(f"{file} is not a complete JSON file ({error}).") from error
     needed = {
@@ -121,4 +121,4 @@ def write_coco(parts: Mapping[Path, Mapping[str, Any]]) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(content), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{file} cannot be written ({error.strerror}).") from error
+            raise cannot("written", file, error) from error

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ghm_d2.data.synthetic_images import CLASSES, IMAGE_SIZE, SEED, SPLITS, VERSION, make_image
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 
 __all__ = ["ensure_synthetic", "register_synthetic"]
 
@@ -118,7 +118,7 @@ def ensure_synthetic(root: str | os.PathLike[str] | None = None) -> Path:
                 shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"The synthetic data set cannot be written to {folder} ({error.strerror or error}): "
+            f"The synthetic data set cannot be written to {folder} ({reason(error)}): "
             "set DETECTRON2_DATASETS to a folder with write access and 50 MB of room."
         ) from error
     return folder

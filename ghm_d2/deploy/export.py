@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.export import TracingAdapter
 from torch import Tensor, nn
 
 from ghm_d2.deploy.detections import Detections, check_detector, detect
 from ghm_d2.deploy.fixed_size import fixed_size_detector
+from ghm_d2.deploy.setup import images_of_test
+from ghm_d2.engine.settings import Config
 from ghm_d2.errors import UserError
 
 __all__ = [
@@ -37,14 +38,15 @@ _OUTPUTS = ("boxes", "scores", "classes")
 _OPSET = 17  # RoiAlign knows Detectron2's alignment from 16 on
 
 
-def describe(cfg: CfgNode, model: nn.Module, class_names: list[str] | None) -> dict[str, Any]:
+def describe(cfg: Config, model: nn.Module, class_names: list[str] | None) -> dict[str, Any]:
     """What somebody who has the file alone must know."""
+    channels, shortest, longest = images_of_test(cfg)
     return {
-        "architecture": cfg.MODEL.META_ARCHITECTURE,
+        "architecture": type(model).__name__,
         "input": "image: (C, H, W) float32, 0 .. 255, resized, neither normalised nor padded",
-        "input_format": cfg.INPUT.FORMAT,
-        "min_size_test": cfg.INPUT.MIN_SIZE_TEST,
-        "max_size_test": cfg.INPUT.MAX_SIZE_TEST,
+        "input_format": channels,
+        "min_size_test": shortest,
+        "max_size_test": longest,
         "smallest_side_torch_export": smallest_side(model),
         "output": "boxes (x1, y1, x2, y2 in pixels of the image), scores, classes; torch_export: "
         "padded to a fixed number of rows, and the count of the real ones",

@@ -9,7 +9,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
@@ -18,7 +17,9 @@ from detectron2.utils.visualizer import Visualizer
 from torch import nn
 from tqdm import tqdm
 
-from ghm_d2.deploy.setup import VIDEO_SUFFIXES, UnreadableError, image_preparer, read_image
+from ghm_d2.data.pictures import UnreadableError, read_image
+from ghm_d2.deploy.setup import VIDEO_SUFFIXES, image_preparer
+from ghm_d2.engine.settings import Config
 from ghm_d2.errors import UserError
 
 __all__ = ["Predictor"]
@@ -39,9 +40,7 @@ class Predictor:
         seconds: time that the model took for them, preparing and results included.
     """
 
-    def __init__(
-        self, cfg: CfgNode, model: nn.Module, metadata: Metadata, threshold: float
-    ) -> None:
+    def __init__(self, cfg: Config, model: nn.Module, metadata: Metadata, threshold: float) -> None:
         """
         Args:
             cfg: of the model.

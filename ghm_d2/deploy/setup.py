@@ -7,29 +7,29 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog, detection_utils
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
-from PIL import Image
 from torch import Tensor, nn
 
 from ghm_d2.checkpoint import load_trained_weights
+from ghm_d2.checkpoint.origin import check_classes
 from ghm_d2.deploy.detections import check_detector
 from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser
 from ghm_d2.engine.checks import check_inference
-from ghm_d2.engine.setup import build_config
+from ghm_d2.engine.settings import Config, Settings, read_settings
+from ghm_d2.engine.setup import build_config, given_keys
+from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError
+from ghm_d2.run_parts import Record
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "UnreadableError",
     "VIDEO_SUFFIXES",
     "build_detector",
-    "class_metadata",
     "image_preparer",
+    "images_of_test",
     "list_files",
-    "read_image",
     "tool_parser",
 ]
 
@@ -54,37 +54,42 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
         metavar="NAME=annotations.json,image_dir",
         help="COCO-format data that the detector was trained for: gives the names of the classes",
     )
-    # What build_config asks of train_net.py's command line.
-    parser.set_defaults(eval_only=True, num_gpus=1)
     return parser
 
 
-def build_detector(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
-    """The config and the trained detector, in eval mode, that the command line asks for.
+def build_detector(args: argparse.Namespace) -> tuple[Config, nn.Module, Metadata]:
+    """The config, the trained detector in eval mode, and its classes, for a command line.
 
     Raises:
         UserError: config, weights or data set are wrong, or the detector is of another kind.
     """
     for name in ("fvcore", "detectron2", "ghm_d2"):  # they tell what weights were left out
         setup_logger(name=name)
-    cfg, _ = build_config(args, log_to_file=False)
-    check_inference(cfg, args)
-    model = build_model(cfg).eval()
+    cfg, datasets = build_config(
+        args.config_file, args.opts, args.dataset, eval_only=True, log_to_file=False
+    )
+    check_inference(cfg, given_keys(args.config_file, args.opts))
+    model = GHMTrainer.build_model(cfg).eval()
     check_detector(model)
-    load_trained_weights(cfg, model)
-    return cfg, model
+    origin = load_trained_weights(model, read_settings(cfg).weights)
+    for data in datasets:
+        check_classes(origin, data.classes, data.name)
+    return cfg, model, _class_metadata(read_settings(cfg), model, origin)
 
 
-def class_metadata(cfg: CfgNode, model: nn.Module) -> Metadata:
-    """The metadata of the first data set of the config whose number of classes is the model's.
+def _class_metadata(settings: Settings, model: nn.Module, origin: Record) -> Metadata:
+    """The metadata of the first data set of the config that has the model's classes.
 
-    Without one, empty metadata: its `thing_classes` are not set.
+    These are the ones that the weights name. Where they name none, their number must do. Without
+    such a data set only the names are set, or nothing.
     """
     part = model if hasattr(model, "num_classes") else model.roi_heads
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if len(MetadataCatalog.get(name).get("thing_classes", ())) == part.num_classes:
+    known = list(origin.classes) if len(origin.classes) == part.num_classes else None
+    for name in (*settings.test, *settings.train):
+        found = MetadataCatalog.get(name).get("thing_classes", ())
+        if len(found) == part.num_classes and known in (None, list(found)):
             return MetadataCatalog.get(name)
-    return Metadata()
+    return Metadata(thing_classes=known) if known else Metadata()
 
 
 def list_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
@@ -111,24 +116,26 @@ def _either(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-class UnreadableError(UserError):
-    """An input that is there but broken, or no image or video at all."""
-
-
-def read_image(file: Path) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, turned as its EXIF data says.
+def images_of_test(cfg: Config) -> tuple[str, int, int]:
+    """What images of a test are: order of their channels, shorter and longest side in pixels.
 
     Raises:
-        UnreadableError: the file is not an image that can be read.
+        UserError: a Python config does something else with them than to resize them.
     """
-    try:
-        return detection_utils.read_image(str(file), "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise UnreadableError(f"{file} cannot be read as an image ({reason}).") from error
+    if isinstance(cfg, CfgNode):
+        return cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    mapper = GHMTrainer.build_test_mapper(cfg)
+    augmentations = list(getattr(getattr(mapper, "augmentations", None), "augs", ()))
+    if len(augmentations) != 1 or not isinstance(augmentations[0], ResizeShortestEdge):
+        raise UserError(
+            "dataloader.test.mapper must be Detectron2's DatasetMapper with one augmentation, "
+            "ResizeShortestEdge."
+        )
+    resize = augmentations[0]
+    return mapper.image_format, int(resize.short_edge_length[0]), int(resize.max_size)
 
 
-def image_preparer(cfg: CfgNode) -> Callable[[np.ndarray], Tensor]:
+def image_preparer(cfg: Config) -> Callable[[np.ndarray], Tensor]:
     """A function from an RGB image, (H, W, 3) uint8, to what the model takes.
 
     That is (3, H', W') float32, 0 .. 255, resized as for the test, channels as in `INPUT.FORMAT`.
@@ -136,11 +143,11 @@ def image_preparer(cfg: CfgNode) -> Callable[[np.ndarray], Tensor]:
     Raises:
         UserError: `INPUT.FORMAT` is neither BGR nor RGB.
     """
-    order = {"BGR": -1, "RGB": 1}.get(cfg.INPUT.FORMAT)
+    channels, shortest, longest = images_of_test(cfg)
+    order = {"BGR": -1, "RGB": 1}.get(channels)
     if order is None:
-        raise UserError(f"INPUT.FORMAT {cfg.INPUT.FORMAT} is not supported: BGR and RGB are.")
-    shortest = cfg.INPUT.MIN_SIZE_TEST
-    resize = ResizeShortestEdge([shortest, shortest], cfg.INPUT.MAX_SIZE_TEST)
+        raise UserError(f"INPUT.FORMAT {channels} is not supported: BGR and RGB are.")
+    resize = ResizeShortestEdge([shortest, shortest], longest)
 
     def prepare(rgb: np.ndarray) -> Tensor:
         pixels = resize.get_transform(rgb).apply_image(rgb)[:, :, ::order]

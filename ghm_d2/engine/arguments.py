@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 from detectron2.config import get_cfg
 
-from ghm_d2.errors import UserError, program_name
+from ghm_d2.errors import UserError, command
 
 __all__ = ["Parser", "add_process_options", "parse_arguments", "train_program"]
 
-CONFIG_FILE_HELP = "a YAML file of yours, or the name of one of configs/"
-_FLAGS = ("-h", "--help", "--eval-only", "--resume", "--trust-checkpoint")
+CONFIG_FILE_HELP = "a YAML or Python file of yours (the latter is executed: run none whose author "
+CONFIG_FILE_HELP += "you do not trust), or the name of one of configs/"
+_FLAGS = ("-h", "--help", "--eval-only", "--resume", "--overwrite", "--trust-checkpoint")
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,21 +23,22 @@ class Parser(argparse.ArgumentParser):
 
 def train_program() -> str:
     """What the user runs to train: the installed command or the script."""
-    return program_name("train_net.py", "ghm-d2 train")
+    return command("train")
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog=train_program(),
         usage="%(prog)s --config-file FILE [options] [KEY VALUE ...]",
-        description="Train, resume or evaluate a detector. KEY VALUE pairs override the config "
-        "and may stand before or after the options.",
+        description="Train, resume or evaluate a detector. KEY VALUE pairs (KEY=VALUE in a Python "
+        "config) override the config and may stand before or after the options.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add("--overwrite", action="store_true", help="train anew where a finished training lies")
     add(
         "--trust-checkpoint",
         action="store_true",
@@ -74,6 +76,7 @@ def _split(
     options: list[str] = []
     pairs: list[str] = []
     rest = list(argv)
+    python = _is_python(argv)
     while rest:
         token = rest.pop(0)
         if not token.startswith("--") and token != "-h":
@@ -82,13 +85,24 @@ def _split(
         options.append(token)
         if token not in flags and "=" not in token and rest:
             options.append(rest.pop(0))
-        if token == "--dataset":  # more than one may follow; no KEY holds a "="
-            while rest and "=" in rest[0] and not rest[0].startswith("-"):
+        if token == "--dataset":  # more than one may follow
+            while rest and _is_dataset(rest[0], python):
                 options += ["--dataset", rest.pop(0)]
         if token in lists:
             while rest and not rest[0].startswith("-") and not _is_key(rest[0]):
                 options.append(rest.pop(0))
     return options, pairs
+
+
+def _is_python(argv: Sequence[str]) -> bool:
+    """Whether the config file is a Python one, which KEY=VALUE overrides."""
+    return any(word.endswith(".py") for word in argv)
+
+
+def _is_dataset(word: str, python: bool) -> bool:
+    # No YAML key holds a "="; KEY=VALUE does, and every key of a Python config has a dot.
+    name, separator, _ = word.partition("=")
+    return bool(separator) and not word.startswith("-") and not (python and "." in name)
 
 
 def _is_key(word: str) -> bool:
@@ -112,14 +126,14 @@ def parse_arguments(
 
     Returns:
         A namespace with one attribute for each option; `dataset` is a list of strings and `opts`
-        the flat list of KEY VALUE pairs.
+        the flat list of KEY VALUE pairs, or of KEY=VALUE where the config file is a .py file.
 
     Raises:
         UserError: an unknown option, a missing or wrong value, or a key without a value.
     """
     options, pairs = _split(argv, flags, lists)
     args = (parser or _parser()).parse_args(options)
-    if len(pairs) % 2:
+    if len(pairs) % 2 and not _is_python(argv):
         raise UserError(
             f"the KEY VALUE pairs are {len(pairs)} words, so one key has no value: "
             + " ".join(pairs)

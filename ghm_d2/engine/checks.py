@@ -3,11 +3,11 @@
 Everything here raises `UserError` with one sentence; what only looks odd is logged.
 """
 
-import argparse
 import importlib.util
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 from detectron2.config import CfgNode
@@ -15,19 +15,21 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 
-from ghm_d2.checkpoint.checkpointer import newest_checkpoint
 from ghm_d2.checkpoint.files import fetch
-from ghm_d2.config import validate_ghm_config
 from ghm_d2.data.keypoints import check_keypoints
 from ghm_d2.engine.clipping import CLIP_TYPES
-from ghm_d2.engine.processes import started_by_torchrun
+from ghm_d2.engine.processes import Processes, started_by_torchrun
+from ghm_d2.engine.settings import Config, class_counts, key_of, pair, read_settings, typed
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
 from ghm_d2.errors import UserError, similar_names
+from ghm_d2.modeling import validate_ghm_config
+from ghm_d2.run_folder import RunFolder
 
 __all__ = ["check_all", "check_inference"]
 
 logger = logging.getLogger(__name__)
 
+_ONE = Processes()
 # Weights that configs name and nobody publishes in Detectron2's format: how to make them.
 _WEIGHTS_HINTS = {
     "resnext101_32x4d-a5af3160": "ghm-d2 convert-torchvision "
@@ -38,36 +40,59 @@ _WEIGHTS_HINTS = {
 }
 
 
-def check_all(cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_all(
+    cfg: Config,
+    given: Set[str] = frozenset(),
+    processes: Processes = _ONE,
+    *,
+    eval_only: bool = False,
+    resume: bool = False,
+) -> None:
     """Check config, processes, data sets and weights against what is there.
 
     Weights behind a URL are fetched into Detectron2's cache here, before any process is launched.
 
+    Args:
+        cfg: of the run.
+        given: keys that the command line has given, in place of the config file.
+        processes: of the job.
+        eval_only: whether nothing will be trained.
+        resume: whether the last checkpoint in the output folder comes before the weights.
+
     Raises:
         UserError: one sentence with the way out.
     """
     _check_config(cfg)
-    _check_processes(cfg, args)
-    _check_datasets(cfg, args)
-    _check_weights(cfg, args)
+    _check_values(cfg, eval_only)
+    _check_processes(cfg, processes, eval_only)
+    _check_datasets(cfg, eval_only)
+    _check_weights(cfg, given, eval_only, resume)
 
 
-def check_inference(cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_inference(cfg: Config, given: Set[str] = frozenset()) -> None:
     """Check what a trained detector needs to run on images: config and weights, no data set.
 
+    Args:
+        cfg: of the detector.
+        given: as for :func:`check_all`.
+
     Raises:
         UserError: one sentence with the way out.
     """
     _check_config(cfg)
-    if "MODEL.WEIGHTS" not in args.opts[::2] and (what := _untrained(cfg.MODEL.WEIGHTS)):
+    weights, name = read_settings(cfg).weights, key_of(cfg, "weights")
+    if name not in given and (what := _untrained(weights)):
         raise UserError(
-            f"a trained detector is needed, but MODEL.WEIGHTS is {what}: give MODEL.WEIGHTS FILE."
+            f"a trained detector is needed, but {name} is {what}: give "
+            f"{pair(cfg, 'weights', 'FILE')}."
         )
-    if cfg.MODEL.WEIGHTS:
-        _check_weights_file(cfg.MODEL.WEIGHTS)
+    if weights:
+        _check_weights_file(cfg, weights)
 
 
-def _check_config(cfg: CfgNode) -> None:
+def _check_config(cfg: Config) -> None:
+    if not isinstance(cfg, CfgNode):
+        return  # its parts check their arguments when they are built
     try:
         validate_ghm_config(cfg)
     except UserError:
@@ -91,60 +116,89 @@ def _check_config(cfg: CfgNode) -> None:
         raise UserError("TEST.AUG.ENABLED True is not supported: train_net.py tests plain images.")
 
 
-def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
-    if args.num_gpus < 1 or args.num_machines < 1:
-        raise UserError(
-            "--num-gpus and --num-machines must be at least 1 (MODEL.DEVICE cpu uses no GPU)."
+def _check_values(cfg: Config, eval_only: bool) -> None:
+    """Numbers that Detectron2 would divide by, or take for something else."""
+    settings = read_settings(cfg)
+    least = {"test_workers": 0}
+    if not eval_only:
+        least |= dict.fromkeys(("max_iter", "checkpoint_period", "images_per_batch"), 1)
+        least |= {"log_period": 1, "eval_period": 0, "statistics_period": 0, "train_workers": 0}
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < smallest:
+            raise UserError(f"{key_of(cfg, name)} must be at least {smallest}, got {value}.")
+    warmup, python = settings.warmup or 0, not isinstance(cfg, CfgNode)
+    if not 0 <= warmup <= (1 if python else math.inf):
+        allowed = "in 0 .. 1, a share of the training" if python else "at least 0"
+        raise UserError(f"{key_of(cfg, 'warmup')} must be {allowed}, got {warmup}.")
+    if not eval_only and not python and warmup > settings.max_iter:
+        logger.warning(
+            "the warm-up is longer than the training (%s %s, %s %s): the learning rate never "
+            "reaches its value",
+            key_of(cfg, "warmup"),
+            warmup,
+            key_of(cfg, "max_iter"),
+            settings.max_iter,
         )
-    if not 0 <= args.machine_rank < args.num_machines:
+
+
+def _check_processes(cfg: Config, processes: Processes, eval_only: bool) -> None:
+    settings, here = read_settings(cfg), processes.num_gpus
+    if here < 1 or processes.num_machines < 1:
         raise UserError(
-            f"--machine-rank {args.machine_rank} is not in 0 .. {args.num_machines - 1}, "
-            f"as --num-machines {args.num_machines} wants."
+            "--num-gpus and --num-machines must be at least 1 "
+            f"({pair(cfg, 'device', 'cpu')} uses no GPU)."
         )
-    if args.num_machines > 1 and args.dist_url == "auto":
+    if not 0 <= processes.machine_rank < processes.num_machines:
+        raise UserError(
+            f"--machine-rank {processes.machine_rank} is not in 0 .. "
+            f"{processes.num_machines - 1}, as --num-machines {processes.num_machines} wants."
+        )
+    if processes.num_machines > 1 and processes.dist_url == "auto":
         raise UserError("--num-machines above 1 needs --dist-url tcp://HOST:PORT of machine 0.")
-    world = args.num_gpus * args.num_machines
+    world = processes.world_size
     torchrun = started_by_torchrun()  # has a backend for either device, and its own checks
     if torch.cuda.is_available():
-        if args.num_gpus > torch.cuda.device_count() and not torchrun:
+        if here > torch.cuda.device_count() and not torchrun:
             raise UserError(
-                f"--num-gpus {args.num_gpus} is more than the {torch.cuda.device_count()} "
+                f"--num-gpus {here} is more than the {torch.cuda.device_count()} "
                 "GPUs of this machine."
             )
-        if world > 1 and cfg.MODEL.DEVICE == "cpu" and not torchrun:
+        if world > 1 and settings.device == "cpu" and not torchrun:
             raise UserError(
-                "MODEL.DEVICE cpu in several processes needs GPUs to be hidden: set "
+                f"{pair(cfg, 'device', 'cpu')} in several processes needs GPUs to be hidden: set "
                 "CUDA_VISIBLE_DEVICES to an empty string."
             )
-    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % (cfg.SOLVER.REFERENCE_WORLD_SIZE or world):
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be divided among "
-            f"{cfg.SOLVER.REFERENCE_WORLD_SIZE or world} processes."
-        )
+    shares = settings.reference_world_size or world
+    if not eval_only and settings.images_per_batch % shares:
+        images = f"{key_of(cfg, 'images_per_batch')} {settings.images_per_batch}"
+        raise UserError(f"{images} cannot be divided among {shares} processes.")
 
 
-def _check_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
-    train = () if args.eval_only else tuple(cfg.DATASETS.TRAIN)
-    test = tuple(cfg.DATASETS.TEST)
-    if args.eval_only and not test:
-        raise UserError(
-            "--eval-only has nothing to evaluate on, DATASETS.TEST is empty: give --dataset or "
-            "DATASETS.TEST \"('NAME',)\"."
-        )
-    if not args.eval_only and not train:
-        raise UserError("DATASETS.TRAIN is empty: give --dataset or DATASETS.TRAIN \"('NAME',)\".")
+def _check_datasets(cfg: Config, eval_only: bool) -> None:
+    settings = read_settings(cfg)
+    train = () if eval_only else settings.train
+    test = settings.test
+    names = "NAME" if not isinstance(cfg, CfgNode) else "\"('NAME',)\""
+    for split, needed in (("test", eval_only), ("train", not eval_only)):
+        if needed and not getattr(settings, split):
+            nothing = "--eval-only has nothing to evaluate on, " if eval_only else ""
+            raise UserError(
+                f"{nothing}{key_of(cfg, split)} is empty: give --dataset or "
+                f"{pair(cfg, split, names)}."
+            )
     for name in dict.fromkeys(train + test):
         _check_dataset_files(name)
         _check_class_count(cfg, name)
     for name in train:
         _check_masks(cfg, name)
-    if cfg.MODEL.KEYPOINT_ON:
+    if isinstance(cfg, CfgNode) and cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(cfg, train, test)
     for name in test:
         _check_evaluator(name)
-    _check_class_names(dict.fromkeys(train + test))
+    _check_class_names(cfg, dict.fromkeys(train + test))
     if not test:
-        logger.info("DATASETS.TEST is empty: no evaluation will run")
+        logger.info("%s is empty: no evaluation will run", key_of(cfg, "test"))
 
 
 def _check_dataset_files(name: str) -> None:
@@ -166,9 +220,9 @@ def _check_dataset_files(name: str) -> None:
             )
 
 
-def _check_masks(cfg: CfgNode, name: str) -> None:
+def _check_masks(cfg: Config, name: str) -> None:
     without = MetadataCatalog.get(name).get("without_mask", 0)
-    if cfg.MODEL.MASK_ON and without:
+    if isinstance(cfg, CfgNode) and cfg.MODEL.MASK_ON and without:
         raise UserError(
             f"MODEL.MASK_ON is True, but {without} objects of the data set {name} have no "
             "segmentation: annotate them, or give MODEL.MASK_ON False to train on boxes alone."
@@ -190,29 +244,30 @@ def _check_keypoints(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) ->
         )
 
 
-def _class_count_key(cfg: CfgNode) -> str | None:
+def _class_count_key(cfg: Config) -> str | None:
     """The key that counts the classes of the final detections, or None where nothing does."""
+    known = class_counts(cfg)
+    if not isinstance(cfg, CfgNode):
+        return next(iter(known), None)
     architecture = cfg.MODEL.META_ARCHITECTURE
-    if "RetinaNet" in architecture:
-        return "MODEL.RETINANET.NUM_CLASSES"
-    return "MODEL.ROI_HEADS.NUM_CLASSES" if "RCNN" in architecture else None
+    part = "RETINANET" if "RetinaNet" in architecture else "ROI_HEADS"
+    counted = "RetinaNet" in architecture or "RCNN" in architecture
+    return f"MODEL.{part}.NUM_CLASSES" if counted else None
 
 
-def _check_class_count(cfg: CfgNode, name: str) -> None:
-    key, classes = _class_count_key(cfg), MetadataCatalog.get(name).get("thing_classes")
-    if key is None or classes is None:  # some loaders know the classes only after loading
+def _check_class_count(cfg: Config, name: str) -> None:
+    full, classes = _class_count_key(cfg), MetadataCatalog.get(name).get("thing_classes")
+    if full is None or classes is None:  # some loaders know the classes only after loading
         return
-    node = cfg
-    for part in key.split("."):
-        node = node[part]
-    if node != len(classes):
+    count = class_counts(cfg)[full]
+    if count != len(classes):
         raise UserError(
-            f"the data set {name} has {len(classes)} classes but {key} is {node}: "
-            f"give {key} {len(classes)}."
+            f"the data set {name} has {len(classes)} classes but {full} is {count}: "
+            f"give {typed(cfg, full, len(classes))}."
         )
 
 
-def _check_class_names(names: Sequence[str]) -> None:
+def _check_class_names(cfg: Config, names: Iterable[str]) -> None:
     known = {n: list(MetadataCatalog.get(n).get("thing_classes") or ()) for n in names}
     known = {name: classes for name, classes in known.items() if classes}
     first = next(iter(known), None)
@@ -220,7 +275,7 @@ def _check_class_names(names: Sequence[str]) -> None:
         if classes != known[first]:
             raise UserError(
                 f"the data sets {first} and {name} have different classes, or another order of "
-                "them: DATASETS.TRAIN and DATASETS.TEST must agree."
+                f"them: {key_of(cfg, 'train')} and {key_of(cfg, 'test')} must agree."
             )
 
 
@@ -235,23 +290,25 @@ def _check_evaluator(name: str) -> None:
         raise UserError(f"evaluating {name} needs the package lvis: run pip install lvis.")
 
 
-def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
-    weights = cfg.MODEL.WEIGHTS
-    if args.resume:
-        if newest_checkpoint(cfg.OUTPUT_DIR)[0] is not None:
-            return  # MODEL.WEIGHTS will not be used
+def _check_weights(cfg: Config, given: Set[str], eval_only: bool, resume: bool) -> None:
+    settings, name = read_settings(cfg), key_of(cfg, "weights")
+    if resume:
+        if RunFolder(settings.output_dir).last_checkpoint() is not None:
+            return  # the weights will not be used
         logger.warning(
-            "--resume: %s holds no checkpoint; starting from MODEL.WEIGHTS %r",
-            cfg.OUTPUT_DIR,
-            weights,
+            "--resume: %s holds no checkpoint; starting from %s %r",
+            settings.output_dir,
+            name,
+            settings.weights,
         )
-    if args.eval_only and "MODEL.WEIGHTS" not in args.opts[::2] and (what := _untrained(weights)):
+    if eval_only and name not in given and (what := _untrained(settings.weights)):
         raise UserError(
-            f"--eval-only needs a trained detector, but MODEL.WEIGHTS is {what}: give "
-            "MODEL.WEIGHTS FILE, or --resume for the last checkpoint in OUTPUT_DIR."
+            f"--eval-only needs a trained detector, but {name} is {what}: give "
+            f"{pair(cfg, 'weights', 'FILE')}, or --resume for the last checkpoint in "
+            f"{key_of(cfg, 'output_dir')}."
         )
-    if weights:
-        _check_weights_file(weights)
+    if settings.weights:
+        _check_weights_file(cfg, settings.weights)
 
 
 def _untrained(weights: str) -> str:
@@ -261,14 +318,15 @@ def _untrained(weights: str) -> str:
     return "a pretrained backbone alone" if "ImageNetPretrained" in weights else ""
 
 
-def _check_weights_file(weights: str) -> None:
+def _check_weights_file(cfg: Config, weights: str) -> None:
     path = weights.partition("?")[0]  # Detectron2 takes "?matching_heuristics=True"
     try:
         fetch(path)
     except UserError as error:
         base = os.path.basename(path)
         hint = next((x for stem, x in _WEIGHTS_HINTS.items() if base.startswith(stem)), None)
-        way_out = 'give MODEL.WEIGHTS another file, or "" to start from random weights'
+        name = key_of(cfg, "weights")
+        way_out = f'give {name} another file, or "" to start from random weights'
         if hint:
             way_out = f"make it with {hint.format(path=path)}"
-        raise UserError(f"MODEL.WEIGHTS {error}: {way_out}.") from error
+        raise UserError(f"{name} {error}: {way_out}.") from error

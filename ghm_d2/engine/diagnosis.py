@@ -244,7 +244,7 @@ def _watch_losses(model: nn.Module) -> Iterator[list[Row]]:
     by_level = {loss for each in dense for loss in each}
     levels = [str(name).upper() for name in getattr(model, "head_in_features", ())]
 
-    def watch(name: str, loss: HarmonizedLoss) -> Any:
+    def watch(name: str, loss: HarmonizedLoss) -> None:
         original, calls = loss.forward_pooled, 0
 
         def forward_pooled(predictions: Any, targets: Any, weights: Any = None) -> Tensor:
@@ -260,15 +260,19 @@ def _watch_losses(model: nn.Module) -> Iterator[list[Row]]:
             rows.append(Row("loss call", name + level, _finite(value), note))
             return value
 
-        return forward_pooled
+        def forward_levels(predictions: Any, targets: Any) -> Tensor:
+            pairs = zip(predictions, targets, strict=True)
+            return sum(forward_pooled([x], [target]) for x, target in pairs)
+
+        loss.forward_pooled, loss.forward_levels = forward_pooled, forward_levels
 
     for name, loss in losses.items():
-        loss.forward_pooled = watch(name, loss)
+        watch(name, loss)
     try:
         yield rows
     finally:
         for loss in losses.values():
-            del loss.forward_pooled
+            del loss.forward_pooled, loss.forward_levels
 
 
 def _gradient_rows(model: nn.Module, losses: dict[str, Tensor]) -> Iterator[Row]:

@@ -1,9 +1,10 @@
 """An evaluation's AP at every IoU threshold, not at 0.50 and 0.75 alone, and its costs."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
+from typing import Any
 
 import torch
 from detectron2.evaluation import COCOEvaluator
@@ -55,7 +56,7 @@ def _ap_at_thresholds(coco_eval: COCOeval | None) -> dict[str, float]:
 
 
 @contextmanager
-def costs_recorded(model: nn.Module) -> Iterator[None]:
+def costs_recorded(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
     """Puts into metrics.json what the block, an evaluation in a training, costs.
 
     That is the median time of a call of the model, post-processing included (the loader gives it
@@ -64,13 +65,15 @@ def costs_recorded(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: what is evaluated.
+
+    Yields:
+        What is to be called in its place; nothing hangs on the model itself.
     """
     if not has_event_storage():
-        yield
+        yield model
         return
     on_gpu = any(p.is_cuda for p in model.parameters())
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
-    starts: list[float] = []
     seconds: list[float] = []
 
     def clock() -> float:
@@ -78,13 +81,13 @@ def costs_recorded(model: nn.Module) -> Iterator[None]:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    with ExitStack() as hooks:
-        for register, hook in (
-            (model.register_forward_pre_hook, lambda *_: starts.append(clock())),
-            (model.register_forward_hook, lambda *_: seconds.append(clock() - starts.pop())),
-        ):
-            hooks.callback(register(hook).remove)
-        yield
+    def timed(inputs: Any) -> Any:
+        start = clock()
+        outputs = model(inputs)
+        seconds.append(clock() - start)
+        return outputs
+
+    yield timed
     storage = get_event_storage()
     if seconds:
         storage.put_scalar(SECONDS_PER_IMAGE, median(seconds), smoothing_hint=False)

@@ -20,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ghm_d2.engine.agreement import any_process
 from ghm_d2.engine.diagnosis import describe_images, diagnose
+from ghm_d2.engine.output_folder import is_disk_error
 from ghm_d2.engine.replay import ForwardState, Replay, save_replay
+from ghm_d2.engine.settings import Config, as_text, read_settings
 from ghm_d2.errors import UserError
 from ghm_d2.losses.base import HarmonizedLoss
 
@@ -56,7 +58,7 @@ class FiniteCheck:
 
     def __init__(
         self,
-        cfg: CfgNode,
+        cfg: Config,
         model: nn.Module,
         last_checkpoint: Callable[[], str],
         precision: torch.dtype | None = None,
@@ -221,17 +223,25 @@ class FiniteCheck:
 
     def _save(self, message: str) -> str:
         name = f"iteration_{self._iteration:07d}_process_{comm.get_rank()}.pth"
-        path = os.path.join(self._cfg.OUTPUT_DIR, _FOLDER, name)
+        path = os.path.join(read_settings(self._cfg).output_dir, _FOLDER, name)
         weights = {**self._model.state_dict(), **self._state.buffers}
         precision = str(self._precision).removeprefix("torch.") if self._precision else None
         replay = Replay(
-            self._cfg, self._batch, weights, self._state, self._iteration, message, precision
+            as_text(self._cfg),
+            not isinstance(self._cfg, CfgNode),
+            self._batch,
+            weights,
+            self._state,
+            self._iteration,
+            message,
+            precision,
         )
         try:
             save_replay(path, replay)
         except UserError as error:  # a full disk must not hide what has happened
             return f"the batch could not be saved: {str(error).rstrip('.')}"
-        return f"to look closer, run ghm-d2 replay {path}"
+        trust = " --trust-checkpoint" if replay.python else ""
+        return f"to look closer, run ghm-d2 replay {path}{trust}"
 
     def _diagnose(self) -> str:
         """Levels and modules; nothing where another forward pass is not possible."""
@@ -308,7 +318,8 @@ def require_finite_weights(model: nn.Module, iteration: int) -> None:
 
 
 class WithoutTracebacks(logging.Filter):
-    """Keeps the traceback of a `UserError` out of Detectron2's log; its sentence is printed."""
+    """Keeps the traceback of what a sentence will say out of Detectron2's log."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, UserError) or is_disk_error(error))

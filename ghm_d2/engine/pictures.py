@@ -8,28 +8,24 @@ import numpy as np
 import torch
 from detectron2.data import (
     DatasetCatalog,
-    Metadata,
     MetadataCatalog,
     detection_utils,
 )
 from detectron2.structures import BoxMode
-from detectron2.utils.visualizer import Visualizer
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from ghm_d2.data.pictures import TILE, draw_boxes
 from ghm_d2.errors import shown
 from ghm_d2.files import whole_file
 
-__all__ = ["draw_boxes", "draw_predictions", "plot_training"]
+__all__ = ["draw_predictions", "plot_training"]
 
-_TILE = 400  # pixels of the longer side of one drawn image
 _GAP = 8
 _SCORE = 0.5  # predictions below are not drawn
 _MOST_BOXES = 30  # of one image, the best ones
-# One colour for each class in both halves, told apart also by those who cannot tell red from green.
-_COLOURS = ("#e69f00", "#56b4e9", "#f0e442", "#009e73", "#d55e00", "#cc79a7", "#0072b2", "#ffffff")
 _METRICS = ("AP", "AP50", "AP75")  # the ends of the names that evaluators give
 
 
@@ -83,33 +79,11 @@ def draw_predictions(
         _contact_sheet(rows).save(stream, "PNG")
 
 
-def draw_boxes(
-    pixels: np.ndarray, items: list[tuple[list[float], int, str]], metadata: Metadata
-) -> np.ndarray:
-    """Draw (XYXY box, class, text after its name) on the image, enlarged to the size of a tile.
-
-    It is enlarged first, so that lines and letters keep their size on small images.
-    """
-    scale = _TILE / max(pixels.shape[:2])
-    size = [round(side * scale) for side in pixels.shape[1::-1]]
-    drawing = Visualizer(np.asarray(Image.fromarray(pixels).resize(size)), font_size_scale=0.9)
-    names = metadata.get("thing_classes")
-    drawing.overlay_instances(
-        boxes=np.array([box for box, _, _ in items], dtype=float).reshape(-1, 4) * scale,
-        # Matplotlib draws them, to which "$" begins a formula.
-        labels=[
-            (shown(names[k] if names else k, 60) + text).replace("$", r"\$") for _, k, text in items
-        ],
-        assigned_colors=[_COLOURS[k % len(_COLOURS)] for _, k, _ in items],
-    )
-    return drawing.output.get_image()
-
-
 def _contact_sheet(rows: list[tuple[str, np.ndarray, np.ndarray]]) -> Image.Image:
     """Pairs (ground truth, predictions), two pairs in a row, each under its caption."""
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)  # matplotlib ships it
     caption = 26
-    width = 2 * _TILE + 3 * _GAP
+    width = 2 * TILE + 3 * _GAP
     height = max(truth.shape[0] for _, truth, _ in rows) + caption + _GAP
     columns = min(2, len(rows))
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
@@ -118,7 +92,7 @@ def _contact_sheet(rows: list[tuple[str, np.ndarray, np.ndarray]]) -> Image.Imag
         left, top = number % columns * width, number // columns * height
         titles = (f"{shown(name, 80)}: ground truth", f"predictions, score >= {_SCORE}")
         for half, (title, pixels) in enumerate(zip(titles, (truth, detected), strict=True)):
-            x = left + _GAP + half * (_TILE + _GAP)
+            x = left + _GAP + half * (TILE + _GAP)
             draw.text((x, top + 4), title, fill="black", font=font)
             sheet.paste(Image.fromarray(pixels), (x, top + caption))
     return sheet

@@ -1,4 +1,4 @@
-"""SIGTERM, with which clusters end a job: one last checkpoint, then the end."""
+"""The signals that end a job (SIGTERM, SIGHUP, SIGINT): one last checkpoint, then the end."""
 
 import os
 import signal
@@ -11,11 +11,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ghm_d2.data.workers import ENDING_SIGNALS
 from ghm_d2.engine.agreement import any_process
 from ghm_d2.engine.finite import require_finite_weights
 from ghm_d2.engine.process_states import ProcessStates
 
-__all__ = ["PREEMPTED", "Preempted", "StopOnSigterm"]
+__all__ = ["PREEMPTED", "Preempted", "StopOnSignal"]
 
 PREEMPTED = 75  # exit code; EX_TEMPFAIL of sysexits.h: "try again later"
 
@@ -24,11 +25,13 @@ class Preempted(SystemExit):
     """Ends every process of a job that was stopped and can be resumed."""
 
 
-class StopOnSigterm(HookBase):
-    """After SIGTERM to any process, all of them finish their step and the main one saves.
+class StopOnSignal(HookBase):
+    """After such a signal to any process, all of them finish their step and the main one saves.
 
-    It runs in every process, after the hook that saves periodically. After the last iteration
-    SIGTERM ends the process at once, as without this hook: everything is saved then.
+    Clusters send SIGTERM, a terminal that closes SIGHUP, and Ctrl-C is SIGINT; a second Ctrl-C ends
+    the process at once. It runs in every process, after the hook that saves periodically. After the
+    last iteration these signals end the process at once, as without this hook: everything is saved
+    then.
     """
 
     def __init__(self, checkpointer: DetectionCheckpointer, states: ProcessStates) -> None:
@@ -38,25 +41,32 @@ class StopOnSigterm(HookBase):
             states: collected before it saves.
         """
         self._checkpointer, self._states = checkpointer, states
-        self._asked = False
-        self._before: Any = None
+        self._asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def before_train(self) -> None:
-        """Takes over SIGTERM; Python lets the main thread alone do that."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        """Takes over the signals; Python lets the main thread alone do that."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in ENDING_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                self._before[number] = signal.signal(number, self._note)
 
     def after_train(self) -> None:
-        """Gives it back, before the last evaluation."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        """Gives them back, before the last evaluation."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is signal.SIGINT is signal.Signals(number):
+            raise KeyboardInterrupt
         # Clusters and launchers may both signal, so another one changes nothing.
-        if not self._asked and comm.is_main_process():
+        if self._asked is None and comm.is_main_process():
+            name = signal.Signals(number).name
             # A handler must not use the buffers that it may have interrupted.
-            os.write(2, b"SIGTERM: a checkpoint will be written after this step\n")
-        self._asked = True
+            os.write(2, f"{name}: a checkpoint will be written after this step\n".encode())
+        self._asked = self._asked or signal.Signals(number)
 
     def after_step(self) -> None:
         """Stops all processes where one was asked to.
@@ -66,15 +76,16 @@ class StopOnSigterm(HookBase):
             NotFiniteError: the weights are not finite; none is written.
         """
         iteration = self.trainer.iter
-        if not any_process(self._asked) or iteration + 1 >= self.trainer.max_iter:
+        if not any_process(self._asked is not None) or iteration + 1 >= self.trainer.max_iter:
             return
         require_finite_weights(self.trainer.model, iteration)
         self._states.collect()
         if comm.is_main_process():
             name = f"model_{iteration:07d}"  # as PeriodicCheckpointer has it
             self._checkpointer.save(name, iteration=iteration)
+            name = self._asked.name if self._asked else "a signal to another process"
             print(
-                f"Stopped by SIGTERM after {iteration + 1} of "
+                f"Stopped by {name} after {iteration + 1} of "
                 f"{self.trainer.max_iter} iterations, {self._checkpointer.get_checkpoint_file()} "
                 "is written: go on with --resume.",
                 file=sys.stderr,

@@ -1,6 +1,5 @@
 """The processes of a job: started by torchrun, or by Detectron2's launcher."""
 
-import argparse
 import atexit
 import contextlib
 import gc
@@ -12,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -19,12 +19,15 @@ import torch.distributed as dist
 from detectron2.engine import launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+from detectron2.utils.serialize import PicklableWrapper
 from torch.multiprocessing import ProcessExitedException
 
+from ghm_d2.data.workers import ENDING_SIGNALS
 from ghm_d2.engine.agreement import any_process
 from ghm_d2.errors import UserError
 
 __all__ = [
+    "Processes",
     "end_process",
     "exit_code_of",
     "is_restarted",
@@ -32,6 +35,7 @@ __all__ = [
     "launch_processes",
     "leave_process_group",
     "main_first",
+    "main_only",
     "reported_once",
     "started_by_torchrun",
 ]
@@ -39,6 +43,28 @@ __all__ = [
 Result = TypeVar("Result")
 
 _SIGTERM_EXIT = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a job, as Detectron2's launcher counts them.
+
+    Attributes:
+        num_gpus: processes on each machine, whether they have GPUs or not.
+        num_machines: machines of the job.
+        machine_rank: number of this one, from 0.
+        dist_url: where they meet; "auto" for one machine.
+    """
+
+    num_gpus: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole job."""
+        return self.num_gpus * self.num_machines
 
 
 def started_by_torchrun() -> bool:
@@ -56,20 +82,21 @@ def is_restarted() -> bool:
     return any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
 
 
-def join_torchrun(args: argparse.Namespace, device: str) -> None:
+def join_torchrun(given: Processes, device: str) -> Processes:
     """Makes this process, which torchrun has started, part of its job.
 
     Args:
-        args: the command line; gets what torchrun has chosen: `num_gpus`, `num_machines`,
-            `machine_rank` and `dist_url`.
-        device: MODEL.DEVICE; "cpu" communicates by gloo, GPUs by nccl.
+        given: what the command line asks for.
+        device: of the model; "cpu" communicates by gloo, GPUs by nccl.
+
+    Returns:
+        What torchrun has chosen.
 
     Raises:
         UserError: the command line asks for other processes, or the machines are not alike.
     """
     world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    given = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
-    if given not in ((1, 1, 0, "auto"), (here, 1, 0, "auto")):
+    if given not in (Processes(), Processes(here)):
         raise UserError(
             "torchrun chooses the processes: leave --num-gpus, --num-machines, --machine-rank and "
             "--dist-url out."
@@ -79,9 +106,7 @@ def join_torchrun(args: argparse.Namespace, device: str) -> None:
             f"every machine must run as many processes: --nproc-per-node is {here} on this one, "
             f"and the job has {world}."
         )
-    args.num_gpus, args.num_machines = here, world // here
     rank = int(os.environ["RANK"])
-    args.machine_rank, args.dist_url = rank // here, "env://"
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         if here > torch.cuda.device_count():
@@ -98,6 +123,7 @@ def join_torchrun(args: argparse.Namespace, device: str) -> None:
             place = {}
         dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT, **place)
         comm.create_local_process_group(here)
+    return Processes(here, world // here, rank // here, "env://")
 
 
 def _new_store(rank: int, world: int) -> dist.TCPStore:
@@ -149,6 +175,26 @@ def main_first(prepare: Callable[[], Result]) -> Result:
     return result
 
 
+def main_only(work: Callable[[], Result]) -> Result | None:
+    """Calls a function in the main process alone, at the same point of all of them.
+
+    Returns:
+        Its result there, and None elsewhere.
+
+    Raises:
+        UserError: it was raised there; the same one in all processes.
+    """
+    result, failure = None, None
+    if comm.is_main_process():
+        try:
+            result = work()
+        except UserError as error:
+            failure = str(error)
+    if failure := comm.all_gather(failure)[0]:
+        raise UserError(failure)
+    return result
+
+
 @contextlib.contextmanager
 def reported_once() -> Iterator[None]:
     """Lets the main process alone report a mistake of the user that all of them meet."""
@@ -161,44 +207,56 @@ def reported_once() -> Iterator[None]:
         raise
 
 
-def launch_processes(work: Callable[..., None], args: argparse.Namespace, *more: Any) -> None:
-    """Calls ``work(args, *more)`` in the processes that the command line asks for.
+def launch_processes(work: Callable[..., None], processes: Processes, *arguments: Any) -> None:
+    """Calls ``work(*arguments)`` in every process.
 
-    SIGTERM goes on to them.
+    The signals that end a job go on to them.
 
     Raises:
         SystemExit: with the exit code of the first one that failed; it has said why.
     """
+    if processes.world_size == 1:
+        return work(*arguments)
     try:
-        several = args.num_gpus * args.num_machines > 1
-        with _passes_sigterm_on() if several else contextlib.nullcontext():
+        with _passes_signals_on():
             launch(
-                _whole_process if several else work,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(work, args, *more) if several else (args, *more),
+                _whole_process,
+                processes.num_gpus,
+                num_machines=processes.num_machines,
+                machine_rank=processes.machine_rank,
+                dist_url=processes.dist_url,
+                # A Python config holds classes and functions, some of its own file.
+                args=(work, *map(PicklableWrapper, arguments)),
             )
     except ProcessExitedException as error:
         if error.exit_code == -signal.SIGTERM:  # not yet in its training
             sys.exit(_SIGTERM_EXIT)
         if error.exit_code < 0:
-            raise
+            name = signal.Signals(-error.exit_code).name
+            raise SystemExit(
+                f"process {error.error_index} of the job was ended by {name} "
+                f"({'perhaps for lack of memory' if name == 'SIGKILL' else 'see above'})."
+            ) from error
         sys.exit(error.exit_code)
 
 
 @contextlib.contextmanager
-def _passes_sigterm_on() -> Iterator[None]:
+def _passes_signals_on() -> Iterator[None]:
+    """Lets the processes of a job end by themselves, also where a terminal signals this one too."""
+
     def pass_on(*_: Any) -> None:
         for child in multiprocessing.active_children():
             child.terminate()
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, pass_on)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _whole_process(work: Callable[..., None], *arguments: Any) -> NoReturn:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import (
@@ -17,11 +18,15 @@ from detectron2.structures import (
     PolygonMasks,
     RotatedBoxes,
 )
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ghm_d2 import modeling  # noqa: F401  (it registers what configs name)
 from ghm_d2.checkpoint import load_file
 from ghm_d2.checkpoint.files import write_checkpoint
 from ghm_d2.config import add_ghm_config
+from ghm_d2.engine import python_build
+from ghm_d2.engine.settings import Config, change
 from ghm_d2.errors import UserError, shown
 from ghm_d2.files import file_to_blame
 from ghm_d2.losses.base import HarmonizedLoss
@@ -92,7 +97,8 @@ class Replay:
     """What :func:`save_replay` saved.
 
     Attributes:
-        cfg: config of the training.
+        config: of the training, as text.
+        python: whether that is a Python config's, which names what is to be built.
         batch: the inputs of the model.
         weights: state of the model before the step.
         state: the rest of what the forward pass read.
@@ -101,7 +107,8 @@ class Replay:
         precision: dtype of mixed precision, such as "float16"; None without it.
     """
 
-    cfg: CfgNode
+    config: str
+    python: bool
     batch: list[dict[str, Any]]
     weights: dict[str, Tensor]
     state: ForwardState
@@ -109,27 +116,55 @@ class Replay:
     message: str
     precision: str | None
 
-    def build(self, device: str | None = None) -> nn.Module:
+    def load_config(self, trusted: bool = False) -> Config:
+        """The config.
+
+        Args:
+            trusted: whether a Python config may run code; building its model always does.
+
+        Raises:
+            UserError: it is one and may not, or has keys that this version does not know.
+        """
+        if not self.python:
+            cfg = get_cfg()
+            add_ghm_config(cfg)
+            with file_to_blame("its config", "is damaged or of another version"):
+                cfg.merge_from_other_cfg(CfgNode(dict(parse_settings(self.config).tree)))
+            return cfg
+        if not trusted:
+            raise UserError(
+                "the batch is of a Python config, which can run any code: give --trust-checkpoint "
+                "if you trust whoever made the file."
+            )
+        return OmegaConf.create(yaml.unsafe_load(self.config), flags={"allow_objects": True})
+
+    def build(self, device: str | None = None, trusted: bool = False) -> nn.Module:
         """The model in training mode, as it stood before the forward pass.
 
         Args:
             device: where it is built; None: on the device of the training.
+            trusted: as for :meth:`load_config`.
 
         Raises:
-            ValueError: the config is of another model than the weights, maybe a huge one.
+            ValueError: the config is of another model than the weights, which may be a huge one.
         """
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        device = device or cfg.MODEL.DEVICE
+        cfg = self.load_config(trusted)
+        if device:
+            change(cfg, "device", device)
+        if isinstance(cfg, CfgNode):
+            self._check_shapes(cfg.clone())
+            model = build_model(cfg)
+        else:
+            model = python_build.build_model(cfg)
+        model.load_state_dict(self.weights)
+        return model.train()
+
+    def _check_shapes(self, cfg: CfgNode) -> None:
         cfg.MODEL.DEVICE = "meta"
         with torch.device("meta"):
             expected = {name: x.shape for name, x in build_model(cfg).state_dict().items()}
         if expected != {name: x.shape for name, x in self.weights.items()}:
             raise ValueError("its config is of another model than its weights")
-        cfg.MODEL.DEVICE = device
-        model = build_model(cfg)
-        model.load_state_dict(self.weights)
-        return model.train()
 
 
 def save_replay(path: str | os.PathLike, replay: Replay) -> None:
@@ -140,7 +175,8 @@ def save_replay(path: str | os.PathLike, replay: Replay) -> None:
     """
     content = {
         "format": _FORMAT,
-        "config": replay.cfg.dump(),
+        "config": replay.config,
+        "python": replay.python,
         "batch": _plain(replay.batch),
         "weights": dict(replay.weights),
         "buffers": replay.state.buffers,
@@ -157,7 +193,7 @@ def load_replay(path: str | os.PathLike) -> Replay:
     """Loads what :func:`save_replay` saved, by the restricted unpickler.
 
     Raises:
-        UserError: it is another file, a damaged one, or its config is not one of this version.
+        UserError: it is another file, or a damaged one.
     """
     content = load_file(path)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -165,16 +201,15 @@ def load_replay(path: str | os.PathLike) -> Replay:
             f"{os.fspath(path)} is not a batch that a training saved when it stopped: give a file "
             "OUTPUT_DIR/not_finite/*.pth."
         )
-    with file_to_blame(path, "is damaged or was saved by another version"):
-        cfg = get_cfg()
-        add_ghm_config(cfg)
-        cfg.merge_from_other_cfg(CfgNode(dict(parse_settings(content["config"]).tree)))
-        batch, iteration, precision = content["batch"], content["iteration"], content["precision"]
-        if not (type(iteration) is int and precision in _PRECISIONS and isinstance(batch, list)):
-            raise ValueError("its batch, iteration or precision is none")
+    with file_to_blame(path, "is damaged"):
+        iteration, precision = content["iteration"], content["precision"]
+        python = content.get("python", False)
+        if not (type(iteration) is int and precision in _PRECISIONS and isinstance(python, bool)):
+            raise ValueError("its iteration, precision or kind of config is none")
         return Replay(
-            cfg=cfg,
-            batch=[dict(_restored(image)) for image in batch],
+            config=str(content["config"]),
+            python=python,
+            batch=[dict(_restored(image)) for image in content["batch"]],
             weights=_tensors(content["weights"]),
             state=ForwardState(
                 _tensors(content["buffers"]), content["normalizer"], _tensors(content["rng"])

@@ -1,28 +1,36 @@
 """What train_net.py does: check once, launch, then train or evaluate in each process."""
 
-import argparse
+import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import default_setup
-from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ghm_d2.checkpoint import load_trained_weights
-from ghm_d2.checkpoint.origin import changed_data, check_classes, origin_entry
-from ghm_d2.config import add_ghm_config
-from ghm_d2.data import CocoDataset, data_fingerprint, register_coco_dataset
-from ghm_d2.data.loader import build_test_mapper
+from ghm_d2.checkpoint.origin import changed_data, check_datasets, origin_entry
+from ghm_d2.data import CocoDataset, register_coco_dataset
+from ghm_d2.data.registration import data_fingerprint
 from ghm_d2.engine.arguments import parse_arguments, train_program
 from ghm_d2.engine.checks import check_all
+from ghm_d2.engine.output_folder import (
+    disk_errors,
+    exists_and_is_newer,
+    locked,
+    refuse_finished,
+)
 from ghm_d2.engine.pictures import draw_predictions
 from ghm_d2.engine.processes import (
+    Processes,
     end_process,
     exit_code_of,
     is_restarted,
@@ -30,18 +38,54 @@ from ghm_d2.engine.processes import (
     launch_processes,
     leave_process_group,
     main_first,
+    main_only,
     reported_once,
     started_by_torchrun,
 )
-from ghm_d2.engine.setup import build_config, merge_arguments, setup_ghm_logger
+from ghm_d2.engine.settings import Config, Settings, as_text, key_of, pair, read_settings
+from ghm_d2.engine.setup import (
+    build_config,
+    given_keys,
+    load_config,
+    locate_config_file,
+    setup_ghm_logger,
+)
 from ghm_d2.engine.submission import report_submissions
 from ghm_d2.engine.summary import next_command, summarize_training
-from ghm_d2.engine.trainer import GHMTrainer
+from ghm_d2.engine.trainer import GHMTrainer, verify_expected
 from ghm_d2.errors import UserError, exits_with_one_sentence
-from ghm_d2.run_folder import RunFolder
+from ghm_d2.files import write_text
+from ghm_d2.run_folder import CONFIG, FINAL_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
-__all__ = ["main"]
+__all__ = ["Command", "main"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line of train_net.py asks for.
+
+    Attributes:
+        config_file: path of a .yaml or .py file.
+        overrides: of the config; see :func:`~ghm_d2.engine.setup.load_config`.
+        datasets: NAME=annotations.json,image_dir, each.
+        eval_only: evaluate, do not train.
+        resume: go on from the last checkpoint.
+        overwrite: train anew where a finished training lies.
+        trusted: whether checkpoints may run code.
+        restarted: whether torchrun has started this job again after a failure.
+    """
+
+    config_file: str
+    overrides: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    eval_only: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    trusted: bool = False
+    restarted: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,129 +96,196 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr; code 1
-            where the results are not those of `TEST.EXPECTED_RESULTS`; code 3 where something was
-            not finite; code 75 where SIGTERM stopped a training, which `--resume` takes up again.
-            A process that torchrun has started ends with that code instead.
+            where the results are not those of `TEST.EXPECTED_RESULTS`, and after Ctrl-C outside
+            the steps of a training; code 3 where something was not finite; code 75 where SIGTERM,
+            SIGHUP or SIGINT stopped a training, which `--resume` takes up again. A process that
+            torchrun has started ends with that code instead.
     """
     if not started_by_torchrun():
-        with exits_with_one_sentence(train_program()):
-            args = _parse(argv)
-            launch_processes(_work, args, *_prepare(args))
+        with _exits_with_one_sentence():
+            command, processes = _parse(argv)
+            launch_processes(_work, processes, command, *_prepare(command, processes))
     elif code := exit_code_of(lambda: _work_in_torchrun(argv)):
         end_process(code)
     else:
         leave_process_group()
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _exits_with_one_sentence() -> AbstractContextManager:
+    return exits_with_one_sentence(train_program())
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Command, Processes]:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    args.restarted = False
-    return args
+    command = Command(
+        locate_config_file(args.config_file),
+        tuple(args.opts),
+        tuple(args.dataset),
+        eval_only=args.eval_only,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        trusted=args.trust_checkpoint,
+    )
+    return command, Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
 
 
-def _work_in_torchrun(argv: Sequence[str] | None) -> None:
-    with exits_with_one_sentence(train_program()), reported_once():
-        args = _parse(argv)
-        _join(args)
-        _work(args, *main_first(lambda: _prepare(args)))
-
-
-def _prepare(args: argparse.Namespace) -> tuple[CfgNode, list[CocoDataset]]:
-    cfg, datasets = build_config(args)
-    check_all(cfg, args)
-    cfg.freeze()
+def _prepare(command: Command, processes: Processes) -> tuple[Config, list[CocoDataset]]:
+    cfg, datasets = build_config(
+        command.config_file, command.overrides, command.datasets, eval_only=command.eval_only
+    )
+    check_all(
+        cfg,
+        given_keys(command.config_file, command.overrides),
+        processes,
+        eval_only=command.eval_only,
+        resume=command.resume,
+    )
+    if isinstance(cfg, CfgNode):
+        cfg.freeze()
     return cfg, datasets
 
 
-def _join(args: argparse.Namespace) -> None:
-    """Joins the job that torchrun has started, which goes on where it was if it was restarted."""
-    cfg = merge_arguments(args)
-    join_torchrun(args, cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu")
-    if args.eval_only:
-        return
-    args.restarted = is_restarted()
-    if not (args.restarted or args.resume) and comm.is_main_process():
-        # Else a restart would resume from the checkpoints of an earlier training.
-        RunFolder(cfg.OUTPUT_DIR).set_last_checkpoint_aside()
-    args.resume = args.resume or args.restarted
+def _work_in_torchrun(argv: Sequence[str] | None) -> None:
+    """One process of a job that torchrun has started; a restarted one goes on where it was."""
+    with _exits_with_one_sentence(), reported_once():
+        command, given = _parse(argv)
+        device = read_settings(load_config(command.config_file, command.overrides)).device
+        processes = join_torchrun(given, device if torch.cuda.is_available() else "cpu")
+        if not command.eval_only:
+            restarted = is_restarted()
+            command = replace(command, restarted=restarted, resume=command.resume or restarted)
+        _work(command, *main_first(lambda: _prepare(command, processes)))
 
 
-def _work(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -> None:
+def _work(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
     """One process of the job."""
     if comm.get_world_size() > 1 and not started_by_torchrun():
-        add_ghm_config(get_cfg())  # a spawned process has registered nothing yet
+        # A spawned process has registered what its imports register, and nothing else.
         for dataset in datasets:
             register_coco_dataset(dataset)
-    default_setup(cfg, args)
-    setup_ghm_logger(cfg, comm.get_rank())
-    with exits_with_one_sentence(train_program()), reported_once():
-        _evaluate(args, cfg) if args.eval_only else _train(args, cfg, datasets)
+    run = RunFolder(read_settings(cfg).output_dir)
+    logging.raiseExceptions = False  # a full disk would print a traceback for each line of the log
+    with _exits_with_one_sentence(), reported_once(), disk_errors(run.folder):
+        if command.eval_only:
+            _set_up(command, cfg)
+            _evaluate(command, cfg)
+        else:
+            with ExitStack() as stack:
+                main_only(lambda: stack.enter_context(locked(run.folder)))
+                main_only(lambda: _make_room(command, cfg, run))
+                _set_up(command, cfg)
+                _train(command, cfg, datasets)
     comm.synchronize()  # process 0 holds the store that the others use
 
 
-def _train(args: argparse.Namespace, cfg: CfgNode, datasets: list[CocoDataset]) -> None:
+def _make_room(command: Command, cfg: Config, run: RunFolder) -> None:
+    """Before anything is written: an earlier training in the folder is resumed, or set aside."""
+    if not command.resume:
+        if not command.overwrite:
+            refuse_finished(run.folder, f"--resume and {pair(cfg, 'max_iter', 'N')}")
+        run.set_last_checkpoint_aside()
+    run.remove_partial_files()
+
+
+def _set_up(command: Command, cfg: Config) -> None:
+    folder = read_settings(cfg).output_dir
+    # Detectron2 only logs that it could not write it.
+    main_only(lambda: write_text(os.path.join(folder, CONFIG), as_text(cfg)))
+    default_setup(cfg, command)
+    setup_ghm_logger(folder, comm.get_rank())
+
+
+def _train(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
     start = time.perf_counter()
-    run = RunFolder(cfg.OUTPUT_DIR)
-    if comm.is_main_process():
-        run.remove_partial_files()
+    run = RunFolder(read_settings(cfg).output_dir)
     trainer = GHMTrainer(cfg)
-    trainer.checkpointer.trusted = args.trust_checkpoint
-    trainer.resume_or_load(resume=args.resume)
-    if trainer.start_iter >= trainer.max_iter:
-        if args.restarted:  # it failed in its evaluation
-            return _evaluate(args, cfg)
-        raise UserError(
-            f"--resume: {trainer.start_iter} iterations are done already and SOLVER.MAX_ITER is "
-            f"{trainer.max_iter}: give a larger one, or evaluate with --eval-only --resume."
-        )
-    classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes") or ()
-    data = {name: data_fingerprint(name) for name in cfg.DATASETS.TRAIN}
+    settings = trainer.settings
+    trainer.checkpointer.trusted = command.trusted
+    trainer.resume_or_load(resume=command.resume)
+    classes = MetadataCatalog.get(settings.train[0]).get("thing_classes") or ()
+    data = {name: data_fingerprint(name) for name in settings.train}
     if trainer.start_iter:
-        _check_same_data(trainer.checkpointer.origin, cfg, classes, data)
+        _check_same_data(trainer.checkpointer.origin, settings, data)
     trainer.checkpointer.origin_entry = origin_entry(classes, data)
-    if comm.is_main_process():
-        if trainer.start_iter:
+    if trainer.start_iter < trainer.max_iter:
+        if comm.is_main_process():
             run.cut_logs(trainer.start_iter)
-        run.write_record(
-            config=trainer.cfg.dump(),
-            config_file=args.config_file,
-            classes=classes,
-            datasets={d.name: (d.json_file, d.image_root) for d in datasets},
-            data=data,
-            device=cfg.MODEL.DEVICE,
-            processes=comm.get_world_size(),
+            run.write_record(
+                config=as_text(trainer.cfg),
+                config_file=command.config_file,
+                classes=classes,
+                datasets={d.name: (d.json_file, d.image_root) for d in datasets},
+                data=data,
+                device=settings.device,
+                processes=comm.get_world_size(),
+            )
+        trainer.train()
+    elif settings.test and not main_only(lambda: _is_evaluated(run)):
+        logger.info("all iterations are done, but the last evaluation is not: it is done now")
+        trainer.evaluate()
+    elif command.restarted:
+        return  # a process has failed after everything was done
+    else:
+        raise UserError(
+            f"--resume: {trainer.start_iter} iterations are done already and "
+            f"{key_of(cfg, 'max_iter')} is {trainer.max_iter}: give a larger one, or evaluate with "
+            "--eval-only --resume."
         )
-    trainer.train()
     if comm.is_main_process():
         # In one process alone, DistributedDataParallel would wait for the others.
         model = getattr(trainer.model, "module", trainer.model)
-        pictured = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
-        tested = [d for d in datasets if d.name in cfg.DATASETS.TEST]
+        pictured = (*settings.test, *settings.train)[0]
+        tested = [dataset for dataset in datasets if dataset.name in settings.test]
         summarize_training(
             run,
-            partial(draw_predictions, pictured, build_test_mapper(cfg), model),
-            getattr(trainer, "_last_eval_results", None),
-            next_command(train_program(), cfg.OUTPUT_DIR, tested) if cfg.DATASETS.TEST else None,
+            partial(draw_predictions, pictured, trainer.build_test_mapper(cfg), model),
+            trainer.results,
+            _evaluate_again(command, cfg, run, tested) if settings.test else None,
             iterations=trainer.max_iter,
             seconds=time.perf_counter() - start,
         )
 
 
+def _evaluate_again(
+    command: Command, cfg: Config, run: RunFolder, datasets: Sequence[CocoDataset]
+) -> str:
+    """The command that evaluates the final checkpoint; a config.yaml holds every KEY VALUE."""
+    weights = pair(cfg, "weights", run.folder / FINAL_CHECKPOINT)
+    if isinstance(cfg, CfgNode):
+        file, overrides = str(run.folder / CONFIG), weights.split(" ", 1)
+    else:
+        file, overrides = command.config_file, [*command.overrides, weights]
+    return next_command(train_program(), file, overrides, datasets)
+
+
+def _is_evaluated(run: RunFolder) -> bool:
+    """Whether the last evaluation was finished, which a killed training has left undone."""
+    return exists_and_is_newer(run.results_file, run.folder / FINAL_CHECKPOINT)
+
+
 def _check_same_data(
-    origin: Record, cfg: CfgNode, classes: Sequence[str], data: Mapping[str, Mapping[str, Any]]
+    origin: Record, settings: Settings, data: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    check_classes(origin, classes, cfg.DATASETS.TRAIN[0])
+    check_datasets(origin, settings.train)
     if changes := changed_data(origin, data):
         raise UserError(
             f"--resume: the data is not that of the checkpoint ({'; '.join(changes)}): take the "
-            "same data, or start anew from these weights in another OUTPUT_DIR."
+            "same data, or start anew from these weights in another output folder."
         )
 
 
-def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
+def _evaluate(command: Command, cfg: Config) -> None:
+    settings = read_settings(cfg)
     model = GHMTrainer.build_model(cfg)
-    load_trained_weights(cfg, model, args.resume, args.trust_checkpoint)
+    origin = load_trained_weights(
+        model,
+        settings.weights,
+        settings.output_dir,
+        resume=command.resume,
+        trusted=command.trusted,
+    )
+    check_datasets(origin, settings.test)
     results = GHMTrainer.test(cfg, model)
-    # Without ground truth there is nothing that TEST.EXPECTED_RESULTS could be compared with.
-    if comm.is_main_process() and not report_submissions(cfg, results):
-        verify_results(cfg, results)
+    # Without ground truth there is nothing that the expected results could be compared with.
+    if comm.is_main_process() and not report_submissions(settings, results):
+        verify_expected(settings, results)

@@ -1,6 +1,5 @@
-"""From the command line to a config: YAML file, KEY VALUE pairs, `--dataset`, device."""
+"""From a config file and what overrides it to a config: data sets, classes, device."""
 
-import argparse
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -12,34 +11,64 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ghm_d2 import data, model_zoo, modeling  # noqa: F401  (they register what configs name)
 from ghm_d2.config import add_ghm_config
+from ghm_d2.config_files import find_config, similar_configs
 from ghm_d2.data import CocoDataset, register_datasets
+from ghm_d2.engine.python_config import load_config as load_python_config
+from ghm_d2.engine.settings import (
+    Config,
+    change,
+    class_counts,
+    class_keys,
+    key_of,
+    read_settings,
+    set_key,
+)
 from ghm_d2.errors import UserError, cannot, reason, similar_names
-from ghm_d2.model_zoo.model_zoo import find_config, similar_configs
 
 __all__ = [
     "build_config",
     "choose_device",
     "choose_splits",
+    "is_python",
+    "load_config",
     "locate_config_file",
-    "merge_arguments",
     "merge_config_file",
     "setup_ghm_logger",
 ]
 
 logger = logging.getLogger(__name__)
 
-_NUM_CLASSES = ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
+
+def is_python(file: str) -> bool:
+    """Whether a config file is a program, which only its suffix tells."""
+    return file.endswith(".py")
+
+
+def given_keys(file: str, overrides: Sequence[str]) -> set[str]:
+    """The keys that the overrides of a config file name."""
+    if is_python(file):
+        return {text.partition("=")[0] for text in overrides}
+    return set(overrides[::2])
 
 
 def build_config(
-    args: argparse.Namespace, log_to_file: bool = True
-) -> tuple[CfgNode, list[CocoDataset]]:
-    """Build the config that the command line asks for and register its `--dataset`s.
+    config_file: str,
+    overrides: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    *,
+    eval_only: bool = False,
+    log_to_file: bool = True,
+) -> tuple[Config, list[CocoDataset]]:
+    """Build the config of a run and register its data sets.
 
     Args:
-        args: the result of `parse_arguments`; its `config_file` becomes the path that was found.
-        log_to_file: whether the log goes to a file in OUTPUT_DIR too.
+        config_file: as for :func:`load_config`.
+        overrides: likewise.
+        datasets: NAME=annotations.json,image_dir, each.
+        eval_only: all of them are to be tested on.
+        log_to_file: whether the log goes to a file in the output folder too.
 
     Returns:
         The config, not frozen, and the checked data sets, which every other process registers too.
@@ -47,34 +76,41 @@ def build_config(
     Raises:
         UserError: the config or the data is wrong.
     """
-    cfg = merge_arguments(args)
+    cfg = load_config(config_file, overrides)
     try:
         if log_to_file:
-            setup_ghm_logger(cfg, comm.get_rank())
+            setup_ghm_logger(read_settings(cfg).output_dir, comm.get_rank())
     except OSError as error:
-        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written ({error}).") from error
-    choose_device(cfg, args)
+        folder = f"{key_of(cfg, 'output_dir')} {read_settings(cfg).output_dir}"
+        raise cannot("written", folder, error) from error
+    choose_device(cfg)
 
-    datasets = register_datasets(args.dataset, labelled=not args.eval_only)
-    names = [dataset.name for dataset in datasets]
-    if datasets:
-        given = set(args.opts[::2])
-        choose_splits(cfg, names, given, args.eval_only)
-        _set_num_classes(cfg, datasets[0], given)
-    return cfg, datasets
+    checked = register_datasets(datasets, labelled=not eval_only)
+    if checked:
+        given = given_keys(config_file, overrides)
+        choose_splits(cfg, [dataset.name for dataset in checked], given, eval_only)
+        _set_num_classes(cfg, checked[0], given)
+    return cfg, checked
 
 
-def merge_arguments(args: argparse.Namespace) -> CfgNode:
-    """The config of the config file and the KEY VALUE pairs alone.
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a file, changed by the overrides alone.
+
+    Args:
+        config_file: a .yaml or .py file, or the name of one in ``configs/``; a .py file is
+            executed.
+        overrides: KEY, VALUE, KEY, VALUE ... for YAML, KEY=VALUE each for Python.
 
     Raises:
         UserError: one of the two is wrong.
     """
+    file = locate_config_file(config_file)
+    if is_python(file):
+        return load_python_config(file, overrides)
     cfg = get_cfg()
     add_ghm_config(cfg)
-    args.config_file = locate_config_file(args.config_file)
-    merge_config_file(cfg, args.config_file)
-    _merge_pairs(cfg, args.opts)
+    merge_config_file(cfg, file)
+    _merge_pairs(cfg, overrides)
     return cfg
 
 
@@ -91,9 +127,9 @@ def locate_config_file(file: str) -> str:
     raise UserError(f"the config file {file} does not exist{similar_configs(file)}.")
 
 
-def setup_ghm_logger(cfg: CfgNode, rank: int) -> None:
+def setup_ghm_logger(output_dir: str, rank: int) -> None:
     """Send this package's log where Detectron2 sends its own."""
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="ghm_d2")
+    setup_logger(output_dir, distributed_rank=rank, name="ghm_d2")
 
 
 def merge_config_file(cfg: CfgNode, file: str) -> None:
@@ -114,10 +150,16 @@ def merge_config_file(cfg: CfgNode, file: str) -> None:
         raise UserError(f"{file} is not valid YAML: {reason(error)}.") from error
     except OSError as error:  # its _BASE_
         raise cannot("read", f"{file}: {error.filename}", error) from error
+    except RecursionError as error:
+        raise UserError(f"{file}: its _BASE_ leads back to itself.") from error
     except KeyError as error:
         key = str(error.args[0]).rpartition(" ")[2]
         raise UserError(f"{file}: unknown key {key}{_similar(cfg, key)}.") from error
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        kinds, values, full_key = str(error).rpartition("for config key: ")
+        if values:  # yacs puts the values between them, which may be a whole tree
+            kinds = kinds.partition(" with values")[0]
+            raise UserError(f"{file} is not a valid config: {full_key}: {kinds}.") from error
         raise UserError(f"{file} is not a valid config: {reason(error)}.") from error
 
 
@@ -148,57 +190,71 @@ def _similar(cfg: CfgNode, key: str) -> str:
     return similar_names(key, (name for name, _ in _leaves(cfg)), separator=".")
 
 
-def choose_device(cfg: CfgNode, args: argparse.Namespace) -> None:
+def choose_device(cfg: Config) -> None:
     """Fall back to the CPU, and to full precision there, with one warning for what changed."""
-    changes = []
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-        processes = f" in {args.num_gpus} processes" if args.num_gpus > 1 else ""
-        changes.append(f"no GPU found, running on the CPU{processes}, which is slow")
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        cfg.SOLVER.AMP.ENABLED = False
-        changes.append("mixed precision (SOLVER.AMP) needs a GPU and is switched off")
+    settings, changes = read_settings(cfg), []
+    device = settings.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        device = "cpu"
+        change(cfg, "device", device)
+        changes.append("no GPU found, running on the CPU, which is slow")
+    if device == "cpu" and settings.amp:
+        change(cfg, "amp", False)
+        name = key_of(cfg, "amp").rpartition(".")[0]
+        changes.append(f"mixed precision ({name}) needs a GPU and is switched off")
     if changes:
         logger.warning("; ".join(changes))
 
 
-def choose_splits(cfg: CfgNode, names: list[str], given: set[str], eval_only: bool) -> None:
-    """Set DATASETS.TRAIN and TEST where the command line does not.
+def choose_splits(cfg: Config, names: list[str], given: set[str], eval_only: bool) -> None:
+    """Set the data sets to train and test on where the command line does not.
 
     A config file's choice counts if it names the data sets of the command line and nothing else, as
     the config.yaml of an earlier run does; any other is a default that `--dataset` replaces.
     """
-    splits = cfg.DATASETS
+    settings = read_settings(cfg)
+    splits = {"train": settings.train, "test": settings.test}
 
     def chosen(split: str) -> bool:
         named = splits[split]
-        return f"DATASETS.{split}" in given or bool(named) and set(named) <= set(names)
+        return key_of(cfg, split) in given or bool(named) and set(named) <= set(names)
 
     if eval_only:
-        if "DATASETS.TEST" not in given:
-            splits.TEST = tuple(names)
+        if key_of(cfg, "test") not in given:
+            change(cfg, "test", tuple(names))
         return
-    if not chosen("TRAIN") and not chosen("TEST"):
-        splits.TRAIN, splits.TEST = tuple(names[:1]), tuple(names[1:])
-    elif not chosen("TEST"):
-        splits.TEST = tuple(name for name in names if name not in splits.TRAIN)
-    elif not chosen("TRAIN"):
-        splits.TRAIN = tuple(name for name in names if name not in splits.TEST) or splits.TRAIN
+    if not chosen("train") and not chosen("test"):
+        splits = {"train": tuple(names[:1]), "test": tuple(names[1:])}
+    elif not chosen("test"):
+        splits["test"] = tuple(name for name in names if name not in splits["train"])
+    elif not chosen("train"):
+        splits["train"] = (
+            tuple(name for name in names if name not in splits["test"]) or splits["train"]
+        )
+    for split, named in splits.items():
+        change(cfg, split, named)
     for name in names:
-        if name not in (*splits.TRAIN, *splits.TEST):
+        if name not in (*splits["train"], *splits["test"]):
             logger.warning(
-                "--dataset %s is in neither DATASETS.TRAIN nor DATASETS.TEST: not used", name
+                "--dataset %s is in neither %s nor %s: not used",
+                name,
+                key_of(cfg, "train"),
+                key_of(cfg, "test"),
             )
 
 
-def _set_num_classes(cfg: CfgNode, dataset: CocoDataset, given: set[str]) -> None:
-    count = len(dataset.classes)
-    known = dict(_leaves(cfg))
-    for key in _NUM_CLASSES:
-        if key in given and known[key] != count:
+def _set_num_classes(cfg: Config, dataset: CocoDataset, given: set[str]) -> None:
+    count, counts = len(dataset.classes), class_counts(cfg)
+    if not counts:
+        raise UserError(
+            f"the config has neither {' nor '.join(class_keys(cfg))}, so the {count} classes of "
+            f"{dataset.json_file} have no place in the model."
+        )
+    for name, known in counts.items():
+        if name in given and known != count:
             raise UserError(
-                f"{key} {known[key]} contradicts {dataset.json_file}, which lists {count} "
-                f"categories: leave {key} out."
+                f"{name} {known} contradicts {dataset.json_file}, which lists {count} "
+                f"categories: leave {name} out."
             )
-        cfg.merge_from_list([key, count])
+        set_key(cfg, name, count)
     logger.info("%d classes: %s", count, ", ".join(dataset.classes))

@@ -3,8 +3,7 @@
 import logging
 from typing import Any
 
-from detectron2.config import CfgNode
-
+from ghm_d2.engine.settings import Settings
 from ghm_d2.run_folder import RunFolder
 
 __all__ = ["report_submissions"]
@@ -18,21 +17,21 @@ _TEST_DEV = (
 )
 
 
-def report_submissions(cfg: CfgNode, results: dict[str, Any]) -> bool:
+def report_submissions(settings: Settings, results: dict[str, Any]) -> bool:
     """Say for each test set that gave no result where its predictions lie and where they go.
 
     Args:
-        cfg: the config of the evaluation.
+        settings: of the evaluation.
         results: what ``GHMTrainer.test`` returned.
 
     Returns:
         Whether there was such a test set.
     """
-    names = cfg.DATASETS.TEST
+    names = settings.test
     by_name = {names[0]: results} if len(names) == 1 else results
     unlabelled = [name for name in names if not by_name[name]]
     for name in unlabelled:
-        file = RunFolder(cfg.OUTPUT_DIR).predictions(name, names)
+        file = RunFolder(settings.output_dir).predictions(name, names)
         if not file.is_file():
             continue  # not COCO format, or no image: the evaluator has said so
         print(f"{name} has no ground truth here; its predictions are in {file}")

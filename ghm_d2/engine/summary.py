@@ -85,20 +85,23 @@ def ap_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def next_command(program: str, folder: str | Path, datasets: Iterable[CocoDataset]) -> str:
-    """The command that evaluates the final checkpoint: its config.yaml holds every KEY VALUE.
+def next_command(
+    program: str, config_file: str, overrides: Iterable[str], datasets: Iterable[CocoDataset]
+) -> str:
+    """The command that evaluates a checkpoint.
 
     Args:
         program: what the user runs to train.
-        folder: OUTPUT_DIR of a training by a YAML config.
+        config_file: of the evaluation.
+        overrides: of the config, the weights among them.
         datasets: the test sets that the command line registered.
     """
     # An installed command starts its own Python.
-    words = [_python(), program] if program.endswith(".py") else [program]
-    words += ["--config-file", os.path.join(folder, CONFIG), "--eval-only"]
+    words = [_python(), program] if program.endswith(".py") else program.split()
+    words += ["--config-file", config_file, "--eval-only"]
     for data in datasets:
         words += ["--dataset", f"{data.name}={data.json_file},{data.image_root}"]
-    return shlex.join([*words, "MODEL.WEIGHTS", os.path.join(folder, FINAL_CHECKPOINT)])
+    return shlex.join([*words, *overrides])
 
 
 def _python() -> str:

@@ -19,15 +19,13 @@ from .checks import (
     raise_first,
 )
 from .density import exact_gradient_density
-from .kernels import EagerExamples, Examples
+from .functional import Averaging, walk
+from .kernels import Arguments, EagerExamples, Examples
 
 __all__ = ["HarmonizedLoss", "observed", "raise_deferred_errors"]
 
 # A number of updates after which 1 - alpha^n has long been 1 in float64.
 _STEADY = 1 << 40
-
-# A prediction, a target and the mask of what counts, as `HarmonizedLoss._checked` returns them.
-Arguments = tuple[Tensor, Tensor, Tensor | None]
 
 _observers: list[Callable[..., None]] = []
 
@@ -39,11 +37,11 @@ def observed(observer: Callable[..., None]) -> Iterator[None]:
     It stands outside the modules, so that a model can be copied and saved at any moment.
 
     Args:
-        observer: called with ``(loss module, predictions, targets, masks, counts,
-            region_weights)``: three lists with an entry for each tensor of the call, in the layout
-            (R, K) and (R,) of GHM-C whatever it was called with; the int64 (bins,) counts R_j of
-            the call and its float32 (bins,) weights w_j (without ``loss_weight``), both None with
-            the exact density. A recomputation by activation checkpointing is not a call.
+        observer: called for each histogram, with ``(loss module, predictions, targets, masks,
+            counts, region_weights)``: three lists with an entry for each of its tensors, in the
+            layout (R, K) and (R,) of GHM-C whatever it was called with; its int64 (bins,) counts
+            R_j and float32 (bins,) weights w_j (without ``loss_weight``), both None with the exact
+            density. A recomputation by activation checkpointing is not observed.
     """
     _observers.append(observer)
     try:
@@ -144,6 +142,37 @@ class HarmonizedLoss(nn.Module):
         Raises:
             ValueError: as :meth:`forward`, or the sequences differ in length.
         """
+        return self._forward(predictions, targets, weights, pooled=True)
+
+    def forward_levels(
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """The sum of :meth:`forward` over several tensors (authors' code for FPN levels), at once.
+
+        Each tensor has a histogram of its own; they take their turns at the running counts in the
+        order given. With ``sync`` the processes meet once for all of them.
+
+        Args:
+            predictions, targets, weights: see :meth:`forward_pooled`.
+
+        Returns:
+            One scalar.
+
+        Raises:
+            ValueError: as :meth:`forward_pooled`; the running counts are then as before the first.
+        """
+        return self._forward(predictions, targets, weights, pooled=False)
+
+    def _forward(
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        weights: Sequence[Tensor | None] | None,
+        pooled: bool,
+    ) -> Tensor:
         weights = [None] * len(predictions) if weights is None else weights
         if not len(predictions) == len(targets) == len(weights):
             prediction, target = self.argument_names
@@ -151,7 +180,9 @@ class HarmonizedLoss(nn.Module):
                 f"{target} and weights must be as many as {prediction} ({len(predictions)}), "
                 f"got {len(targets)} and {len(weights)}"
             )
-        first = predictions[0] if predictions else None
+        if not predictions:
+            return self.acc_sum.new_zeros(())
+        first = predictions[0]
         device = first.device.type if isinstance(first, Tensor) else "cpu"
         device = "cpu" if device == "meta" else device  # which has no autocast to switch off
         # Region weights are ratios of counts, which half precision cannot hold.
@@ -162,7 +193,7 @@ class HarmonizedLoss(nn.Module):
                 for name, value in zip((*self.argument_names, "weight"), each, strict=True):
                     check_plain(name, value)
                 arguments.append(self._checked(*each, checks))
-            return self._loss(predictions, arguments, checks)
+            return self._loss(arguments, checks, pooled)
 
     def _checked(
         self, prediction: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
@@ -170,52 +201,58 @@ class HarmonizedLoss(nn.Module):
         """Prediction, target and bool mask of one tensor in the layout of :meth:`_examples`."""
         raise NotImplementedError
 
-    def _examples(self, prediction: Tensor, target: Tensor, keep: Tensor | None) -> Examples:
-        """The examples of one tensor that holds some."""
+    def _examples(self, arguments: Sequence[Arguments]) -> Examples:
+        """The examples of several tensors, some of which may hold none."""
         raise NotImplementedError
 
-    def _loss(
-        self, inputs: Sequence[Tensor], arguments: Sequence[Arguments], checks: ValueChecks
-    ) -> Tensor:
-        """One histogram, one update and one loss over the examples of all tensors.
+    def _loss(self, arguments: Sequence[Arguments], checks: ValueChecks, pooled: bool) -> Tensor:
+        """The loss over one or more histograms, and one update of the buffers.
 
         Args:
-            inputs: the predictions, named only to keep an empty loss on their graph.
-            arguments: what :meth:`_checked` made of each, and of its target and weight.
+            arguments: what :meth:`_checked` made of each prediction, its target and its weight.
             checks: what has been required of the arguments so far.
+            pooled: whether all tensors share one histogram; else each has its own.
 
         Returns:
             A scalar, float32 at least.
         """
-        # Sums over nothing are 0, and keep the prediction on the graph: DDP waits for all of them.
-        terms = [x.sum(dtype=torch.float32) for x in inputs if not x.numel()]
-        present = [self._examples(*each) for each in arguments if each[0].numel()]
         recomputed = self._is_recomputed()
         writes = self.training and torch.is_grad_enabled() and not recomputed
+        examples = self._examples(arguments)
         state = counts = region_weights = None
         if self.density == "exact":
-            eager = cast(list[EagerExamples], present)  # no kernel computes the exact density
-            terms += [self.loss_weight * term for term in self._exact_terms(eager)]
+            # no kernel computes the exact density
+            loss = self.loss_weight * self._exact_sum(cast(EagerExamples, examples), pooled)
         else:
-            counts = torch.zeros_like(self.acc_sum, dtype=torch.int64)
-            for each in present:
-                counts += each.counts(self.bins)
+            counts = examples.counts(self.bins)
+            if pooled:
+                counts = counts.sum(0, keepdim=True)
             scale = self.loss_weight * self._pool(counts, writes)
-            state = self._updated(counts)
-            region_weights = self._region_weights(counts, state)
-            weights = region_weights * scale
-            terms += [each.weighted_sum(weights) for each in present]
+            region_weights, state = self._walk(counts)
+            weights = (region_weights * scale).expand(len(arguments), -1)
+            loss = examples.weighted_sum(weights)
         if not recomputed:
-            columns = [list(column) for column in zip(*arguments, strict=True)] or [[], [], []]
-            for observer in _observers:
-                observer(self, *columns, counts, region_weights)
-        loss = sum(terms[1:], start=terms[0]) if terms else self.acc_sum.new_zeros(())
+            self._tell(arguments, counts, region_weights, pooled)
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
         holds = checks.all_hold()
         checks.defer_to(self._failures)
         if state is not None and writes:
             self._write(state, holds)
         return loss if holds is None else torch.where(holds, loss, torch.nan)
+
+    def _tell(
+        self,
+        arguments: Sequence[Arguments],
+        counts: Tensor | None,
+        region_weights: Tensor | None,
+        pooled: bool,
+    ) -> None:
+        """Calls the observers, for each histogram."""
+        for number, part in enumerate([arguments] if pooled else [[each] for each in arguments]):
+            columns = [list(column) for column in zip(*part, strict=True)]
+            rows = [None if x is None else x[number] for x in (counts, region_weights)]
+            for observer in _observers:
+                observer(self, *columns, *rows)
 
     def _is_recomputed(self) -> bool:
         """Whether activation checkpointing repeats an earlier call, inside a backward pass.
@@ -240,28 +277,10 @@ class HarmonizedLoss(nn.Module):
         return True
 
     @torch.no_grad()
-    def _updated(self, counts: Tensor) -> dict[str, Tensor]:
-        """The buffers after averaging in ``counts``, int64 (bins,), R_j of this call."""
-        filled = counts > 0
-        # Authors' code leaves an empty region as it was; the paper's formula lets it decay. A call
-        # without any example saw nothing and changes nothing either way.
-        updated = filled.any().expand_as(filled) if self.decay_empty_bins else filled
-        # Rounded as the published code rounds: alpha * S in float32, (1 - alpha) * R in float64.
-        mean = self.acc_sum * self.momentum + (counts.double() * (1 - self.momentum)).float()
-        state = {"acc_sum": torch.where(updated, mean, self.acc_sum)}
-        if self.bias_correction:
-            state["num_updates"] = self.num_updates + updated
-        return state
-
-    @torch.no_grad()
-    def _region_weights(self, counts: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """``w_j = 1 / (S_j * D)``, float32 (bins,); 0 where no example of this call fell."""
-        filled = counts > 0
-        mean = state["acc_sum"]
-        if self.bias_correction:
-            mean = (mean.double() / (1 - self.momentum ** state["num_updates"].double())).float()
-        divisor = filled.sum() if self.normalize_by == "valid_bins" else self.bins
-        return torch.where(filled, 1 / (mean * divisor), torch.zeros_like(mean))
+    def _walk(self, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weights of each histogram, and the buffers after the last; see :func:`walk`."""
+        averaging = Averaging(self.momentum, self.normalize_by, self.decay_empty_bins)
+        return walk(counts, self.acc_sum, getattr(self, "num_updates", None), averaging)
 
     @torch.no_grad()
     def _write(self, state: dict[str, Tensor], holds: Tensor | None) -> None:
@@ -285,20 +304,22 @@ class HarmonizedLoss(nn.Module):
             counts *= world
         return world
 
-    def _exact_terms(self, examples: Sequence[EagerExamples]) -> list[Tensor]:
-        if not examples:
-            return []
-        norms = torch.cat([each.gradient_norm.flatten() for each in examples])
-        masks = [
-            torch.ones_like(each.gradient_norm, dtype=torch.bool)
-            if each.valid is None
-            else each.valid.expand_as(each.gradient_norm)
-            for each in examples
-        ]
-        kept = torch.cat([mask.flatten() for mask in masks])
-        weights = torch.where(kept, 1 / exact_gradient_density(norms, 1 / self.bins, kept), 0.0)
-        parts = weights.split([each.loss.numel() for each in examples])
-        return [(each.loss.flatten() * w).sum() for each, w in zip(examples, parts, strict=True)]
+    def _exact_sum(self, examples: EagerExamples, pooled: bool) -> Tensor:
+        parts = examples.parts
+        total = torch.zeros((), device=parts[0].loss.device)
+        for share in [parts] if pooled else [[part] for part in parts]:
+            norms = torch.cat([part.gradient_norm.flatten() for part in share])
+            masks = [
+                torch.ones_like(part.gradient_norm, dtype=torch.bool)
+                if part.valid is None
+                else part.valid.expand_as(part.gradient_norm)
+                for part in share
+            ]
+            kept = torch.cat([mask.flatten() for mask in masks])
+            losses = torch.cat([part.loss.flatten() for part in share])
+            density = exact_gradient_density(norms, 1 / self.bins, kept)
+            total = total + (losses * torch.where(kept, 1 / density, 0.0)).sum()
+        return total
 
     def _load_from_state_dict(
         self,

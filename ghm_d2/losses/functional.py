@@ -13,6 +13,8 @@ Shape shorthand:
     M: number of unit regions (``bins``)
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 from .checks import check_choice, check_floating, check_positive, is_plain
 
 __all__ = [
+    "Averaging",
     "authentic_smooth_l1_loss",
     "count_unit_regions",
     "harmonized_sum",
@@ -27,6 +30,7 @@ __all__ = [
     "sigmoid_examples",
     "softmax_examples",
     "unit_region_index",
+    "walk",
 ]
 
 
@@ -192,3 +196,52 @@ def harmonized_sum(loss: Tensor, region: Tensor, region_weights: Tensor) -> Tens
     """
     padded = F.pad(region_weights.to(loss.dtype), (0, 1))
     return (loss * padded[region]).sum()
+
+
+class Averaging(NamedTuple):
+    """How counts become weights; see :class:`~ghm_d2.losses.GHMCLoss`."""
+
+    momentum: float
+    normalize_by: str = "valid_bins"
+    decay_empty_bins: bool = False
+
+
+def walk(
+    counts: Tensor, acc_sum: Tensor, num_updates: Tensor | None, averaging: Averaging
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Takes the moving average over several histograms, one after the other (authors' code).
+
+    ``S_j <- alpha S_j + (1 - alpha) R_j`` for each histogram, and ``w_j = 1 / (S_j D)`` of each
+    after its own step.
+
+    Args:
+        counts: int64 (L, M), R_j of each of L histograms.
+        acc_sum: float32 (M,), S_j before the first.
+        num_updates: int64 (M,), how often each region was averaged, to correct the bias of the
+            start; None: no correction.
+        averaging: the settings.
+
+    Returns:
+        ``(weights, state)``: float32 (L, M), 0 where a histogram has no example, and the buffers
+        after the last, by name.
+    """
+    filled = counts > 0
+    # Authors' code leaves an empty region as it was; the paper's formula lets it decay. A histogram
+    # without any example saw nothing and changes nothing either way.
+    updated = filled
+    if averaging.decay_empty_bins:
+        updated = filled.any(1, keepdim=True).expand_as(filled)
+    # Rounded as the published code rounds: alpha * S in float32, (1 - alpha) * R in float64.
+    share = (counts.double() * (1 - averaging.momentum)).float()
+    means = []
+    for moves, own in zip(updated.unbind(), share.unbind(), strict=True):
+        acc_sum = torch.where(moves, acc_sum * averaging.momentum + own, acc_sum)
+        means.append(acc_sum)
+    state, mean = {"acc_sum": acc_sum}, torch.stack(means)
+    if num_updates is not None:
+        updates = num_updates + updated.cumsum(0)
+        mean = (mean.double() / (1 - averaging.momentum ** updates.double())).float()
+        state["num_updates"] = updates[-1]
+    valid = averaging.normalize_by == "valid_bins"
+    divisor = filled.sum(1, keepdim=True) if valid else counts.shape[1]
+    return torch.where(filled, 1 / (mean * divisor), 0.0), state

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Arguments, HarmonizedLoss, example_mask
+from .base import HarmonizedLoss, example_mask
 from .checks import (
     ValueChecks,
     check_choice,
@@ -14,7 +14,7 @@ from .checks import (
     check_non_negative,
 )
 from .functional import sigmoid_examples, softmax_examples
-from .kernels import EagerExamples, Examples, sigmoid_kernel
+from .kernels import Arguments, EagerExamples, EagerPart, Examples, sigmoid_kernel
 
 __all__ = ["GHMCLoss"]
 
@@ -216,40 +216,36 @@ class GHMCLoss(HarmonizedLoss):
                 f"{columns} columns, got {len(self.class_weight)}"
             )
 
-    def _examples(self, logits: Tensor, labels: Tensor, keep: Tensor | None) -> Examples:
-        if self.activation == "softmax":
-            return self._softmax_examples(logits, labels, keep)
-        valid = keep
-        if labels.dim() == 1:
-            counted = (labels >= 0).unsqueeze(1)
-            valid = counted if keep is None else counted & keep
+    def _examples(self, arguments: Sequence[Arguments]) -> Examples:
+        def eager(logits: Sequence[Tensor]) -> EagerExamples:
+            pairs = zip(logits, arguments, strict=True)
+            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
 
-        def eager(x: Tensor) -> EagerExamples:
-            x = x.view(logits_shape)
-            if valid is not None:
-                x = _without(x, valid)
-            loss, norm = sigmoid_examples(x, labels)
-            if class_weight is not None:
-                loss = loss * class_weight
-            return EagerExamples(loss, norm, valid)
-
-        logits_shape, class_weight = logits.shape, self.class_weight
-        flat = logits.contiguous().view(-1)
-        if self.density == "unit_region" and class_weight is None:
-            kernel = sigmoid_kernel(flat, labels, keep, self.bins, eager)
+        plain = self.activation == "sigmoid" and self.class_weight is None
+        if plain and self.density == "unit_region":
+            kernel = sigmoid_kernel(arguments, self.bins, eager)
             if kernel is not None:
                 return kernel
-        return eager(flat)
+        return eager([logits for logits, _, _ in arguments])
 
-    def _softmax_examples(
-        self, logits: Tensor, labels: Tensor, keep: Tensor | None
-    ) -> EagerExamples:
-        valid = labels >= 0 if keep is None else (labels >= 0) & keep.flatten()
-        loss, norm = softmax_examples(_without(logits, valid.unsqueeze(1)), labels)
-        if self.class_weight is not None:
+    def _eager(self, logits: Tensor, labels: Tensor, keep: Tensor | None) -> EagerPart:
+        if not logits.numel():
+            return EagerPart.empty(logits)
+        softmax = self.activation == "softmax"
+        valid = keep
+        if labels.dim() == 1:
+            counted = labels >= 0 if softmax else (labels >= 0).unsqueeze(1)
+            valid = counted if keep is None else counted & (keep.flatten() if softmax else keep)
+        if valid is not None:
+            # 0 times the NaN of an ignored example would still be NaN.
+            logits = logits.masked_fill(~(valid.unsqueeze(1) if softmax else valid), 0)
+        loss, norm = (softmax_examples if softmax else sigmoid_examples)(logits, labels)
+        if self.class_weight is not None and softmax:
             background = self.class_weight.new_ones(logits.shape[1] - len(self.class_weight))
             loss = loss * torch.cat([self.class_weight, background])[labels.clamp(min=0)]
-        return EagerExamples(loss, norm, valid)
+        elif self.class_weight is not None:
+            loss = loss * self.class_weight
+        return EagerPart(loss, norm, valid)
 
 
 def _to_rows(x: Tensor, axis: int) -> Tensor:
@@ -271,8 +267,3 @@ def _check_class_weight(values: Sequence[float] | Tensor | None) -> list[float] 
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise ValueError(f"class_weight must be (K,) numbers or None, got {type(values).__name__}")
     return [check_non_negative("class_weight", value) for value in values]
-
-
-def _without(logits: Tensor, valid: Tensor) -> Tensor:
-    """Zeroes what is dropped: 0 times the NaN of an ignored example would still be NaN."""
-    return logits.masked_fill(~valid, 0)

@@ -1,12 +1,14 @@
 """GHM-R: gradient-harmonised box regression."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .base import Arguments, HarmonizedLoss, example_mask
+from .base import HarmonizedLoss, example_mask
 from .checks import ValueChecks, check_floating, check_positive
 from .functional import regression_examples
-from .kernels import EagerExamples, Examples, regression_kernel
+from .kernels import Arguments, EagerExamples, EagerPart, Examples, regression_kernel
 
 __all__ = ["GHMRLoss"]
 
@@ -94,18 +96,20 @@ class GHMRLoss(HarmonizedLoss):
             keep = keep.view(*keep.shape, *[1] * (pred.dim() - keep.dim()))
         return pred, target, keep
 
-    def _examples(self, pred: Tensor, target: Tensor, keep: Tensor | None) -> Examples:
-        def eager(x: Tensor) -> EagerExamples:
-            x, y = x.view(target.shape), target
-            if keep is not None:
-                x, y = x.masked_fill(~keep, 0), y.masked_fill(~keep, 0)
-            return EagerExamples(*regression_examples(x, y, self.mu), keep)
+    def _examples(self, arguments: Sequence[Arguments]) -> Examples:
+        def eager(preds: Sequence[Tensor]) -> EagerExamples:
+            pairs = zip(preds, arguments, strict=True)
+            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
 
-        flat = pred.contiguous().view(-1)
         if self.density == "unit_region":
-            mask = None if keep is None else keep.expand_as(pred).flatten()
-            other = target.contiguous().view(-1)
-            kernel = regression_kernel(flat, other, mask, self.mu, self.bins, eager)
+            kernel = regression_kernel(arguments, self.mu, self.bins, eager)
             if kernel is not None:
                 return kernel
-        return eager(flat)
+        return eager([pred for pred, _, _ in arguments])
+
+    def _eager(self, pred: Tensor, target: Tensor, keep: Tensor | None) -> EagerPart:
+        if not pred.numel():
+            return EagerPart.empty(pred)
+        if keep is not None:
+            pred, target = pred.masked_fill(~keep, 0), target.masked_fill(~keep, 0)
+        return EagerPart(*regression_examples(pred, target, self.mu), keep)

@@ -1,8 +1,8 @@
 """Configs and trained models by name, with Detectron2's model zoo functions.
 
 Trained weights come from the zoo that the environment variable ``GHM_D2_ZOO`` names: a folder that
-``ghm-d2 export-zoo`` has filled, or the http(s) address of one. Importing this package
-makes Detectron2's ``PathManager`` check every download from that address.
+``ghm-d2 export-zoo`` has filled, or the http(s) address of one. Once this package is imported,
+Detectron2's ``PathManager`` checks every download from that address.
 """
 
 from ghm_d2.model_zoo.model_zoo import get, get_checkpoint_url, get_config, get_config_file

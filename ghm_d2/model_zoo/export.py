@@ -1,4 +1,4 @@
-"""Puts a finished training into a zoo, as Detectron2's model zoo has it."""
+"""Puts a finished training into a zoo, in the layout of Detectron2's model zoo."""
 
 import copy
 import hashlib
@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ghm_d2.checkpoint.files import write_checkpoint
 from ghm_d2.checkpoint.origin import ORIGIN
+from ghm_d2.config_files import configs_folder
 from ghm_d2.errors import UserError, cannot
-from ghm_d2.files import write_text
+from ghm_d2.files import write_json, write_text
 from ghm_d2.model_zoo.finished_run import FinishedRun, read_finished_run
-from ghm_d2.model_zoo.index import NAME, read_index, write_index
-from ghm_d2.model_zoo.model_zoo import configs_folder
 from ghm_d2.model_zoo.stock import (
     build_stock_model,
     stock_config,
@@ -28,7 +27,7 @@ from ghm_d2.model_zoo.stock import (
     stock_weights,
     without_statistics,
 )
-from ghm_d2.model_zoo.zoo import sha256_of
+from ghm_d2.model_zoo.zoo import NAME, read_index, sha256_of
 from ghm_d2.run_folder import METRICS
 from ghm_d2.run_parts import Record
 
@@ -37,15 +36,15 @@ __all__ = ["export_run", "write_weights"]
 logger = logging.getLogger(__name__)
 
 _STOCK_HEADER = """\
-# For stock Detectron2, which knows no GHM losses: finds what the model was trained to find.
-# MODEL.WEIGHTS lies beside this file; give its path.
+# For stock Detectron2, which has no GHM losses and needs none to detect.
+# MODEL.WEIGHTS names a file beside this one: put its full path there.
 """
 
 
 def export_run(
     run: str | Path, zoo: str | Path, model_id: int | None = None, name: str | None = None
 ) -> Path:
-    """Write weights, metrics, configs and an index entry for a finished training.
+    """Writes weights, metrics, configs and an index entry for a finished training.
 
     Args:
         run: its OUTPUT_DIR.
@@ -57,7 +56,7 @@ def export_run(
         The new folder ``zoo/<name>/<model_id>``.
 
     Raises:
-        UserError: the run is not finished or not evaluated, the name is none, or the zoo has a
+        UserError: the run is not finished or not evaluated, the name is invalid, or the zoo has a
             model of this name and id already.
     """
     finished = read_finished_run(run)
@@ -77,12 +76,12 @@ def export_run(
         raise UserError(f"{target} exists already: choose another --id.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # In one piece or not at all.
+        # Under another name first: a model that stands in the zoo is complete.
         with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as new:
             files = _write_files(finished, Path(new, "model"))
             os.rename(Path(new, "model"), target)
         index["models"].append({"name": name, "id": model_id, **files, **_figures(finished)})
-        write_index(index_file, index)
+        write_json(index_file, index, indent=2)
     except OSError as error:
         raise cannot("written", error.filename, error) from error
     return target
@@ -97,7 +96,7 @@ def _config_name(run: FinishedRun) -> str:
 
 
 def _write_files(run: FinishedRun, folder: Path) -> dict[str, Any]:
-    """Write the weights, the metrics and the configs; return what the index says of them."""
+    """Writes weights, metrics and configs; returns what the index says of them."""
     folder.mkdir()
     weights, config, stock = _for_stock(run) if run.cfg else _of_python_config(run)
     file = write_weights(weights, folder, run.origin)
@@ -117,9 +116,9 @@ def _write_files(run: FinishedRun, folder: Path) -> dict[str, Any]:
 
 
 def _for_stock(run: FinishedRun) -> tuple[dict[str, Tensor], str, CfgNode | None]:
-    """Weights, config, and the config for stock Detectron2 where it has all that is needed."""
+    """Weights, config, and a config for stock Detectron2; None where that lacks something."""
     full = run.cfg.clone()
-    # Of the machine that trained, not of the model.
+    # These two describe the machine that trained, not the model.
     full.OUTPUT_DIR, full.MODEL.DEVICE = get_cfg().OUTPUT_DIR, get_cfg().MODEL.DEVICE
     stock = stock_config(full)
     model = build_stock_model(stock, full.MODEL.GHM)
@@ -130,7 +129,7 @@ def _for_stock(run: FinishedRun) -> tuple[dict[str, Tensor], str, CfgNode | None
 
 
 def _of_python_config(run: FinishedRun) -> tuple[dict[str, Tensor], str, None]:
-    """The model is not built: its config may call anything."""
+    """The same without building the model, because a Python config may call anything."""
     logger.warning("no config for stock Detectron2 is written: the training's is a Python config")
     tree = copy.deepcopy(run.settings.tree)
     if isinstance(train := tree.get("train"), dict):
@@ -141,7 +140,7 @@ def _of_python_config(run: FinishedRun) -> tuple[dict[str, Tensor], str, None]:
 def write_weights(
     weights: Mapping[str, Tensor], folder: Path, origin: Record | None = None
 ) -> Path:
-    """Write ``model_final_<first 6 of md5>.pkl`` in the format of Detectron2's model zoo.
+    """Writes ``model_final_<first 6 of md5>.pkl`` in the format of Detectron2's model zoo.
 
     Args:
         weights: name to tensor.

@@ -1,4 +1,4 @@
-"""What a finished training has left in its OUTPUT_DIR; what is not finished is refused."""
+"""What a finished training has left in its OUTPUT_DIR; an unfinished one is refused."""
 
 import logging
 import math
@@ -27,11 +27,11 @@ class FinishedRun:
     Attributes:
         folder: its OUTPUT_DIR.
         settings: of its config.
-        cfg: the config itself; None where a Python config was trained with.
+        cfg: the config itself; None for a Python config.
         weights: name to tensor, of the model alone.
         record: what the training wrote into training.json; empty where there is none.
         origin: what the checkpoint says of the classes and the data.
-        box_ap: data set to box AP in percent, None where nothing was detected.
+        box_ap: box AP of each data set in percent, None where nothing was detected.
         seconds_per_iteration: median over the run; None for a run too short to be timed.
         seconds_per_image: of the network and its post-processing, in the last evaluation.
         memory_mib: most GPU memory held by the first process; None on the CPU.
@@ -50,7 +50,7 @@ class FinishedRun:
 
 
 def read_finished_run(folder: str | Path) -> FinishedRun:
-    """Read an OUTPUT_DIR.
+    """Reads an OUTPUT_DIR.
 
     Raises:
         UserError: the training has not reached its last iteration, has no evaluation of its final
@@ -73,8 +73,7 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
             f"{folder} is not finished, it has done {done} of {wanted} iterations: go on with "
             "--resume."
         )
-    box_ap = _box_ap(run, settings.test, wanted)
-    if not box_ap:
+    if not (box_ap := _box_ap(run, settings.test, wanted)):
         raise UserError(
             f"{folder} holds no evaluation of its final weights: train with test data that has "
             "annotations."
@@ -128,10 +127,11 @@ def _read_weights(file: Path, iterations: int) -> tuple[dict[str, Tensor], Recor
             f"{file} does not exist: the training is not finished, go on with --resume."
         )
     checkpoint = load_file(file)
-    try:
-        weights, done = dict(checkpoint["model"]), int(checkpoint["iteration"]) + 1
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not a checkpoint of a training ({reason(error)}).") from error
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    for key, kind in (("model", dict), ("iteration", int)):
+        if not isinstance(entries.get(key), kind):
+            raise UserError(f"{file} is not a checkpoint of a training (it has no {key}).")
+    weights, done = entries["model"], entries["iteration"] + 1
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise UserError(
@@ -139,7 +139,7 @@ def _read_weights(file: Path, iterations: int) -> tuple[dict[str, Tensor], Recor
             )
     if done < iterations:
         raise UserError(
-            f"{file} is of iteration {done} and not of the last one, {iterations}: the training "
-            "that it belongs to was another one."
+            f"{file} is of iteration {done} and not of the last one, {iterations}: it belongs to "
+            "another training."
         )
-    return weights, read_origin(checkpoint)
+    return weights, read_origin(entries)

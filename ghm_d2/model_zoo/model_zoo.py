@@ -1,6 +1,5 @@
 """get, get_config, get_config_file, get_checkpoint_url: Detectron2's, for this project's models."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,31 +8,25 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ghm_d2 import data, modeling  # noqa: F401  (they register what configs name)
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.config import add_ghm_config
+from ghm_d2.config_files import config_names, find_config
 from ghm_d2.errors import similar_names
-from ghm_d2.model_zoo.index import (
+from ghm_d2.model_zoo.zoo import (
     PACKAGED_INDEX,
+    ZOO_VARIABLE,
+    ZooError,
     config_file,
+    fetch,
     newest,
     read_index,
+    read_zoo,
     weights_file,
+    zoo_location,
 )
-from ghm_d2.model_zoo.zoo import ZOO_VARIABLE, ZooError, fetch, read_zoo, zoo_location
 
 __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
-
-
-def configs_folder() -> Path:
-    """The folder ``configs``: inside the installed package, or at the root of the checkout."""
-    installed = Path(__file__).with_name("configs")
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
-
-
-def find_config(name: str) -> str | None:
-    """The path of a config, named from inside ``configs/`` or with it; None if there is none."""
-    file = configs_folder() / name.removeprefix("configs/")
-    return str(file) if file.is_file() else None
 
 
 def get_config_file(config_path: str) -> str:
@@ -49,16 +42,14 @@ def get_config_file(config_path: str) -> str:
         return file
     if found := _in_zoo(config_path):
         return _trained_config(*found)
-    raise ZooError(
-        f"{config_path} is not available in the model zoo{similar_configs(config_path)}."
-    )
+    raise ZooError(f"{config_path} is not available in the model zoo{_similar(config_path)}.")
 
 
 def get_checkpoint_url(config_path: str) -> str:
     """Returns the path or URL of the weights trained with a config: the newest in ``GHM_D2_ZOO``.
 
-    A file in a folder has been checked against the recorded SHA-256; a URL is when Detectron2's
-    ``PathManager`` opens it, as ``DetectionCheckpointer`` does.
+    A file in a folder has then been checked against its recorded SHA-256; a URL is checked when
+    Detectron2's ``PathManager`` opens it, as ``DetectionCheckpointer`` does.
 
     Args:
         config_path: see :func:`get_config_file`.
@@ -78,8 +69,8 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
     Args:
         config_path: see :func:`get_config_file`.
         trained: True: the config that the newest model of this name in the zoo was trained with,
-            whatever the command line changed in it, its ``MODEL.WEIGHTS`` being the trained ones.
-            False: the config file, whose ``MODEL.WEIGHTS`` start a training.
+            the changes of its command line included; ``MODEL.WEIGHTS`` are the trained ones.
+            False: the config file, whose ``MODEL.WEIGHTS`` a training starts from.
 
     Raises:
         ZooError: see :func:`get_config_file` and :func:`get_checkpoint_url`.
@@ -90,13 +81,14 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
         cfg.merge_from_file(get_config_file(config_path), allow_unsafe=False)
         return cfg
     url = get_checkpoint_url(config_path)
-    if _in_zoo(config_path)[1].get("python"):
+    zoo, entry = _in_zoo(config_path)
+    if entry.get("python"):
         raise ZooError(
             f"{config_path} was trained with a Python config, which can call anything and is not "
             "run here: build the model with Detectron2's LazyConfig, from get_config_file, and "
             "load the weights from get_checkpoint_url."
         )
-    cfg.merge_from_file(_trained_config(*_in_zoo(config_path)), allow_unsafe=False)
+    cfg.merge_from_file(_trained_config(zoo, entry), allow_unsafe=False)
     cfg.MODEL.WEIGHTS = url
     return cfg
 
@@ -107,16 +99,14 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
     Args:
         config_path: see :func:`get_config_file`.
         trained: see :func:`get_config`.
-        device: overwrites the device of the config; without a GPU, "cpu" does.
+        device: replaces the device of the config; None: only where there is no GPU, by "cpu".
 
     Raises:
         ZooError: see :func:`get_config`.
     """
     cfg = get_config(config_path, trained)
-    if device is None and not torch.cuda.is_available():
-        device = "cpu"
-    if device is not None:
-        cfg.MODEL.DEVICE = device
+    if device or not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = device or "cpu"
     model = build_model(cfg)
     RestrictedCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model
@@ -124,7 +114,7 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
 
 def _in_zoo(config_path: str) -> tuple[str, dict[str, Any]] | None:
     zoo = zoo_location()
-    entry = newest(read_zoo(zoo)["models"], _name(config_path)) if zoo else None
+    entry = newest(read_zoo(zoo)["models"], config_path.removesuffix(".yaml")) if zoo else None
     return (zoo, entry) if entry else None
 
 
@@ -132,31 +122,25 @@ def _trained_config(zoo: str, entry: dict[str, Any]) -> str:
     return PathManager.get_local_path(fetch(zoo, config_file(entry), entry["config_sha256"]))
 
 
-def _name(config_path: str) -> str:
-    return config_path.removesuffix(".yaml")
-
-
 def _why_not_available(config_path: str) -> str:
-    packaged = read_index(PACKAGED_INDEX)
+    packaged, name = read_index(PACKAGED_INDEX), config_path.removesuffix(".yaml")
     for model in packaged["published"]:
-        if model["name"] == _name(config_path):
+        if model["name"] == name:
             return (
                 f"the weights of {config_path} are published by {model['publisher']} in another "
                 f"format: download {model['url']}, convert it with ghm-d2 convert-mmdet "
                 "CHECKPOINT OUTPUT, and give MODEL.WEIGHTS OUTPUT."
             )
-    if newest(packaged["models"], _name(config_path)):
+    if newest(packaged["models"], name):
         return (
             f"the weights of {config_path} are not in the zoo: set {ZOO_VARIABLE} to the folder or "
             "URL of one that holds them."
         )
-    return f"trained weights of {config_path} are not available{similar_configs(config_path)}."
+    return f"trained weights of {config_path} are not available{_similar(config_path)}."
 
 
-def similar_configs(config_path: str) -> str:
-    """Names of configs like this one, in brackets for a message; empty if there is none."""
-    root = configs_folder()
-    names = [path.relative_to(root).as_posix() for path in root.rglob("*.yaml")]
+def _similar(config_path: str) -> str:
+    names = config_names()
     if zoo := zoo_location():
         names += [f"{entry['name']}.yaml" for entry in read_zoo(zoo)["models"]]
     return similar_names(config_path, names)

@@ -1,6 +1,7 @@
-"""The same detector for stock Detectron2: its config, and the weights that it knows."""
+"""The same detector in stock Detectron2: its config, and the weights that it has a place for."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import (
@@ -10,7 +11,6 @@ from detectron2.modeling import (
     ROI_HEADS_REGISTRY,
     build_model,
 )
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from ghm_d2.errors import UserError
@@ -23,16 +23,11 @@ __all__ = [
     "without_statistics",
 ]
 
-_OURS = "ghm_d2."
-
 
 def stock_config(cfg: CfgNode) -> CfgNode:
-    """The config for stock Detectron2 that infers as ``cfg`` does; without ``MODEL.GHM``.
+    """A config without ``MODEL.GHM`` with which stock Detectron2 infers as ``cfg`` does.
 
-    Gradient clipping that only this project has goes back to Detectron2's default too.
-
-    Args:
-        cfg: a config with ``MODEL.GHM``.
+    A gradient clipping that only this project has becomes Detectron2's default.
     """
     stock = cfg.clone()
     stock.defrost()
@@ -42,21 +37,17 @@ def stock_config(cfg: CfgNode) -> CfgNode:
         (stock.MODEL.PROPOSAL_GENERATOR, "NAME", PROPOSAL_GENERATOR_REGISTRY),
         (stock.MODEL.ROI_HEADS, "NAME", ROI_HEADS_REGISTRY),
     ):
-        node[key] = _stock_name(node[key], registry)
+        if node[key] in registry:  # "PrecomputedProposals" is in none
+            # The class itself, or the one of Detectron2 that ours extends.
+            classes = registry.get(node[key]).__mro__
+            node[key] = next(c.__name__ for c in classes if not _ours(c))
     if stock.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model":
         stock.SOLVER.CLIP_GRADIENTS = get_cfg().SOLVER.CLIP_GRADIENTS
     return stock
 
 
-def _stock_name(name: str, registry: Registry) -> str:
-    """The class itself, or the one of Detectron2 that ours extends."""
-    if name not in registry:  # Detectron2 knows "PrecomputedProposals" without registering it
-        return name
-    return next(c.__name__ for c in registry.get(name).__mro__ if not _ours(c.__module__))
-
-
-def _ours(module: str) -> bool:
-    return module.startswith(_OURS)
+def _ours(made: Any) -> bool:
+    return made.__module__.startswith("ghm_d2.")
 
 
 def stock_obstacle(cfg: CfgNode, model: nn.Module) -> str | None:
@@ -68,21 +59,20 @@ def stock_obstacle(cfg: CfgNode, model: nn.Module) -> str | None:
     """
     if cfg.MODEL.GHM.get("CLIP_BEFORE_NMS", False):
         return "MODEL.GHM.CLIP_BEFORE_NMS"
-    if _ours(BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME).__module__):
+    if _ours(BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)):
         return f"the backbone {cfg.MODEL.BACKBONE.NAME}"
-    names = (type(module).__name__ for module in model.modules() if _ours(type(module).__module__))
-    return next(names, None)
+    return next((type(x).__name__ for x in model.modules() if _ours(type(x))), None)
 
 
 def stock_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights that ``model`` has, without the statistics of the GHM losses.
+    """The weights that ``model`` has a place for, without the running counts of the GHM losses.
 
     Args:
         weights: name to tensor of the trained model.
         model: built from :func:`stock_config`.
 
     Raises:
-        UserError: the two do not fit each other.
+        UserError: the weights do not fit the model.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in without_statistics(weights).items()}
@@ -104,7 +94,7 @@ def build_stock_model(stock: CfgNode, ghm: CfgNode) -> nn.Module:
 
     Args:
         stock: the config.
-        ghm: ``MODEL.GHM`` of the full one; a backbone of this project reads its settings there.
+        ghm: ``MODEL.GHM`` of the full config; a backbone of this project has its settings there.
     """
     cfg = stock.clone()
     cfg.MODEL.GHM = ghm.clone()

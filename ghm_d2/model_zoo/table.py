@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from ghm_d2.errors import UserError
-from ghm_d2.files import write_text
+from ghm_d2.files import write_json, write_text
 from ghm_d2.markdown import markdown_table
-from ghm_d2.model_zoo import index as packaged
-from ghm_d2.model_zoo.index import read_index, weights_file, write_index
+from ghm_d2.model_zoo import zoo as packaged
+from ghm_d2.model_zoo.zoo import read_index
 
 __all__ = ["add_models", "model_zoo_page", "write_page"]
 
@@ -66,14 +66,14 @@ def model_zoo_page(index: dict[str, Any]) -> str:
 
 
 def write_page(file: Path, zoo: Path | None = None) -> tuple[int, int]:
-    """Write MODEL_ZOO.md, and the package's index where models are added to it.
+    """Writes MODEL_ZOO.md, and the package's index where models are added to it.
 
     Args:
         file: the page.
-        zoo: a folder whose models are taken over first.
+        zoo: a folder whose models are added to the index first.
 
     Returns:
-        How many models the index has, and how many of them are new.
+        How many models the index has, and how many of them were added.
 
     Raises:
         UserError: an index is damaged, or a file cannot be written.
@@ -82,32 +82,30 @@ def write_page(file: Path, zoo: Path | None = None) -> tuple[int, int]:
     added = 0
     if zoo is not None:
         added = add_models(index, read_index(zoo / "index.json")["models"])
-        write_index(packaged.PACKAGED_INDEX, index)
+        write_json(packaged.PACKAGED_INDEX, index, indent=2)
     write_text(file, model_zoo_page(index))
     return len(index["models"]), added
 
 
 def add_models(index: dict[str, Any], models: list[dict[str, Any]]) -> int:
-    """Add models of another index, in place; those that are there already count for nothing.
+    """Adds the models of another index that are not there yet, in place.
 
     Returns:
         How many were added.
 
     Raises:
-        UserError: one is there under the same name and id, but is another.
+        UserError: the index has another model of the same name and id.
     """
-    known = {weights_file(entry).rpartition("/")[0]: entry for entry in index["models"]}
-    added = 0
+    known = {(entry["name"], entry["id"]): entry for entry in index["models"]}
     for entry in models:
-        place = weights_file(entry).rpartition("/")[0]
-        if place not in known:
-            index["models"].append(entry)
-            added += 1
-        elif known[place] != entry:
+        name, number = entry["name"], entry["id"]
+        if known.get((name, number), entry) != entry:
             raise UserError(
-                f"the index has another model {place}: export this one with another id."
+                f"the index has another model {name}/{number}: export this one with another id."
             )
-    return added
+    added = [entry for entry in models if (entry["name"], entry["id"]) not in known]
+    index["models"] += added
+    return len(added)
 
 
 def _our_row(entry: dict[str, Any]) -> dict[str, str]:

@@ -1,25 +1,94 @@
-"""Where the zoo is, and its files, none of which is handed out before its hash was checked."""
+"""The index of a zoo, and its files, none of which is handed out before its hash has been checked.
+
+``index.json`` is ``{"models": [...]}``: how each model was trained, and the hashes of its files,
+which lie in ``<name>/<id>/``. The index of this package also lists, under ``"published"``, what
+others have published.
+"""
 
 import hashlib
 import os
+import re
 import tempfile
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import HTTPURLHandler
 
-from ghm_d2.errors import UserError, reason
-from ghm_d2.model_zoo.index import PACKAGED_INDEX, checksums, read_index
+from ghm_d2.errors import UserError, reason, shown
+from ghm_d2.files import read_json
 
-__all__ = ["ZooError", "ZOO_VARIABLE", "fetch", "read_zoo", "register_zoo", "zoo_location"]
+__all__ = [
+    "NAME",
+    "PACKAGED_INDEX",
+    "ZOO_VARIABLE",
+    "ZooError",
+    "config_file",
+    "fetch",
+    "newest",
+    "read_index",
+    "read_zoo",
+    "register_zoo",
+    "weights_file",
+    "zoo_location",
+]
 
 ZOO_VARIABLE = "GHM_D2_ZOO"
+PACKAGED_INDEX = Path(__file__).with_name("index.json")
+
+# A name becomes a path below the zoo and below the cache, and must not lead out of either.
+NAME = re.compile(r"(?!\.)[\w.+-]+(/(?!\.)[\w.+-]+)*")
+_FORMS = {
+    "name": NAME,
+    "weights": r"model_final_[0-9a-f]{6}\.pkl",
+    "md5": r"[0-9a-f]{32}",
+    "sha256": r"[0-9a-f]{64}",
+    "config_sha256": r"[0-9a-f]{64}",
+}
 _SCHEMES = ("http://", "https://")
 
 
 class ZooError(RuntimeError, UserError):
-    """Something is not in the zoo or not what the index says; a RuntimeError, as Detectron2's."""
+    """A file is not in the zoo, or not the recorded one; a RuntimeError, as Detectron2 raises."""
+
+
+def read_index(file: str | Path) -> dict[str, Any]:
+    """Reads an index and checks what paths and hashes are made of.
+
+    Raises:
+        UserError: the file cannot be read or is no index.
+    """
+    index = read_json(file)
+    models = index.get("models") if isinstance(index, dict) else None
+    if not isinstance(models, list) or not all(isinstance(entry, dict) for entry in models):
+        raise UserError(f'{file} is not a model zoo index: it has no list "models".')
+    for entry in models:
+        for field, form in _FORMS.items():
+            if not re.fullmatch(form, str(entry.get(field))):
+                raise UserError(
+                    f"{file} is not a valid model zoo index: the {field} of a model is "
+                    f"{shown(repr(entry.get(field)))}."
+                )
+        if type(entry.get("id")) is not int or entry["id"] < 1:
+            raise UserError(f"{file}: the id of {entry['name']} is {entry.get('id')!r}.")
+    return index
+
+
+def newest(models: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The model of this name with the largest id, or None."""
+    found = [entry for entry in models if entry["name"] == name]
+    return max(found, key=lambda entry: entry["id"], default=None)
+
+
+def weights_file(entry: dict[str, Any]) -> str:
+    """Path of a model's weights in its zoo."""
+    return f"{entry['name']}/{entry['id']}/{entry['weights']}"
+
+
+def config_file(entry: dict[str, Any]) -> str:
+    """Path of a model's full config in its zoo."""
+    return f"{entry['name']}/{entry['id']}/config.yaml"
 
 
 def zoo_location() -> str | None:
@@ -29,26 +98,20 @@ def zoo_location() -> str | None:
         ZooError: it is neither.
     """
     zoo = os.environ.get(ZOO_VARIABLE, "").rstrip("/")
-    if not zoo:
-        return None
     if "://" in zoo and not zoo.startswith(_SCHEMES):
         raise ZooError(
             f"{ZOO_VARIABLE} is {zoo}: it must be a folder or start with {' or '.join(_SCHEMES)}."
         )
-    return zoo
-
-
-def _is_url(zoo: str) -> bool:
-    return zoo.startswith(_SCHEMES)
+    return zoo or None
 
 
 def read_zoo(zoo: str) -> dict[str, Any]:
-    """The index of a zoo; of a URL it is downloaded each time, because it changes.
+    """The index of a zoo; from a URL it is downloaded each time, because it changes.
 
     Raises:
         UserError: there is no valid index.
     """
-    if not _is_url(zoo):
+    if not zoo.startswith(_SCHEMES):
         return read_index(os.path.join(zoo, "index.json"))
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -59,7 +122,7 @@ def read_zoo(zoo: str) -> dict[str, Any]:
 
 
 def fetch(zoo: str, file: str, sha256: str) -> str:
-    """Path or URL of a file of the zoo; opening it through PathManager gives the checked content.
+    """Path or URL of a file of the zoo; opening it through PathManager gives checked content.
 
     Args:
         zoo: a folder or URL prefix.
@@ -67,9 +130,9 @@ def fetch(zoo: str, file: str, sha256: str) -> str:
         sha256: recorded hash.
 
     Raises:
-        ZooError: a folder holds another content, or none. A URL is checked when it is opened.
+        ZooError: a folder holds other content, or none. A URL is checked when it is opened.
     """
-    if _is_url(zoo):
+    if zoo.startswith(_SCHEMES):
         register_zoo()
         return f"{zoo}/{file}"
     path = os.path.join(zoo, file)
@@ -80,14 +143,14 @@ def fetch(zoo: str, file: str, sha256: str) -> str:
             f"{path}, which the index lists, cannot be read ({reason(error)})."
         ) from error
     if found != sha256:
-        raise ZooError(_mismatch(path, found, sha256))
+        raise _mismatch(path, found, sha256)
     return path
 
 
 def register_zoo() -> None:
-    """Have PathManager check what it downloads from ``GHM_D2_ZOO``, where that is a URL."""
+    """Has PathManager check what it downloads from ``GHM_D2_ZOO``, where that is a URL."""
     zoo = os.environ.get(ZOO_VARIABLE, "").rstrip("/")
-    if _is_url(zoo):
+    if zoo.startswith(_SCHEMES):
         PathManager.register_handler(_ZooHandler(zoo))
 
 
@@ -97,16 +160,17 @@ class _ZooHandler(HTTPURLHandler):
     def __init__(self, zoo: str) -> None:
         super().__init__()
         self._zoo = zoo
-        self._checksums: dict[str, str] | None = None
+        self._checksums: dict[str, str] = {}
 
     def _get_supported_prefixes(self) -> list[str]:
         return [f"{self._zoo}/"]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        if self._checksums is None:
-            # What this release lists itself counts for more than what a mirror says of it.
-            models = [*read_zoo(self._zoo)["models"], *read_index(PACKAGED_INDEX)["models"]]
-            self._checksums = checksums(models)
+        if not self._checksums:
+            # The packaged index comes last: a mirror must not overrule what this release records.
+            for entry in [*read_zoo(self._zoo)["models"], *read_index(PACKAGED_INDEX)["models"]]:
+                self._checksums[weights_file(entry)] = entry["sha256"]
+                self._checksums[config_file(entry)] = entry["config_sha256"]
         expected = self._checksums.get(path.removeprefix(f"{self._zoo}/"))
         if expected is None:
             raise ZooError(f"{path} is not listed in {self._zoo}/index.json.")
@@ -115,22 +179,19 @@ class _ZooHandler(HTTPURLHandler):
             found = sha256_of(local)
             if found == expected:
                 return local
-            # Damaged in the cache or on the way, or of another zoo: iopath's cache names no host.
+            # It was damaged in the cache or on the way, or the cache, which does not tell hosts
+            # apart, has it from another zoo. Deleted, it is downloaded once more.
             os.unlink(local)
-        raise ZooError(_mismatch(path, found, expected))
+        raise _mismatch(path, found, expected)
 
 
-def sha256_of(path: str) -> str:
+def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _mismatch(path: str, found: str, expected: str) -> str:
-    return (
+def _mismatch(path: str, found: str, expected: str) -> ZooError:
+    return ZooError(
         f"{path} is not the file that the index records (SHA-256 {found} instead of {expected}) "
         "and was not opened: restore it, or export the model again."
     )

@@ -1,16 +1,29 @@
-"""A harmonised loss over the levels of any dense detector, for groups of images; its normaliser."""
+"""A harmonised loss over the levels of any dense detector and groups of images; its normaliser."""
 
 import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from detectron2.utils.comm import get_world_size
 from torch import Tensor, nn
 
-from ..config import SCOPES
-from ..losses import GHMCLoss, GHMRLoss
+from ghm_d2.losses import GHMCLoss, GHMRLoss
 
-__all__ = ["DenseLoss", "SteadyNormalizer"]
+__all__ = ["SCOPES", "DenseLoss", "SteadyNormalizer", "groups_of_images"]
+
+SCOPES = ("level", "batch")
+
+
+def groups_of_images(total_batch_size: int, images_per_histogram: int) -> int:
+    """How many groups of images each of the present processes trains on in a step.
+
+    Args:
+        total_batch_size: images in a step over all processes, at least 1.
+        images_per_histogram: images in a group; 0: all of the process.
+    """
+    per_process = max(total_batch_size // get_world_size(), 1)
+    return -(-per_process // images_per_histogram) if images_per_histogram else 1
 
 
 class DenseLoss(nn.ModuleList):
@@ -30,14 +43,13 @@ class DenseLoss(nn.ModuleList):
     def __init__(
         self,
         loss: GHMCLoss | GHMRLoss,
-        *,
         ghm_scope: str = "level",
         images_per_histogram: int = 0,
         num_histogram_groups: int = 1,
     ) -> None:
         """
         Args:
-            loss: what every group gets a copy of, as every process of the authors' had its own.
+            loss: copied for each group, as each of the authors' processes had its own.
             ghm_scope: "level": one histogram for each FPN level, the levels sharing one set of
                 running counts, and the losses of the levels added up (authors' code); "batch":
                 one histogram over all levels.
@@ -45,7 +57,7 @@ class DenseLoss(nn.ModuleList):
                 are averaged over the groups, as DistributedDataParallel averages processes. 0:
                 all images.
             num_histogram_groups: groups in a training batch of one process; see
-                :func:`ghm_d2.config.groups_of_images`.
+                :func:`groups_of_images`.
 
         Raises:
             ValueError: an argument is out of range.
@@ -66,9 +78,9 @@ class DenseLoss(nn.ModuleList):
         self.images_per_histogram = images_per_histogram
 
     @classmethod
-    def of(cls, loss: GHMCLoss | GHMRLoss | None, **settings: Any) -> "DenseLoss | None":
+    def of(cls, loss: GHMCLoss | GHMRLoss | None, *settings: Any) -> "DenseLoss | None":
         """As the constructor, but None for None."""
-        return None if loss is None else cls(loss, **settings)
+        return None if loss is None else cls(loss, *settings)
 
     @torch.jit.unused
     def forward(
@@ -82,9 +94,9 @@ class DenseLoss(nn.ModuleList):
             predictions: #levels tensors (N, Ri, ...); for GHM-C the logits (N, Ri, K).
             targets: #levels tensors (N, Ri, ...); for GHM-C int64 (N, Ri), class in [0, K),
                 K = background, -1 = ignored.
-            masks: None, or #levels bool tensors (N, Ri) where only some anchors are examples, as
-                the positives are for GHM-R. Predictions and targets are then (Pi, ...): the rows
-                ``x[mask]``.
+            masks: #levels bool tensors (N, Ri) where only some anchors are examples, as for
+                GHM-R the positives. Predictions and targets are then (Pi, ...): the rows
+                ``x[mask]``. None: all are.
 
         Returns:
             A scalar, on the graph also without any example: the mean over the groups.
@@ -99,32 +111,23 @@ class DenseLoss(nn.ModuleList):
             raise ValueError(
                 f"predictions, targets and masks must have an entry for each level, got {lengths}"
             )
+        images = self._group_sizes(len((predictions if masks is None else masks)[0]))
         if masks is None:
-            groups = self._groups(len(predictions[0]))
-            pairs = [
-                [
-                    (x[images].flatten(0, 1), y[images].flatten(0, 1))
-                    for x, y in zip(predictions, targets, strict=True)
-                ]
-                for images in groups
-            ]
+            rows = [images] * len(predictions)
         else:
-            groups = self._groups(len(masks[0]))
-            pairs = [
-                [(x[rows], y[rows]) for x, y, rows in zip(predictions, targets, level, strict=True)]
-                for level in _rows_of_groups(predictions, masks, groups)
-            ]
+            rows = _rows_of_groups(predictions, masks, images)
+        columns = [list(map(_split, tensors, rows)) for tensors in (predictions, targets)]
+        if masks is None:
+            columns = [[[x.flatten(0, 1) for x in level] for level in part] for part in columns]
         total = []
-        for loss, levels in zip(self, pairs, strict=False):
-            if self.ghm_scope == "level":
-                total += [loss(prediction, target) for prediction, target in levels]
-            else:
-                total.append(loss.forward_pooled(*zip(*levels, strict=True)))
-        return sum(total) / len(pairs)
+        for loss, *group in zip(self, *(zip(*part, strict=True) for part in columns), strict=False):
+            call = loss.forward_levels if self.ghm_scope == "level" else loss.forward_pooled
+            total.append(call(*group))
+        return total[0] if len(total) == 1 else sum(total) / len(total)
 
-    def _groups(self, num_images: int) -> list[slice]:
+    def _group_sizes(self, num_images: int) -> list[int]:
         size = self.images_per_histogram or num_images
-        groups = [slice(start, start + size) for start in range(0, num_images, size)]
+        groups = [min(size, num_images - start) for start in range(0, num_images, size)]
         if len(groups) > len(self):
             raise ValueError(
                 f"images_per_histogram {size} makes {len(groups)} groups of a batch of "
@@ -142,11 +145,11 @@ class DenseLoss(nn.ModuleList):
 
 
 class SteadyNormalizer:
-    """Stands before a ``DenseDetector``: its running averages follow training steps alone.
+    """Mix-in before a ``DenseDetector``: training steps alone move its running averages.
 
-    Detectron2 updates them, such as the running number of positives that focal loss and smooth L1
-    are divided by, in every pass in training mode: in a validation loss under ``no_grad``, and once
-    more where activation checkpointing repeats a forward pass during the backward pass.
+    Detectron2 moves them, such as the number of positives that focal loss and smooth L1 are divided
+    by, in every pass in training mode: also for a validation loss under ``no_grad``, and again
+    where activation checkpointing repeats a forward pass during the backward pass.
     """
 
     _averaged = False  # whether the last forward pass has written its average
@@ -159,7 +162,7 @@ class SteadyNormalizer:
             return getattr(self, name)  # what the first computation divided by
         before = getattr(self, name, None)
         average = super()._ema_update(name, value, initial_value, momentum)
-        # A reentrant checkpoint computes first without a graph, and writes when it repeats.
+        # A reentrant checkpoint computes first without a graph: its repetition writes.
         self._averaged = torch.is_grad_enabled()
         if not self._averaged:
             if before is None:
@@ -169,20 +172,23 @@ class SteadyNormalizer:
         return average
 
 
+def _split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """``x.split``, without the copy that the gradient of a split into one would be."""
+    return x.split(sizes) if len(sizes) > 1 else [x]
+
+
 def _rows_of_groups(
-    predictions: Sequence[Tensor], masks: Sequence[Tensor], groups: Sequence[slice]
-) -> list[list[slice]]:
-    """For each group, for each level: which of the rows ``x[mask]`` belong to its images."""
-    if len(groups) == 1:  # counting them would wait for the device
-        return [[slice(None)] * len(masks)]
-    counts = torch.stack([mask.sum(1) for mask in masks]).tolist()
-    for x, level in zip(predictions, counts, strict=True):
+    predictions: Sequence[Tensor], masks: Sequence[Tensor], images: Sequence[int]
+) -> list[list[int]]:
+    """For each level, how many of the rows ``x[mask]`` belong to each group of ``images``."""
+    if len(images) == 1:  # counting them would wait for the device
+        return [[len(x)] for x in predictions]
+    counts = [torch.stack([part.sum() for part in mask.split(images)]) for mask in masks]
+    rows = torch.stack(counts).tolist()
+    for x, level in zip(predictions, rows, strict=True):
         if len(x) != sum(level):
             raise ValueError(
                 f"predictions must be the {sum(level)} rows that the mask of their level selects, "
                 f"got {len(x)}"
             )
-    return [
-        [slice(sum(level[: images.start]), sum(level[: images.stop])) for level in counts]
-        for images in groups
-    ]
+    return rows

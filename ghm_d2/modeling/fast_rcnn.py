@@ -10,9 +10,10 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ..config import build_asl1, build_ghm_c, build_ghm_r, check_box_head
-from ..losses import ASL1Loss, GHMCLoss, GHMRLoss
-from ..losses.base import raise_deferred_errors
+from ghm_d2.losses import ASL1Loss, GHMCLoss, GHMRLoss
+from ghm_d2.losses.base import raise_deferred_errors
+from ghm_d2.modeling.build import build_losses
+from ghm_d2.modeling.targets import proposal_deltas
 
 __all__ = ["GHMFastRCNNOutputLayers"]
 
@@ -48,16 +49,14 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             ghm_r: box regression loss; None: ``asl1``.
             asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
             prior_prob: foreground probability at the start, in (0, 1), with a sigmoid ``ghm_c``:
-                most logits are negatives, and all of them at 0.5 would share one unit region.
+                most logits are negatives, which would all share one unit region at 0.5.
             kwargs: see :class:`detectron2.modeling.roi_heads.FastRCNNOutputLayers`.
 
         Raises:
-            ValueError: ``ghm_c`` has the wrong activation, or stands beside ``use_fed_loss``.
+            ValueError: ``ghm_c`` has the wrong activation, or ``use_fed_loss`` is True with it.
         """
         super().__init__(input_shape, **kwargs)
-        self.ghm_c = ghm_c
-        self.ghm_r = ghm_r
-        self.asl1 = asl1
+        self.ghm_c, self.ghm_r, self.asl1 = ghm_c, ghm_r, asl1
         if ghm_c is None:
             return
         if self.use_fed_loss:
@@ -73,15 +72,9 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        check_box_head(cfg)
-        activation = "sigmoid" if cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE else "softmax"
-        return {
-            **super().from_config(cfg, input_shape),
-            "ghm_c": build_ghm_c(cfg, "ROI_BOX_HEAD", activation),
-            "ghm_r": build_ghm_r(cfg, "ROI_BOX_HEAD"),
-            "asl1": build_asl1(cfg, "ROI_BOX_HEAD"),
-            "prior_prob": cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB,
-        }
+        losses = build_losses(cfg, "ROI_BOX_HEAD")
+        prior = {"prior_prob": cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB}
+        return {**super().from_config(cfg, input_shape), **losses, **prior}
 
     def losses(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
@@ -94,8 +87,8 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
         Returns:
             ``loss_cls`` and ``loss_box_reg``, scalars.
         """
-        # Of at most a few thousand rows, the cross entropy that is replaced costs next to nothing,
-        # and Detectron2's method logs the accuracy and calls box_reg_loss below.
+        # Detectron2's method logs the accuracy and calls box_reg_loss below. The cross entropy that
+        # is then replaced costs next to nothing for at most a few thousand rows.
         losses = super().losses(predictions, proposals)
         if self.ghm_c is not None:
             scores = predictions[0]
@@ -117,20 +110,19 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             gt_classes: (R,), class in [0, K), K = background.
 
         Returns:
-            A scalar. GHM-R is not divided by R as Detectron2's loss is: its density already
-            makes it independent of the number of examples.
+            A scalar. GHM-R is not divided by R as Detectron2's loss is: thanks to the density it
+            does not depend on the number of examples.
         """
         if self.ghm_r is None and self.asl1 is None:
             return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
-        foreground = (gt_classes >= 0) & (gt_classes < self.num_classes)
-        index = foreground.nonzero(as_tuple=True)[0]
-        box_dim = proposal_boxes.shape[1]
-        if pred_deltas.shape[1] == box_dim:
-            pred = pred_deltas[index]
-        else:
-            # Without proposals, Detectron2's gt_classes is an empty float tensor.
-            pred = pred_deltas.view(-1, self.num_classes, box_dim)[index, gt_classes[index].long()]
-        target = self.box2box_transform.get_deltas(proposal_boxes[index], gt_boxes[index])
+        pred, target = proposal_deltas(
+            self.box2box_transform,
+            proposal_boxes,
+            pred_deltas,
+            gt_boxes,
+            gt_classes,
+            self.num_classes,
+        )
         if self.ghm_r is None:
             return self.asl1(pred, target) / max(gt_classes.numel(), 1)
         return self.ghm_r(pred, target)

@@ -7,9 +7,9 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from ..losses import GHMCLoss
-from ..losses.base import raise_deferred_errors
-from .dense import DenseLoss, SteadyNormalizer
+from ghm_d2.losses import GHMCLoss
+from ghm_d2.losses.base import raise_deferred_errors
+from ghm_d2.modeling.dense import DenseLoss, SteadyNormalizer
 
 __all__ = ["GHMFCOS"]
 
@@ -17,10 +17,9 @@ __all__ = ["GHMFCOS"]
 class GHMFCOS(SteadyNormalizer, FCOS):
     """FCOS whose classification loss is harmonised; all else, inference too, is Detectron2's.
 
-    There is no GHM-R here: FCOS regresses with the GIoU of whole boxes, while GHM-R harmonises the
-    gradient norms of single coordinates under authentic smooth L1, which it would have to replace
-    GIoU by. Detectron2 has no YAML config for FCOS, so this one is built by arguments, as
-    ``configs/lazy/ghm_fcos_R_50.py`` does.
+    There is no GHM-R here: it harmonises the gradient norms of single coordinates under authentic
+    smooth L1, while FCOS regresses with the GIoU of whole boxes. Detectron2 has no YAML config for
+    FCOS, so this one is built by arguments, as in ``configs/lazy/ghm_fcos_R_50.py``.
     """
 
     def __init__(
@@ -41,15 +40,10 @@ class GHMFCOS(SteadyNormalizer, FCOS):
             kwargs: see :class:`detectron2.modeling.meta_arch.fcos.FCOS`.
 
         Raises:
-            ValueError: one of the three is out of range.
+            ValueError: one of these three is out of range.
         """
         super().__init__(**kwargs)
-        self.ghm_c = DenseLoss.of(
-            ghm_c,
-            ghm_scope=ghm_scope,
-            images_per_histogram=images_per_histogram,
-            num_histogram_groups=num_histogram_groups,
-        )
+        self.ghm_c = DenseLoss.of(ghm_c, ghm_scope, images_per_histogram, num_histogram_groups)
 
     def losses(
         self,
@@ -82,7 +76,7 @@ class GHMFCOS(SteadyNormalizer, FCOS):
         labels = torch.stack(gt_labels).split([x.shape[1] for x in pred_logits], dim=1)
         loss_cls = self.ghm_c(pred_logits, labels)
         # Detectron2's method gives the other two losses and logs the positives. The focal loss that
-        # is replaced costs one pass without a graph, over a ninth of a RetinaNet's logits.
+        # is then replaced costs one pass without a graph, over a ninth of a RetinaNet's logits.
         losses = super().losses(anchors, [x.detach() for x in pred_logits], *rest)
         raise_deferred_errors(self)
         return losses | {"loss_fcos_cls": loss_cls}

@@ -14,17 +14,11 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 
-from ..config import (
-    build_asl1,
-    build_cls_baseline,
-    build_ghm_c,
-    build_ghm_r,
-    histogram_groups,
-    validate_ghm_config,
-)
-from ..losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
-from ..losses.base import raise_deferred_errors
-from .dense import DenseLoss, SteadyNormalizer
+from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
+from ghm_d2.losses.base import raise_deferred_errors
+from ghm_d2.modeling.build import build_losses, dense_settings
+from ghm_d2.modeling.dense import DenseLoss, SteadyNormalizer
+from ghm_d2.modeling.targets import anchor_deltas
 
 __all__ = ["GHMRetinaNet"]
 
@@ -69,34 +63,20 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             kwargs: see :class:`detectron2.modeling.meta_arch.retinanet.RetinaNet`.
 
         Raises:
-            ValueError: one of the three is out of range.
+            ValueError: one of the three settings of :class:`DenseLoss` is out of range.
         """
         super().__init__(**kwargs)
         self.clip_before_nms = clip_before_nms
-        settings = {
-            "ghm_scope": ghm_scope,
-            "images_per_histogram": images_per_histogram,
-            "num_histogram_groups": num_histogram_groups,
-        }
-        self.ghm_c = DenseLoss.of(ghm_c, **settings)
-        self.ghm_r = DenseLoss.of(ghm_r, **settings)
-        self.cls_baseline = cls_baseline
-        self.asl1 = asl1
+        settings = ghm_scope, images_per_histogram, num_histogram_groups
+        self.ghm_c, self.ghm_r = DenseLoss.of(ghm_c, *settings), DenseLoss.of(ghm_r, *settings)
+        self.cls_baseline, self.asl1 = cls_baseline, asl1
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        validate_ghm_config(cfg)
-        return {
-            **super().from_config(cfg),
-            "ghm_c": build_ghm_c(cfg, "RETINANET"),
-            "ghm_r": build_ghm_r(cfg, "RETINANET"),
-            "ghm_scope": cfg.MODEL.GHM.RETINANET.SCOPE,
-            "images_per_histogram": cfg.MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM,
-            "num_histogram_groups": histogram_groups(cfg),
-            "cls_baseline": build_cls_baseline(cfg, "RETINANET"),
-            "asl1": build_asl1(cfg, "RETINANET"),
-            "clip_before_nms": cfg.MODEL.GHM.CLIP_BEFORE_NMS,
-        }
+        # First, so that a wrong key is refused before a network is built.
+        ours = build_losses(cfg, "RETINANET") | dense_settings(cfg)
+        clip = {"clip_before_nms": cfg.MODEL.GHM.CLIP_BEFORE_NMS}
+        return {**super().from_config(cfg), **ours, **clip}
 
     def inference_single_image(
         self,
@@ -171,7 +151,7 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             focal_loss = self._focal_loss(pred_logits, labels)
         if self.ghm_r is not None:
             loss_box_reg = self._ghm_r_loss(anchors, pred_anchor_deltas, gt_boxes, positive)
-        # Here the step waits for the device, as Detectron2's does; the losses above never do.
+        # Here the step waits for the device, as Detectron2's does; the losses above never do so.
         num_positive = positive.sum().item()
         get_event_storage().put_scalar("num_pos_anchors", num_positive / len(gt_labels))
         raise_deferred_errors(self)
@@ -180,8 +160,10 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
         if loss_cls is None:
             loss_cls = focal_loss / normalizer
         if self.asl1 is not None:
-            loss_box_reg = self._asl1_loss(anchors, pred_anchor_deltas, gt_boxes, positive)
-            loss_box_reg = loss_box_reg / normalizer
+            deltas = cat(pred_anchor_deltas, dim=1)
+            boxes = Boxes.cat(anchors).tensor
+            pair = anchor_deltas(self.box2box_transform, boxes, deltas, gt_boxes, positive)
+            loss_box_reg = self.asl1(*pair) / normalizer
         elif loss_box_reg is None:
             loss_box_reg = _dense_box_regression_loss(
                 anchors,
@@ -196,7 +178,7 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
 
     def _focal_loss(self, pred_logits: list[Tensor], labels: Tensor) -> Tensor:
-        """Detectron2's focal loss, not normalised, for GHM-R alone."""
+        """Detectron2's focal loss, not normalised, for a detector with GHM-R alone."""
         valid = labels >= 0
         one_hot = F.one_hot(labels[valid], num_classes=self.num_classes + 1)[:, :-1]
         return sigmoid_focal_loss_jit(
@@ -207,20 +189,6 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             reduction="sum",
         )
 
-    def _asl1_loss(
-        self,
-        anchors: list[Boxes],
-        pred_anchor_deltas: list[Tensor],
-        gt_boxes: list[Tensor],
-        positive: Tensor,
-    ) -> Tensor:
-        """Authentic smooth L1, not normalised."""
-        image, index = positive.nonzero(as_tuple=True)
-        target = self.box2box_transform.get_deltas(
-            Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
-        )
-        return self.asl1(cat(pred_anchor_deltas, dim=1)[image, index], target)
-
     def _ghm_r_loss(
         self,
         anchors: list[Boxes],
@@ -230,14 +198,12 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
     ) -> Tensor:
         sizes = [len(x) for x in anchors]
         masks = positive.split(sizes, dim=1)
-        level_boxes = torch.stack(gt_boxes).split(sizes, dim=1)
-        predictions, targets = [], []
-        for anchor, deltas, mask, boxes in zip(
-            anchors, pred_anchor_deltas, masks, level_boxes, strict=True
-        ):
-            image, index = mask.nonzero(as_tuple=True)
-            predictions.append(deltas[image, index])
-            targets.append(
-                self.box2box_transform.get_deltas(anchor.tensor[index], boxes[image, index])
-            )
-        return self.ghm_r(predictions, targets, masks)
+        levels = zip(
+            (x.tensor for x in anchors),
+            pred_anchor_deltas,
+            torch.stack(gt_boxes).split(sizes, dim=1),
+            masks,
+            strict=True,
+        )
+        pairs = [anchor_deltas(self.box2box_transform, *level) for level in levels]
+        return self.ghm_r(*zip(*pairs, strict=True), masks)

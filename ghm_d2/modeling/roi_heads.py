@@ -13,7 +13,7 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import nn
 
-from .fast_rcnn import GHMFastRCNNOutputLayers
+from ghm_d2.modeling.fast_rcnn import GHMFastRCNNOutputLayers
 
 __all__ = ["GHMCascadeROIHeads", "GHMROIHeads"]
 
@@ -25,8 +25,8 @@ class GHMROIHeads(StandardROIHeads):
     The losses of masks and keypoints are Detectron2's.
     """
 
-    # As Detectron2 declares them of StandardROIHeads. TorchScript reads the annotations of the
-    # class alone, and would compile the heads that are not there.
+    # TorchScript does not inherit these annotations of StandardROIHeads; without them it would
+    # compile heads that do not exist.
     mask_on: torch.jit.Final[bool]
     keypoint_on: torch.jit.Final[bool]
 
@@ -41,8 +41,8 @@ class GHMROIHeads(StandardROIHeads):
 class GHMCascadeROIHeads(CascadeROIHeads):
     """:class:`CascadeROIHeads` whose stages each have a :class:`GHMFastRCNNOutputLayers`.
 
-    Every stage has its own losses and running counts: the boxes that it sees, and what counts as
-    an object among them, differ from those of the stage before.
+    Every stage has its own losses and running counts, because the boxes that it sees, and which of
+    them count as objects, differ from those of the stage before.
     """
 
     @classmethod
@@ -56,15 +56,12 @@ class GHMCascadeROIHeads(CascadeROIHeads):
 def _harmonized(
     cfg: CfgNode, box_head: nn.Module, stock: FastRCNNOutputLayers
 ) -> GHMFastRCNNOutputLayers:
-    """Our predictor in place of Detectron2's, with its random weights.
-
-    So a seed gives the weights that it gives to Detectron2's detector.
-    """
+    """Our predictor with the random weights of Detectron2's: a seed gives the same detector."""
     with torch.random.fork_rng(devices=[]):
         predictor = GHMFastRCNNOutputLayers(
             cfg, box_head.output_shape, box2box_transform=stock.box2box_transform
         )
-    # The biases are constants, and that of the classes may stand for a prior.
+    # Not the biases, which start as constants, that of the classes perhaps at a prior.
     predictor.cls_score.weight = stock.cls_score.weight
     predictor.bbox_pred.weight = stock.bbox_pred.weight
     return predictor

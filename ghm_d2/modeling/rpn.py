@@ -9,9 +9,10 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from ..config import build_asl1, build_ghm_c, build_ghm_r
-from ..losses import ASL1Loss, GHMCLoss, GHMRLoss
-from ..losses.base import raise_deferred_errors
+from ghm_d2.losses import ASL1Loss, GHMCLoss, GHMRLoss
+from ghm_d2.losses.base import raise_deferred_errors
+from ghm_d2.modeling.build import build_losses
+from ghm_d2.modeling.targets import anchor_deltas
 
 __all__ = ["GHMRPN"]
 
@@ -41,18 +42,12 @@ class GHMRPN(RPN):
             kwargs: see :class:`detectron2.modeling.proposal_generator.RPN`.
         """
         super().__init__(**kwargs)
-        self.ghm_c = ghm_c
-        self.ghm_r = ghm_r
-        self.asl1 = asl1
+        self.ghm_c, self.ghm_r, self.asl1 = ghm_c, ghm_r, asl1
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        return {
-            **super().from_config(cfg, input_shape),
-            "ghm_c": build_ghm_c(cfg, "RPN"),
-            "ghm_r": build_ghm_r(cfg, "RPN"),
-            "asl1": build_asl1(cfg, "RPN"),
-        }
+        losses = build_losses(cfg, "RPN")  # refuses wrong keys before a network is built
+        return {**super().from_config(cfg, input_shape), **losses}
 
     @torch.jit.unused
     def losses(
@@ -74,8 +69,8 @@ class GHMRPN(RPN):
         Returns:
             ``loss_rpn_cls`` and ``loss_rpn_loc``, scalars.
         """
-        # Detectron2's method also logs the sampled anchors; of a few hundred examples, the losses
-        # that are replaced cost next to nothing.
+        # Detectron2's method also logs the sampled anchors. The losses that are then replaced cost
+        # next to nothing for a few hundred examples.
         losses = super().losses(
             anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
         )
@@ -87,11 +82,13 @@ class GHMRPN(RPN):
             loss = self.ghm_c(logits.view(-1, 1), classes.flatten())
             losses["loss_rpn_cls"] = loss * self.loss_weight.get("loss_rpn_cls", 1.0)
         if self.ghm_r is not None or self.asl1 is not None:
-            image, index = (labels == 1).nonzero(as_tuple=True)
-            target = self.box2box_transform.get_deltas(
-                Boxes.cat(anchors).tensor[index], torch.stack(gt_boxes)[image, index]
+            pred, target = anchor_deltas(
+                self.box2box_transform,
+                Boxes.cat(anchors).tensor,
+                torch.cat(pred_anchor_deltas, dim=1),
+                gt_boxes,
+                labels == 1,
             )
-            pred = torch.cat(pred_anchor_deltas, dim=1)[image, index]
             if self.ghm_r is not None:
                 loss = self.ghm_r(pred, target)
             else:

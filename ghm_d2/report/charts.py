@@ -30,8 +30,8 @@ _STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.alpha": 0.3,
-    "text.parse_math": False,  # names of classes are nobody's formulas
-    "svg.hashsalt": "ghm_d2",  # the same data gives the same page
+    "text.parse_math": False,  # a "$" in the name of a class begins no formula
+    "svg.hashsalt": "ghm_d2",  # or the same data would give another page each time
 }
 
 Rows = Mapping[int, Mapping[str, Any]]
@@ -94,20 +94,17 @@ def _curve_chart(series: Mapping[str, list[tuple[int, float]]], logarithmic: boo
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if logarithmic and all(value > 0 for points in series.values() for _, value in points):
             axes.set_yscale("log")
-            # Without formulas, "10^-1" would stand there as it is written; minor ticks help where
-            # the values span less than a power of ten.
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: _minor(value)))
+            # Matplotlib's own labels are formulas, which stay unparsed here. The minor ones help
+            # where the values span less than a power of ten.
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.yaxis.set_minor_formatter(
+                FuncFormatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
+            )
         else:
             axes.set_ylim(bottom=0)
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8)
         return _uri(figure)
-
-
-def _minor(value: float) -> str:
-    """A label for 2 and 5 times a power of ten."""
-    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def draw_gradients(rows: Rows) -> list[tuple[str, str]]:
@@ -120,14 +117,14 @@ def draw_gradients(rows: Rows) -> list[tuple[str, str]]:
         (title, data URI) of three charts.
     """
     calls = [row["calls"] for row in rows.values()]
-    counts = np.array([np.sum([c["counts"] for c in row], axis=0) for row in calls]).T
-    shares = np.array([np.sum([c["gradient_share"] for c in row], axis=0) for row in calls]).T
+    counts, shares = (
+        np.array([np.sum([c[key] for c in row], axis=0) for row in calls]).T
+        for key in ("counts", "gradient_share")
+    )
     with matplotlib.rc_context(_STYLE):
+        numbers = _heat_map(list(rows), np.log10(1 + counts), "log10(1 + number)")
         return [
-            (
-                "number of examples",
-                _heat_map(list(rows), np.log10(1 + counts), "log10(1 + number)"),
-            ),
+            ("number of examples", numbers),
             ("share of the gradient", _heat_map(list(rows), 100 * shares, "%")),
             ("share of easy, medium and hard examples", _shares(rows)),
         ]
@@ -139,7 +136,7 @@ def _heat_map(iterations: Sequence[int], values: np.ndarray, label: str) -> str:
     axes.grid(False)
     columns = np.arange(len(iterations) + 1)
     regions = np.linspace(0, 1, len(values) + 1)
-    # "cividis" is made for colour-blind readers; rasterised, for a long training has many cells.
+    # "cividis" is made for colour-blind readers; as vectors, a long training would be megabytes.
     mesh = axes.pcolormesh(columns, regions, values, cmap="cividis", rasterized=True)
     figure.colorbar(mesh, ax=axes, label=label)
     step = -(-len(iterations) // 6)
@@ -168,7 +165,7 @@ def draw_precision(result: Evaluation, most: int = 12) -> list[tuple[str, str]]:
 
     Args:
         result: an evaluation.
-        most: charts at most; classes without objects have none.
+        most: number of charts; classes without objects have none.
 
     Returns:
         (title, data URI) of each class.

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ _LIMIT = 100  # detections an image, COCO's largest
 
 @dataclass(frozen=True)
 class ImageScore:
-    """How well the detections of one image are.
+    """How good the detections of one image are.
 
     Attributes:
         file: of the image.
@@ -69,18 +70,18 @@ class Evaluation:
 
 
 def evaluate(data: TestSet) -> Evaluation:
-    """Evaluate the predictions again.
+    """Evaluates the predictions again.
 
-    An image's score is F1 = 2 TP / (2 TP + FP + FN), over all classes together: matches at IoU 0.5,
-    as COCO makes them, of detections from one score threshold on, the one that makes F1 largest
-    over the whole data set.
+    An image's score is F1 = 2 TP / (2 TP + FP + FN), over all classes together, with COCO's matches
+    at IoU 0.5. Detections count from one score threshold on, the one that makes F1 largest over the
+    whole data set.
 
     Raises:
         UserError: the files do not belong together, one is damaged or cannot be read, or nothing
             was detected.
     """
     try:
-        # Not every pycocotools reads an empty list.
+        # Some versions of pycocotools fail on an empty list.
         if data.predictions.read_bytes().strip() == b"[]":
             raise UserError(f"the last evaluation of {data.name} detected nothing.")
         with contextlib.redirect_stdout(io.StringIO()):
@@ -89,7 +90,7 @@ def evaluate(data: TestSet) -> Evaluation:
         raise
     except OSError as error:
         raise cannot("read", error.filename or data.annotations, error) from error
-    except Exception as error:  # pycocotools takes its files to be right, and fails in any way
+    except Exception as error:  # pycocotools checks nothing: a damaged file may raise anything
         raise UserError(
             f"{data.predictions} does not belong to {data.annotations}, or one of them is damaged "
             f"({type(error).__name__}: {reason(error)})."
@@ -98,7 +99,7 @@ def evaluate(data: TestSet) -> Evaluation:
 
 def _evaluate(data: TestSet) -> Evaluation:
     truth = COCO(str(data.annotations))
-    # It asserts that every predicted image is among those of the annotations.
+    # loadRes asserts that every predicted image is among those of the annotations.
     predictions = truth.loadRes(str(data.predictions))
     result = COCOeval(truth, predictions, "bbox")
     result.evaluate()
@@ -106,10 +107,9 @@ def _evaluate(data: TestSet) -> Evaluation:
     ids = sorted(truth.getCatIds())
     precision = result.eval["precision"][:, :, :, 0, -1]
     precision = np.where(precision > -1, precision, np.nan)
-    objects = [
-        sum(not a.get("iscrowd", 0) for a in truth.loadAnns(truth.getAnnIds(catIds=[k])))
-        for k in ids
-    ]
+    objects = Counter(
+        a["category_id"] for a in truth.dataset["annotations"] if not a.get("iscrowd", 0)
+    )
     threshold, scores = _image_scores(result)
     images = [
         _image(truth, predictions, data.images, ids, image, threshold, counts)
@@ -119,7 +119,7 @@ def _evaluate(data: TestSet) -> Evaluation:
     return Evaluation(
         data.name,
         [str(truth.cats[k]["name"]) for k in ids],
-        np.array(objects),
+        np.array([objects[k] for k in ids]),
         result.params.iouThrs,
         100 * precision.mean(1),
         result.params.recThrs,
@@ -161,7 +161,7 @@ def _best_threshold(scores: np.ndarray, hits: np.ndarray, objects: int) -> float
         return 1.0
     order = np.argsort(-scores, kind="stable")
     f1 = 2 * np.cumsum(hits[order]) / (np.arange(1, len(order) + 1) + objects)
-    last = np.append(np.diff(scores[order]) != 0, True)  # equal scores stand or fall together
+    last = np.append(np.diff(scores[order]) != 0, True)  # no threshold separates equal scores
     return float(scores[order][np.argmax(np.where(last, f1, -1))])
 
 

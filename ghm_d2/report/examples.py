@@ -8,8 +8,7 @@ import numpy as np
 from detectron2.data import Metadata
 from PIL import Image
 
-from ghm_d2.deploy.setup import UnreadableError, read_image
-from ghm_d2.engine.pictures import draw_boxes
+from ghm_d2.data.pictures import UnreadableError, draw_boxes, read_image
 from ghm_d2.report.evaluation import Evaluation, ImageScore
 
 __all__ = ["Example", "best_and_worst"]
@@ -34,7 +33,7 @@ class Example:
 def best_and_worst(
     result: Evaluation, number: int
 ) -> tuple[list[Example], list[Example], list[str]]:
-    """Draw at most ``number`` of the best images, and as many of the worst ones.
+    """Draws at most ``number`` of the best images, and as many of the worst ones.
 
     Returns:
         The best, the worst (the very worst first), and one sentence for each image that could not
@@ -44,8 +43,8 @@ def best_and_worst(
     best = result.images[:number]
     worst = result.images[number:][::-1][:number]
     unreadable: list[str] = []
-    drawn = [_draw(images, result.classes, unreadable) for images in (best, worst)]
-    return drawn[0], drawn[1], unreadable
+    best, worst = (_draw(images, result.classes, unreadable) for images in (best, worst))
+    return best, worst, unreadable
 
 
 def _draw(images: list[ImageScore], classes: list[str], unreadable: list[str]) -> list[Example]:

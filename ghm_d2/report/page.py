@@ -1,24 +1,26 @@
-"""From the files of a training to the page."""
+"""Makes the page from the files of a training."""
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+from detectron2.config import get_cfg
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from tqdm import tqdm
 
+from ghm_d2.config import add_ghm_config
 from ghm_d2.errors import UserError, shown
 from ghm_d2.files import write_text
 from ghm_d2.report.charts import draw_curves, draw_gradients, draw_precision
 from ghm_d2.report.evaluation import Evaluation, evaluate
 from ghm_d2.report.examples import best_and_worst
 from ghm_d2.report.run_files import RunFiles, read_run
-from ghm_d2.report.settings import differences
 
-__all__ = ["write_report"]
+__all__ = ["differences", "write_report"]
 
 _HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _LONGEST_LINE = 2000
@@ -30,12 +32,12 @@ def write_report(
     datasets: Mapping[str, tuple[Path, Path]] | None = None,
     images: int = 6,
 ) -> list[str]:
-    """Write the page about a training.
+    """Writes the page about a training.
 
     Args:
         folder: OUTPUT_DIR of the training.
         file: HTML file to write.
-        datasets: annotation file and image folder of data sets whose recorded place is wrong.
+        datasets: name to annotation file and image folder of data sets that have been moved.
         images: how many best and how many worst images to show.
 
     Returns:
@@ -68,7 +70,7 @@ def write_report(
         steps.update()
     steps.close()
     context["missing"] = run.missing
-    # Names of classes and files may hold anything.
+    # Names of classes and files may hold markup and control characters.
     environment = Environment(
         loader=PackageLoader("ghm_d2.report", "."),
         autoescape=True,
@@ -83,22 +85,54 @@ def write_report(
 
 
 def _visible(value: Any) -> Any:
-    """A text without control characters; the pictures are ours, and too long to be cut."""
+    """Text without control characters; pictures pass, which `shown` would cut in the middle."""
     if not isinstance(value, str) or value.startswith("data:image/"):
         return value
     return "\n".join(shown(line, _LONGEST_LINE) for line in value.split("\n"))
 
 
+def differences(settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Every key whose value is not the default of Detectron2 or this package.
+
+    Args:
+        settings: a config as nested dictionaries.
+
+    Returns:
+        (key, value, default) as text, in the order of the config; the default is empty where this
+        version has no such key.
+    """
+
+    def text(value: Any) -> str:
+        return '""' if value == "" else shown(value)
+
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    defaults = dict(_leaves(yaml.safe_load(cfg.dump())))
+    return [
+        (key, text(value), text(defaults[key]) if key in defaults else "")
+        for key, value in _leaves(settings)
+        if key not in defaults or defaults[key] != value
+    ]
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _summary(run: RunFiles) -> list[tuple[str, str]]:
     settings = run.settings
-    done = max((i + 1 for i, row in run.metrics.items() if "total_loss" in row), default=None)
-    seconds = [x for row in run.metrics.values() if math.isfinite(x := row.get("time", math.nan))]
+    done = run.files.iterations_done() if run.metrics else 0
+    seconds = run.files.seconds_per_iteration() if run.metrics else None
     known = {
         "detector": settings.detector,
         "trained on": ", ".join(settings.train),
         "tested on": ", ".join(settings.test),
         "iterations": f"{done} of {settings.iterations}" if done and settings.iterations else None,
-        "time per iteration": f"{np.median(seconds):.3g} s (median)" if seconds else None,
+        "time per iteration": f"{seconds:.3g} s (median)" if seconds else None,
         "on": run.record.hardware,
         "date": run.record.date,
     }
@@ -120,7 +154,7 @@ def _gradients(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
     for name, rows in run.statistics.items():
         try:
             charts.append((name, draw_gradients(rows)))
-        except ValueError:  # of another number of regions than before
+        except ValueError:  # the number of regions changed during the training
             run.missing.append(f"gradient histograms of {name}: the rows do not fit each other")
     return charts
 
@@ -164,7 +198,7 @@ def _figure(value: float | None) -> str:
 def _environment(run: RunFiles) -> list[tuple[str, str]]:
     record = run.record
     rows = [
-        ("folder", os.path.abspath(run.folder)),
+        ("folder", os.path.abspath(run.files.folder)),
         ("config file", record.config_file),
         ("hardware", record.hardware),
         *record.versions.items(),

@@ -1,9 +1,8 @@
-"""What lies in the OUTPUT_DIR of a training for the page, and what does not."""
+"""What an OUTPUT_DIR holds for the page, and what is missing from it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from detectron2.data import MetadataCatalog
 
@@ -13,7 +12,15 @@ from ghm_d2.run_parts import Record, Rows, Settings
 
 __all__ = ["RunFiles", "TestSet", "read_run"]
 
-T = TypeVar("T")
+# What the page shows of each part of a run.
+_PARTS = {
+    "record": "environment, and where the data lies",
+    "config": "configuration",
+    "settings": "configuration",
+    "metrics": "loss and AP curves",
+    "statistics": "gradient histograms",
+    "results": "final results",
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class TestSet:
         images: folder that its file names are relative to.
     """
 
-    __test__ = False  # pytest takes the name for its own
+    __test__ = False  # or pytest would collect it for its name
 
     name: str
     predictions: Path
@@ -40,14 +47,14 @@ class RunFiles:
     """The files of a training, read.
 
     Attributes:
-        folder: OUTPUT_DIR.
+        files: the OUTPUT_DIR.
         record, config, settings, metrics, statistics, results: as :class:`RunFolder` has them;
             empty where they are missing or damaged.
         test_sets: those with predictions and ground truth.
         missing: one sentence for each thing that the page cannot show.
     """
 
-    folder: Path
+    files: RunFolder
     record: Record = field(default_factory=Record)
     config: str = ""
     settings: Settings = field(default_factory=Settings)
@@ -59,14 +66,14 @@ class RunFiles:
 
 
 def read_run(folder: Path, datasets: Mapping[str, tuple[Path, Path]]) -> RunFiles:
-    """Read what there is.
+    """Reads what there is.
 
     Args:
         folder: OUTPUT_DIR of a training, finished or not.
-        datasets: annotation file and image folder of data sets, which replace the recorded ones.
+        datasets: name to annotation file and image folder, instead of the recorded ones.
 
     Raises:
-        UserError: the folder does not exist, or nothing in it is of a training.
+        UserError: the folder does not exist, or holds nothing of a training.
     """
     if not folder.is_dir():
         raise UserError(f"the folder {folder} does not exist.")
@@ -76,41 +83,30 @@ def read_run(folder: Path, datasets: Mapping[str, tuple[Path, Path]]) -> RunFile
             f"{folder} holds neither {METRICS} nor {RECORD} nor {CONFIG}: give the OUTPUT_DIR of a "
             "training."
         )
-    run = RunFiles(folder)
-
-    def part(what: str, read: Callable[[], T], empty: T) -> T:
+    run = RunFiles(files)
+    for name, what in _PARTS.items():
         try:
-            return read()
+            setattr(run, name, getattr(files, name))
         except UserError as error:
             run.missing.append(f"{what}: {str(error).rstrip('.')}")
-            return empty
-
-    run.record = part("environment, and where the data lies", lambda: files.record, Record())
-    run.config = part("configuration", lambda: files.config, "")
-    if run.config:
-        run.settings = part("configuration", lambda: files.settings, Settings())
-    run.metrics = part("loss and AP curves", lambda: files.metrics, {})
-    run.statistics = part("gradient histograms", lambda: files.statistics, {})
-    run.results = part("final results", lambda: files.results, {})
-    run.missing += files.notes
-    run.test_sets = _test_sets(files, run, datasets)
+    # Without a config, its text and its settings are missing for the same reason.
+    run.missing = [*dict.fromkeys(run.missing), *files.notes]
+    run.test_sets = _test_sets(run, datasets)
     return run
 
 
-def _test_sets(
-    files: RunFolder, run: RunFiles, datasets: Mapping[str, tuple[Path, Path]]
-) -> list[TestSet]:
+def _test_sets(run: RunFiles, datasets: Mapping[str, tuple[Path, Path]]) -> list[TestSet]:
     names = run.settings.test or tuple(datasets)[:1]
     found = []
     for name in names:
-        predictions = files.predictions(name, names)
+        predictions = run.files.predictions(name, names)
         if not predictions.is_file():
             run.missing.append(
                 f"AP by class, images: no {predictions.name} for the data set {name}"
             )
             continue
         annotations, images = _locate(run, name, datasets)
-        converted = files.converted_annotations(name, names)
+        converted = run.files.converted_annotations(name, names)
         if converted.is_file():
             annotations = converted
         if annotations is None or not annotations.is_file():
@@ -129,10 +125,9 @@ def _test_sets(
 def _locate(
     run: RunFiles, name: str, datasets: Mapping[str, tuple[Path, Path]]
 ) -> tuple[Path | None, Path]:
-    """From the caller, the record of the training, or Detectron2's own data sets."""
+    """As the caller, the record of the training or else Detectron2's catalogue says."""
     if known := datasets.get(name) or run.record.datasets.get(name):
         return known
     metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
-    if metadata is None or not metadata.get("json_file"):
-        return None, Path()
-    return Path(metadata.json_file), Path(metadata.get("image_root") or "")
+    file = metadata and metadata.get("json_file")
+    return (Path(file), Path(metadata.get("image_root") or "")) if file else (None, Path())

@@ -3,9 +3,8 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
-from ghm_d2.config import groups_of_images
 from ghm_d2.losses import GHMCLoss, GHMRLoss
-from ghm_d2.modeling import GHMRetinaNet
+from ghm_d2.modeling import GHMRetinaNet, groups_of_images
 
 model = model_zoo.get_config("common/models/retinanet.py").model
 model.update(
@@ -19,6 +18,6 @@ model.update(
         total_batch_size="${dataloader.train.total_batch_size}",
         images_per_histogram="${..images_per_histogram}",
     ),
-    # Of the losses that ghm_c=null and ghm_r=null bring back.
+    # For Detectron2's smooth L1, which ghm_r=null brings back.
     smooth_l1_beta=0.1,
 )

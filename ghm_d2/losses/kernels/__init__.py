@@ -5,7 +5,7 @@ whole-tensor functions (:class:`EagerExamples`) are the only path.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .examples import EagerExamples, Examples, FusedExamples
+from .examples import Arguments, EagerExamples, EagerPart, Examples, FusedExamples
 
 __all__ = [
+    "Arguments",
     "EagerExamples",
+    "EagerPart",
     "Examples",
     "FusedExamples",
     "regression_kernel",
     "sigmoid_kernel",
 ]
 
+# On the CPU, fewer examples than this are done sooner by whole-tensor operations.
+FEWEST = 0
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,74 +40,89 @@ def _triton() -> Any:  # CUDA only
     return triton
 
 
-def _has_kernel(prediction: Tensor, bins: int) -> bool:
-    if prediction.dtype not in _DTYPES or torch.compiler.is_compiling():
+def _has_kernel(predictions: Sequence[Tensor], bins: int) -> bool:
+    first = predictions[0]
+    if first.dtype not in _DTYPES or torch.compiler.is_compiling():
         return False
-    if prediction.device.type == "cuda":  # CUDA only
+    if any(x.dtype != first.dtype or x.device != first.device for x in predictions):
+        return False
+    if first.device.type == "cuda":  # CUDA only
         return (triton := _triton()) is not None and bins <= triton.MAX_BINS
-    return prediction.device.type == "cpu" and type(prediction) in (Tensor, torch.nn.Parameter)
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in predictions)
+    return first.device.type == "cpu" and plain and sum(x.numel() for x in predictions) >= FEWEST
 
 
 def sigmoid_kernel(
-    logits: Tensor,
-    labels: Tensor,
-    keep: Tensor | None,
+    arguments: Sequence[Arguments],
     bins: int,
-    eager: Callable[[Tensor], EagerExamples],
+    eager: Callable[[Sequence[Tensor]], EagerExamples],
 ) -> FusedExamples | None:
     """The kernel for sigmoid GHM-C, or None where the eager path is the only one.
 
     Args:
-        logits: (R * K,) contiguous, on the graph.
-        labels: int64 (R,), in [-1, K], or dense (R, K); soft targets have no kernel.
-        keep: bool (R, K) or (R, 1), False drops an example; None keeps all.
+        arguments: for each tensor logits (R, K), labels int64 (R,) in [-1, K] or dense (R, K), and
+            a bool mask (R, K) or (R, 1), False drops an example; None keeps all. Soft targets have
+            no kernel.
         bins: number of unit regions.
-        eager: makes the same examples of the flat logits.
+        eager: makes the same examples of the logits.
     """
-    if not _has_kernel(logits, bins) or labels.requires_grad:
+    if not _has_kernel([x for x, _, _ in arguments], bins):
         return None
-    columns = logits.numel() // labels.shape[0]
-    if logits.device.type != "cpu":  # CUDA only
-        if labels.dim() == 2:
+    if any(labels.requires_grad for _, labels, _ in arguments):
+        return None
+    logits = [x.contiguous() for x, _, _ in arguments]
+    if logits[0].device.type != "cpu":  # CUDA only
+        if any(labels.dim() == 2 for _, labels, _ in arguments):
             return None
-        kernel: FusedExamples = _triton().TritonSigmoid(logits, eager, labels, keep, columns)
+        rest = [(labels, keep) for _, labels, keep in arguments]
+        triples = [(x, *each) for x, each in zip(logits, rest, strict=True)]
+        kernel: FusedExamples = _triton().TritonSigmoid(triples, eager)
         return kernel
-    if labels.dim() == 2:
+    positive, dropped = [], []
+    for x, labels, keep in arguments:
         if labels.is_floating_point() and not ((labels == 0) | (labels == 1)).all():
             return None
-        positive, ignored = (labels == 1).flatten().nonzero().flatten(), labels.new_empty(0).long()
-    else:
-        rows = ((labels >= 0) & (labels < columns)).nonzero().flatten()
-        positive = rows * columns + labels[rows]
-        ignored = ((labels < 0).nonzero() * columns + torch.arange(columns)).flatten()
-    if keep is not None:
-        dropped = (~keep).expand(-1, columns).flatten().nonzero().flatten()
-        ignored = torch.cat([ignored, dropped]).unique()  # ascending
-    return cpu.SigmoidExamples(logits, eager, positive, ignored)
+        columns = x.shape[1]
+        if labels.dim() == 2:
+            positive.append((labels == 1).flatten().nonzero().flatten())
+            ignored = labels.new_empty(0).long()
+        else:
+            rows = ((labels >= 0) & (labels < columns)).nonzero().flatten()
+            positive.append(rows * columns + labels[rows])
+            ignored = ((labels < 0).nonzero() * columns + torch.arange(columns)).flatten()
+        if keep is not None:
+            masked = (~keep).expand(-1, columns).flatten().nonzero().flatten()
+            ignored = torch.cat([ignored, masked]).unique()  # ascending
+        dropped.append(ignored)
+    return cpu.SigmoidExamples(logits, eager, positive, dropped)
 
 
 def regression_kernel(
-    pred: Tensor,
-    target: Tensor,
-    keep: Tensor | None,
+    arguments: Sequence[Arguments],
     mu: float,
     bins: int,
-    eager: Callable[[Tensor], EagerExamples],
+    eager: Callable[[Sequence[Tensor]], EagerExamples],
 ) -> FusedExamples | None:
     """The kernel for GHM-R, or None where the eager path is the only one.
 
     Args:
-        pred: (n,) contiguous, on the graph.
-        target: (n,) contiguous, floating point.
-        keep: bool of n elements, False drops an example; None keeps all.
+        arguments: for each tensor predicted deltas, targets of the same shape, and a bool mask that
+            can be expanded to it, False drops an example; None keeps all.
         mu: width of the quadratic part.
         bins: number of unit regions.
-        eager: makes the same examples of ``pred``.
+        eager: makes the same examples of the predictions.
     """
-    if not _has_kernel(pred, bins) or target.dtype == torch.float64 or target.requires_grad:
+    if not _has_kernel([x for x, _, _ in arguments], bins):
         return None
-    if pred.device.type != "cpu":  # CUDA only
-        kernel: FusedExamples = _triton().TritonRegression(pred, eager, target, keep, mu)
+    pairs = [(x, y) for x, y, _ in arguments]
+    if any(y.dtype == torch.float64 or y.requires_grad for _, y in pairs):
+        return None
+    preds, targets = ([x.contiguous() for x in column] for column in zip(*pairs, strict=True))
+    if preds[0].device.type != "cpu":  # CUDA only
+        masks = [None if keep is None else keep.expand_as(x) for x, _, keep in arguments]
+        triples = list(zip(preds, targets, masks, strict=True))
+        kernel: FusedExamples = _triton().TritonRegression(triples, eager, mu)
         return kernel
-    dropped = pred.new_empty(0).long() if keep is None else (~keep).nonzero().flatten()
-    return cpu.RegressionExamples(pred, eager, target, dropped, mu)
+    drops = [y[:0] if keep is None else ~keep.expand_as(y) for _, y, keep in arguments]
+    dropped = [drop.flatten().nonzero().flatten() for drop in drops]
+    return cpu.RegressionExamples(preds, eager, targets, dropped, mu)

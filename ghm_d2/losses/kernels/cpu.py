@@ -4,7 +4,7 @@ A loss written with whole-tensor operations reads and writes memory the size of 
 times. Here a block goes through all operations while it is in the cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ _LARGE = 4.0
 _ROW = 512  # logits that are looked at together for a large one
 
 
-def _table(weights: Tensor) -> Tensor:
-    """The weight of each of [0, bins]."""
-    return torch.cat([weights, weights[-1:]]).float()
+def _tables(weights: Tensor) -> Sequence[Tensor]:
+    """The weight of each of [0, bins], for each tensor."""
+    return torch.cat([weights, weights[:, -1:]], dim=1).float().unbind()
 
 
 class _CpuExamples(FusedExamples):
@@ -33,26 +33,29 @@ class _CpuExamples(FusedExamples):
     """
 
     def __init__(
-        self, prediction: Tensor, eager: Callable[[Tensor], EagerExamples], dropped: Tensor
+        self,
+        predictions: Sequence[Tensor],
+        eager: Callable[[Sequence[Tensor]], EagerExamples],
+        dropped: Sequence[Tensor],
     ) -> None:
-        super().__init__(prediction, eager)
-        self._with_gradient = self.differentiate and prediction.dtype == torch.float32
-        self._blocks = Blocks(prediction.numel())
+        super().__init__(predictions, eager)
+        self._with_gradient = self.differentiate and predictions[0].dtype == torch.float32
+        self._blocks = Blocks(*(x.numel() for x in predictions))
         self._dropped = self._blocks.cut(dropped)
-        self._number_dropped = dropped.numel()
-        self._gradient: Tensor | None = None
-        self._corrections: list[Corrections | None] = [None] * self._blocks.number
+        self._numbers_dropped = [positions.numel() for positions in dropped]
+        self._gradient: list[Tensor] | None = None
+        self._corrections: list[Corrections | None] = [None] * len(self._blocks.lengths)
 
     def loss(self, weights: Tensor) -> Tensor:
         """See :class:`FusedExamples`; a float32 gradient is written in passing."""
         total, self._gradient = self._weighted(weights, True, self._with_gradient)
         return torch.tensor(total, dtype=torch.float32)
 
-    def gradient(self, weights: Tensor, factor: Tensor) -> Tensor:
+    def gradient(self, weights: Tensor, factor: Tensor) -> Sequence[Tensor]:
         """See :class:`FusedExamples`."""
         gradient, self._gradient = self._gradient, None
         if gradient is not None:
-            return gradient if factor == 1 else gradient.mul_(factor)
+            return gradient if factor == 1 else [x.mul_(factor) for x in gradient]
         # Half precision, or another pass over a retained graph: the first one gave its memory away.
         _, gradient = self._weighted(weights * factor, False, True)
         assert gradient is not None
@@ -60,9 +63,27 @@ class _CpuExamples(FusedExamples):
 
     def _weighted(
         self, weights: Tensor, want_loss: bool, want_gradient: bool
-    ) -> tuple[float, Tensor | None]:
+    ) -> tuple[float, list[Tensor] | None]:
         """The weighted sum of losses (0 unless wanted), and the gradient (None unless wanted)."""
         raise NotImplementedError
+
+    def _count(self, bins: int, buffers: int, write: Callable[[int, Scratch], Tensor]) -> Tensor:
+        """int64 (T, bins), of the norms that ``write`` makes of each block."""
+        finder, blocks = region_finder(bins), self._blocks
+
+        def work(numbers: range) -> Tensor:
+            scratch_of = blocks.scratch(buffers)
+            total = torch.zeros(len(self.data), bins + 1, dtype=torch.int64)
+            for i in numbers:
+                scratch = scratch_of(i)
+                _, self._corrections[i] = finder.find(write(i, scratch), scratch)
+                total[blocks.owners[i]] += finder.count(scratch)
+            return total
+
+        return finder.total(blocks.map(work), self._numbers_dropped)
+
+    def _empty(self) -> list[Tensor]:
+        return [torch.empty_like(x) for x in self.data]
 
 
 class SigmoidExamples(_CpuExamples):
@@ -75,22 +96,21 @@ class SigmoidExamples(_CpuExamples):
 
     def __init__(
         self,
-        logits: Tensor,
-        eager: Callable[[Tensor], EagerExamples],
-        positive: Tensor,
-        dropped: Tensor,
+        logits: Sequence[Tensor],
+        eager: Callable[[Sequence[Tensor]], EagerExamples],
+        positive: Sequence[Tensor],
+        dropped: Sequence[Tensor],
     ) -> None:
         """
         Args:
-            logits: (n,) contiguous; float32, float16 or bfloat16.
-            eager: see :class:`FusedExamples`.
-            positive: ascending int64 positions of the logits whose target is 1.
-            dropped: ascending int64 positions that do not count.
+            logits, eager: see :class:`FusedExamples`; float32, float16 or bfloat16.
+            positive: for each tensor, ascending int64 positions of the logits whose target is 1.
+            dropped: likewise of those that do not count.
         """
         super().__init__(logits, eager, dropped)
         self._x = self._blocks.split(self.data)
         self._positive = self._blocks.cut(positive)
-        self._norms: Tensor | None = None
+        self._norms: list[Tensor] | None = None
 
     def _write_norm(self, number: int, norm: Tensor) -> Tensor:
         x, positive, dropped = self._x[number], self._positive[number], self._dropped[number]
@@ -105,35 +125,29 @@ class SigmoidExamples(_CpuExamples):
         return norm
 
     def counts(self, bins: int) -> Tensor:
-        """int64 (bins,): the number of examples in each unit region."""
-        finder = region_finder(bins)
-        kept = torch.empty_like(self.data) if self._with_gradient else None
+        """See :class:`FusedExamples`."""
+        kept = self._empty() if self._with_gradient else None
         norms = None if kept is None else self._blocks.split(kept)
 
-        def work(numbers: range) -> Tensor:
-            scratch_of = self._blocks.scratch(2 if self._with_gradient else 3)
-            total = torch.zeros(bins + 1, dtype=torch.int64)
-            for i in numbers:
-                scratch = scratch_of(i)
-                norm = self._write_norm(i, scratch.buffers[2] if norms is None else norms[i])
-                _, self._corrections[i] = finder.find(norm, scratch)
-                total += finder.count(scratch)
-            return total
+        def write(number: int, scratch: Scratch) -> Tensor:
+            norm = scratch.buffers[2] if norms is None else norms[number]
+            return self._write_norm(number, norm)
 
-        counts = self._blocks.map(work)
+        counts = self._count(bins, 3 if norms is None else 2, write)
         self._norms = kept
-        return finder.total(counts, self._number_dropped)
+        return counts
 
     def _weighted(
         self, weights: Tensor, want_loss: bool, want_gradient: bool
-    ) -> tuple[float, Tensor | None]:
-        finder, table = region_finder(weights.numel()), _table(weights)
+    ) -> tuple[float, list[Tensor] | None]:
+        finder, tables = region_finder(weights.shape[1]), _tables(weights)
         kept, self._norms = self._norms, None
         gradient = kept
         if gradient is None and want_gradient:
-            gradient = torch.empty_like(self.data)
+            gradient = self._empty()
         norms = None if kept is None else self._blocks.split(kept)
         gradients = None if gradient is None else self._blocks.split(gradient)
+        owners = self._blocks.owners
 
         def work(numbers: range) -> float:
             scratch_of = self._blocks.scratch(3 if norms is None else 2)
@@ -144,7 +158,7 @@ class SigmoidExamples(_CpuExamples):
                 region = finder.find_again(norm, scratch, self._corrections[i])
                 loss, weight = scratch.buffers[:2]
                 try:
-                    torch.index_select(table, 0, region, out=weight)
+                    torch.index_select(tables[owners[i]], 0, region, out=weight)
                 except IndexError:  # of a NaN
                     return torch.nan
                 if want_loss:
@@ -199,24 +213,23 @@ class RegressionExamples(_CpuExamples):
 
     def __init__(
         self,
-        pred: Tensor,
-        eager: Callable[[Tensor], EagerExamples],
-        target: Tensor,
-        dropped: Tensor,
+        preds: Sequence[Tensor],
+        eager: Callable[[Sequence[Tensor]], EagerExamples],
+        targets: Sequence[Tensor],
+        dropped: Sequence[Tensor],
         mu: float,
     ) -> None:
         """
         Args:
-            pred: (n,) contiguous deltas; float32, float16 or bfloat16.
-            eager: see :class:`FusedExamples`.
-            target: (n,) contiguous deltas.
-            dropped: ascending int64 positions that do not count.
+            preds, eager: see :class:`FusedExamples`; deltas in float32, float16 or bfloat16.
+            targets: contiguous deltas.
+            dropped: for each tensor, ascending int64 positions that do not count.
             mu: width of the quadratic part.
         """
-        super().__init__(pred, eager, dropped)
+        super().__init__(preds, eager, dropped)
         self.mu = mu
-        pairs = zip(self._blocks.split(self.data), self._blocks.split(target), strict=True)
-        self._pairs = list(pairs)
+        flat = [target.view(-1) for target in targets]
+        self._pairs = list(zip(*map(self._blocks.split, (self.data, flat)), strict=True))
 
     def _write(self, number: int, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """Square of the difference, root, and slope, into the buffers after the first two."""
@@ -230,27 +243,16 @@ class RegressionExamples(_CpuExamples):
         return square, root, slope.div_(root)
 
     def counts(self, bins: int) -> Tensor:
-        """int64 (bins,): the number of examples in each unit region."""
-        finder = region_finder(bins)
-
-        def work(numbers: range) -> Tensor:
-            scratch_of = self._blocks.scratch(5)
-            total = torch.zeros(bins + 1, dtype=torch.int64)
-            for i in numbers:
-                scratch = scratch_of(i)
-                norm = self._write(i, scratch)[2].abs_()
-                _, self._corrections[i] = finder.find(norm, scratch)
-                total += finder.count(scratch)
-            return total
-
-        return finder.total(self._blocks.map(work), self._number_dropped)
+        """See :class:`FusedExamples`."""
+        return self._count(bins, 5, lambda number, s: self._write(number, s)[2].abs_())
 
     def _weighted(
         self, weights: Tensor, want_loss: bool, want_gradient: bool
-    ) -> tuple[float, Tensor | None]:
-        finder, table = region_finder(weights.numel()), _table(weights)
-        gradient = torch.empty_like(self.data) if want_gradient else None
+    ) -> tuple[float, list[Tensor] | None]:
+        finder, tables = region_finder(weights.shape[1]), _tables(weights)
+        gradient = self._empty() if want_gradient else None
         gradients = None if gradient is None else self._blocks.split(gradient)
+        owners = self._blocks.owners
 
         def work(numbers: range) -> float:
             scratch_of = self._blocks.scratch(5)
@@ -263,7 +265,7 @@ class RegressionExamples(_CpuExamples):
                     torch.abs(slope, out=norm), scratch, self._corrections[i]
                 )
                 try:
-                    torch.index_select(table, 0, region, out=weight)
+                    torch.index_select(tables[owners[i]], 0, region, out=weight)
                 except IndexError:  # of a NaN
                     return torch.nan
                 if want_loss:

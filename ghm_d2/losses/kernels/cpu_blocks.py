@@ -6,9 +6,11 @@ allocated beforehand.
 """
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import accumulate
 from threading import Barrier
 from typing import TypeVar
 
@@ -36,10 +38,15 @@ T = TypeVar("T")
 
 
 class Blocks:
-    """``size`` examples cut into blocks of equal length, but for the last one."""
+    """Tensors of ``sizes`` examples cut into blocks of one length, but for the last of each.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Attributes:
+        owners: for each block, the number of its tensor.
+        lengths: for each block, the number of its examples.
+    """
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes, size = sizes, sum(sizes)
         cores = torch.get_num_threads()
         self._on_calling_thread = cores == 1 or size <= _FEW
         self.threads = min(cores, max(size // _WORTHWHILE, 1))
@@ -48,26 +55,38 @@ class Blocks:
         if cores > 1 and size <= _FEW:
             longest = _SERIAL
         self.length = -(-share // -(-share // longest)) if share else 1
-        self.number = -(-size // self.length)
+        self.owners: list[int] = []
+        self.lengths: list[int] = []
+        for number, own in enumerate(sizes):
+            whole, rest = divmod(own, self.length)
+            lengths = [self.length] * whole + [rest] * (rest > 0)
+            self.lengths += lengths
+            self.owners += [number] * len(lengths)
 
-    def split(self, whole: Tensor) -> Sequence[Tensor]:
-        """The blocks of a tensor of ``size`` elements, as views."""
-        blocks: Sequence[Tensor] = whole.split(self.length)
+    def split(self, whole: Sequence[Tensor]) -> list[Tensor]:
+        """The blocks of flat tensors of ``sizes`` elements, as views."""
+        return [block for x in whole if x.numel() for block in x.split(self.length)]
+
+    def cut(self, positions: Sequence[Tensor]) -> list[Tensor]:
+        """Ascending ``positions`` in each tensor: those inside each block, from its start on."""
+        blocks: list[Tensor] = []
+        for own, size in zip(positions, self.sizes, strict=True):
+            starts = range(0, size, self.length)
+            if not own.numel() or len(starts) == 1:
+                blocks += [own] * len(starts)
+                continue
+            edges = torch.tensor([*starts, size])
+            cuts = torch.searchsorted(own.contiguous(), edges).tolist()
+            triples = zip(starts, cuts, cuts[1:], strict=False)
+            blocks += [own[a:b] - start for start, a, b in triples]
         return blocks
-
-    def cut(self, positions: Tensor) -> Sequence[Tensor]:
-        """Ascending ``positions``, for each block those inside it, counted from its start."""
-        if not positions.numel() or self.number == 1:
-            return [positions] * self.number
-        starts = torch.arange(0, self.size + self.length, self.length)
-        cuts = torch.searchsorted(positions.contiguous(), starts).tolist()
-        pairs = zip(cuts, cuts[1:], strict=False)
-        return [positions[a:b] - i * self.length for i, (a, b) in enumerate(pairs)]
 
     def map(self, work: Callable[[range], T]) -> list[T]:
         """Calls ``work`` once a thread, with the numbers of that thread's blocks."""
-        share = -(-self.number // self.threads)
-        shares = [range(i, min(i + share, self.number)) for i in range(0, self.number, share)]
+        ends = list(accumulate(self.lengths))
+        share = -(-sum(self.sizes) // self.threads)
+        cuts = [0, *(bisect_left(ends, share * i) + 1 for i in range(1, self.threads)), len(ends)]
+        shares = [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
 
         def call(numbers: range) -> T:
             with torch.no_grad():  # a setting of each thread
@@ -79,12 +98,16 @@ class Blocks:
 
     def scratch(self, buffers: int) -> Callable[[int], "Scratch"]:
         """Scratch memory of one thread: a function from a block's number to its scratch."""
-        length = min(self.length, self.size)
-        memory = torch.empty(buffers, length)
-        whole = Scratch(memory)
-        rest = self.size - (self.number - 1) * self.length
-        last = whole if rest == length else Scratch(memory[:, :rest])
-        return lambda number: last if number == self.number - 1 else whole
+        memory = torch.empty(buffers, max(self.lengths, default=0))
+        by_length: dict[int, Scratch] = {}
+
+        def scratch_of(number: int) -> Scratch:
+            length = self.lengths[number]
+            if length not in by_length:
+                by_length[length] = Scratch(memory[:, :length])
+            return by_length[length]
+
+        return scratch_of
 
 
 class Scratch:

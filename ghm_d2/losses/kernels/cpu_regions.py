@@ -69,12 +69,12 @@ class RegionFinder:
             total += _bincount(scratch.region[-1:], width)
         return total
 
-    def total(self, counts: list[Tensor], dropped: int) -> Tensor:
-        """Adds up counts of [0, bins]; ``dropped`` examples were counted with a norm of 0."""
-        total = sum(counts[1:], start=counts[0])
-        total[self.bins - 1] += total[self.bins]  # the last region is closed
-        total[0] -= dropped
-        return total[: self.bins]
+    def total(self, counts: list[Tensor], dropped: list[int]) -> Tensor:
+        """Adds up (T, bins + 1) counts; ``dropped`` examples were counted with a norm of 0."""
+        total = sum(counts, start=torch.zeros(len(dropped), self.bins + 1, dtype=torch.int64))
+        total[:, self.bins - 1] += total[:, self.bins]  # the last region is closed
+        total[:, 0] -= torch.tensor(dropped)
+        return total[:, : self.bins].contiguous()  # as an all-reduce needs it
 
 
 @cache

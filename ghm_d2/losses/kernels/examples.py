@@ -1,28 +1,51 @@
-"""The examples of one tensor: counted first, weighted once the counts of all tensors are known."""
+"""The examples of several tensors: counted first, weighted once all counts are known."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import count_unit_regions, harmonized_sum, unit_region_index
+from ..functional import at_least_float32, count_unit_regions, harmonized_sum, unit_region_index
 
-__all__ = ["EagerExamples", "Examples", "FusedExamples"]
+__all__ = ["Arguments", "EagerExamples", "EagerPart", "Examples", "FusedExamples"]
+
+# A prediction, its target, and the mask of what counts (None: everything).
+Arguments = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Examples(Protocol):
-    """What :class:`~ghm_d2.losses.base.HarmonizedLoss` needs of the examples of one tensor."""
+    """What :class:`~ghm_d2.losses.base.HarmonizedLoss` needs of the examples of T tensors."""
 
     def counts(self, bins: int) -> Tensor:
-        """int64 (bins,): the number of examples in each unit region."""
+        """int64 (T, bins): the number of examples of each tensor in each unit region."""
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """``sum_i w_region(i) * loss_i``, a scalar on the graph; ``weights`` float32 (bins,).
+        """``sum_i w_region(i) * loss_i``, a scalar on the graph; ``weights`` float32 (T, bins).
 
         :meth:`counts` comes first.
         """
+
+
+class EagerPart(NamedTuple):
+    """The examples of one tensor.
+
+    Attributes:
+        loss: loss of each example, any shape, on the graph.
+        gradient_norm: of the same shape, in [0, 1].
+        valid: bool, broadcastable to it, False drops an example; None keeps all.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    valid: Tensor | None
+
+    @classmethod
+    def empty(cls, prediction: Tensor) -> "EagerPart":
+        """No examples; their sum is 0 on the graph of ``prediction``: DDP waits for all of it."""
+        x = at_least_float32(prediction)
+        return cls(x, x.detach(), None)
 
 
 class EagerExamples:
@@ -32,29 +55,24 @@ class EagerExamples:
     density needs.
     """
 
-    def __init__(self, loss: Tensor, gradient_norm: Tensor, valid: Tensor | None) -> None:
-        """
-        Args:
-            loss: loss of each example, any shape, on the graph.
-            gradient_norm: of the same shape, in [0, 1].
-            valid: bool, broadcastable to it, False drops an example; None keeps all.
-        """
-        self.loss = loss
-        self.gradient_norm = gradient_norm
-        self.valid = valid
+    def __init__(self, parts: Sequence[EagerPart]) -> None:
+        self.parts = parts
 
     def counts(self, bins: int) -> Tensor:
         """See :class:`Examples`."""
-        self._region = unit_region_index(self.gradient_norm, self.valid, bins)
-        return count_unit_regions(self._region, bins)
+        self._regions = [
+            unit_region_index(part.gradient_norm, part.valid, bins) for part in self.parts
+        ]
+        return torch.stack([count_unit_regions(region, bins) for region in self._regions])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`Examples`."""
+        add_up: Callable[..., Tensor] = _HarmonizedSum.apply
         if torch.compiler.is_compiling():
-            return harmonized_sum(self.loss, self._region, weights)
-        total: Tensor = _HarmonizedSum.apply(  # type: ignore[no-untyped-call]
-            self.loss, self._region, weights
-        )
+            add_up = harmonized_sum
+        columns = self.parts, self._regions, weights.unbind()
+        terms = [add_up(part.loss, region, w) for part, region, w in zip(*columns, strict=True)]
+        total: Tensor = sum(terms[1:], start=terms[0])
         return total
 
 
@@ -79,65 +97,75 @@ class _HarmonizedSum(torch.autograd.Function):
 
 
 class FusedExamples:
-    """Examples of a kernel; a subclass computes loss and gradient of ``prediction`` at once.
+    """Examples of a kernel; a subclass computes loss and gradient of ``predictions`` at once.
 
     The gradient is written with the incoming factor in the region weights: in half precision, a
     loss scale that is multiplied afterwards finds zeros where the gradients were small.
     """
 
-    def __init__(self, prediction: Tensor, eager: Callable[[Tensor], EagerExamples]) -> None:
+    def __init__(
+        self, predictions: Sequence[Tensor], eager: Callable[[Sequence[Tensor]], EagerExamples]
+    ) -> None:
         """
         Args:
-            prediction: (n,), contiguous, on the graph.
-            eager: makes the same examples of it for the second derivative.
+            predictions: T tensors of one dtype and device, contiguous, on the graph.
+            eager: makes the same examples of them for the second derivative.
         """
-        self.prediction = prediction
-        self.data = prediction.detach()
+        self.predictions = predictions
+        self.data = [x.detach().view(-1) for x in predictions]
         self.eager = eager
 
     @property
     def differentiate(self) -> bool:
         """Whether a gradient will be asked for."""
-        return self.prediction.requires_grad and torch.is_grad_enabled()
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.predictions)
 
     def counts(self, bins: int) -> Tensor:
         """See :class:`Examples`."""
         raise NotImplementedError
 
     def loss(self, weights: Tensor) -> Tensor:
-        """The float32 scalar ``sum_i w_i loss_i``; ``weights`` float32 (bins,)."""
+        """The float32 scalar ``sum_i w_i loss_i``; ``weights`` float32 (T, bins)."""
         raise NotImplementedError
 
-    def gradient(self, weights: Tensor, factor: Tensor) -> Tensor:
-        """``factor * w_i * d loss_i`` (n,), of the prediction's dtype; ``factor`` is a scalar."""
+    def gradient(self, weights: Tensor, factor: Tensor) -> Sequence[Tensor]:
+        """``factor * w_i * d loss_i``, T flat tensors of the predictions' dtype.
+
+        Args:
+            weights: float32 (T, bins).
+            factor: a scalar.
+        """
         raise NotImplementedError
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`Examples`."""
         total: Tensor = _FusedSum.apply(  # type: ignore[no-untyped-call]
-            self.prediction, self, weights
+            self, weights, *self.predictions
         )
         return total
 
 
 class _FusedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, examples: FusedExamples, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(prediction)
+    def forward(ctx: Any, examples: FusedExamples, weights: Tensor, *predictions: Tensor) -> Tensor:
+        ctx.save_for_backward(*predictions)
         ctx.examples, ctx.weights = examples, weights
         return examples.loss(weights)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         examples, weights = ctx.examples, ctx.weights
         # A saved tensor also knows whether it was overwritten since.
-        (prediction,) = ctx.saved_tensors
+        predictions = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return examples.gradient(weights, grad_output), None, None
+            gradients = examples.gradient(weights, grad_output)
+            pairs = zip(gradients, predictions, strict=True)
+            return None, None, *(gradient.view_as(x) for gradient, x in pairs)
         # create_graph=True: this gradient will be differentiated in its turn.
-        eager = examples.eager(prediction)
-        eager.counts(weights.numel())
-        (gradient,) = torch.autograd.grad(
-            eager.weighted_sum(weights), prediction, grad_output, create_graph=True
+        eager = examples.eager(predictions)
+        eager.counts(weights.shape[1])
+        wanted = [x for x in predictions if x.requires_grad]
+        gradients = iter(
+            torch.autograd.grad(eager.weighted_sum(weights), wanted, grad_output, create_graph=True)
         )
-        return gradient, None, None
+        return None, None, *(next(gradients) if x.requires_grad else None for x in predictions)

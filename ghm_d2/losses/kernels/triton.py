@@ -7,14 +7,15 @@ tiles and keeps its histogram in registers, so the atomic additions to global me
 ``TRITON_INTERPRET=1`` runs the same kernels on the CPU; the tests do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .examples import EagerExamples, FusedExamples
+from .examples import Arguments, EagerExamples, FusedExamples
 
 __all__ = ["MAX_BINS", "TritonRegression", "TritonSigmoid"]
 
@@ -64,7 +65,7 @@ def _examples(
 
 @triton.jit
 def _count_kernel(
-    x_ptr, y_ptr, keep_ptr, counts_ptr, size, columns, keep_columns, mu, bins,
+    x_ptr, y_ptr, keep_ptr, counts_ptr, bins, size, columns, keep_columns, mu,
     SIGMOID: tl.constexpr, HAS_KEEP: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([WIDTH], dtype=tl.int32)
@@ -123,98 +124,69 @@ class _TritonExamples(FusedExamples):
 
     def __init__(
         self,
-        prediction: Tensor,
-        eager: Callable[[Tensor], EagerExamples],
-        other: Tensor,
-        keep: Tensor | None,
-        columns: int,
-        mu: float,
+        arguments: Sequence[Arguments],
+        eager: Callable[[Sequence[Tensor]], EagerExamples],
+        mu: float = 0.0,
     ) -> None:
-        super().__init__(prediction, eager)
-        self.other, self.mu = other, mu
-        self.size, self.columns = prediction.numel(), columns
-        # A bool mask of the examples, or of their rows.
-        self.keep = None if keep is None else keep.contiguous().view(torch.uint8).flatten()
-        self.keep_columns = 1 if keep is None else self.size // keep.numel()
+        """
+        Args:
+            arguments: for each tensor the contiguous prediction (float32, float16 or bfloat16);
+                its integer labels (R,), or its contiguous targets; and a bool mask of the examples
+                or of their rows, False drops an example, None keeps all.
+            eager: see :class:`FusedExamples`.
+            mu: width of the quadratic part, of deltas.
+        """
+        super().__init__([x for x, _, _ in arguments], eager)
+        self.others, self.mu = [y for _, y, _ in arguments], mu
+        # Bool masks of the examples, or of their rows.
+        masks = [keep for _, _, keep in arguments]
+        self.keeps = [None if m is None else m.contiguous().view(torch.uint8) for m in masks]
 
-    def _arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        keep = self.other if self.keep is None else self.keep
-        return self.data, self.other, keep
-
-    def _grid(self) -> tuple[int]:
-        return (max(1, min(_PROGRAMS, triton.cdiv(self.size, _TILE))),)
-
-    def _scalars(self) -> tuple[int, int, int, float]:
-        return self.size, self.columns, self.keep_columns, self.mu
+    def _launch(self, kernel: Any, number: int, *more: Any, **constants: Any) -> None:
+        x, y, keep = self.data[number], self.others[number], self.keeps[number]
+        columns, size = self.predictions[number].shape[-1] if self.sigmoid else 1, x.numel()
+        keep_columns = 1 if keep is None else max(size // max(keep.numel(), 1), 1)
+        kernel[_grid(size)](
+            x, y, y if keep is None else keep, *more[:2], size, columns, keep_columns, self.mu,
+            *more[2:], SIGMOID=self.sigmoid, HAS_KEEP=keep is not None, TILE=_TILE, **constants,
+        )  # fmt: skip
 
     def counts(self, bins: int) -> Tensor:
         """See :class:`FusedExamples`."""
-        counts = torch.zeros(bins, dtype=torch.int64, device=self.data.device)
-        _count_kernel[self._grid()](
-            *self._arguments(), counts, *self._scalars(), bins,
-            SIGMOID=self.sigmoid, HAS_KEEP=self.keep is not None,
-            TILE=_TILE, WIDTH=max(16, triton.next_power_of_2(bins + 1)),
-        )  # fmt: skip
+        shape = len(self.data), bins
+        counts = torch.zeros(shape, dtype=torch.int64, device=self.data[0].device)
+        width = max(16, triton.next_power_of_2(bins + 1))
+        for number, row in enumerate(counts.unbind()):
+            self._launch(_count_kernel, number, row, bins, WIDTH=width)
         return counts
 
     def loss(self, weights: Tensor) -> Tensor:
         """See :class:`FusedExamples`."""
-        partial = torch.empty(self._grid(), device=self.data.device)
-        return self._weight(weights, partial, gradient=False).sum()
+        partials = [torch.empty(_grid(x.numel()), device=x.device) for x in self.data]
+        self._weight(weights, partials, gradient=False)
+        return torch.cat(partials).sum()
 
-    def gradient(self, weights: Tensor, factor: Tensor) -> Tensor:
+    def gradient(self, weights: Tensor, factor: Tensor) -> Sequence[Tensor]:
         """See :class:`FusedExamples`."""
-        return self._weight(weights * factor, torch.empty_like(self.data), gradient=True)
+        gradients = [torch.empty_like(x) for x in self.data]
+        self._weight(weights * factor, gradients, gradient=True)
+        return gradients
 
-    def _weight(self, weights: Tensor, out: Tensor, gradient: bool) -> Tensor:
-        _loss_kernel[self._grid()](
-            *self._arguments(), weights.float(), out, *self._scalars(), weights.numel(),
-            SIGMOID=self.sigmoid, HAS_KEEP=self.keep is not None, GRADIENT=gradient, TILE=_TILE,
-        )  # fmt: skip
-        return out
+    def _weight(self, weights: Tensor, outs: Sequence[Tensor], gradient: bool) -> None:
+        rows = weights.float().contiguous().unbind()
+        for number, (row, out) in enumerate(zip(rows, outs, strict=True)):
+            self._launch(_loss_kernel, number, row, out, row.numel(), GRADIENT=gradient)
+
+
+def _grid(size: int) -> tuple[int]:
+    return (max(1, min(_PROGRAMS, triton.cdiv(size, _TILE))),)
 
 
 class TritonSigmoid(_TritonExamples):
-    """Binary cross entropy of logits with integer labels; see functional.sigmoid_examples."""
+    """Binary cross entropy of (R, K) logits with integer labels; see functional."""
 
     sigmoid = True
-
-    def __init__(
-        self,
-        logits: Tensor,
-        eager: Callable[[Tensor], EagerExamples],
-        labels: Tensor,
-        keep: Tensor | None,
-        columns: int,
-    ) -> None:
-        """
-        Args:
-            logits: (R * K,) contiguous; float32, float16 or bfloat16.
-            eager: see :class:`FusedExamples`.
-            labels: int64 (R,): class in [0, K), K = background, -1 = ignored.
-            keep: bool (R * K,) or (R,), False drops an example; None keeps all.
-            columns: K.
-        """
-        super().__init__(logits, eager, labels, keep, columns, 0.0)
 
 
 class TritonRegression(_TritonExamples):
     """Authentic smooth L1; see functional.regression_examples."""
-
-    def __init__(
-        self,
-        pred: Tensor,
-        eager: Callable[[Tensor], EagerExamples],
-        target: Tensor,
-        keep: Tensor | None,
-        mu: float,
-    ) -> None:
-        """
-        Args:
-            pred: (n,) contiguous; float32, float16 or bfloat16.
-            eager: see :class:`FusedExamples`.
-            target: (n,) contiguous.
-            keep: bool, of n or a divisor of n elements; None keeps all.
-            mu: width of the quadratic part.
-        """
-        super().__init__(pred, eager, target, keep, 1, mu)

@@ -1,6 +1,5 @@
-"""Python configs: loading, KEY=VALUE overrides, and where each kind of mistake is named."""
+"""Python configs: loading, KEY=VALUE overrides, and the parts that they describe."""
 
-import os
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,19 +29,13 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: the file or an override is wrong.
     """
-    if not os.path.isfile(file):
-        raise UserError(f"the config file {file} does not exist.")
-    if not file.endswith(".py"):
-        raise UserError(
-            f"the config file {file} is not a .py file: YAML configs are for train_net.py."
-        )
     try:
         cfg = LazyConfig.load(file)
     except Exception as error:  # it is a program: anything may happen
         raise UserError(f"{file} cannot be run ({_where(error)}{_describe(error)}).") from error
     if missing := [name for name in _NODES if name not in cfg]:
         raise UserError(
-            f"{file} lacks {', '.join(missing)}: a config of lazy_train_net.py has "
+            f"{file} lacks {', '.join(missing)}: a Python config of a training has "
             f"{', '.join(_NODES)}."
         )
     for override in overrides:

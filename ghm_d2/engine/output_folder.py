@@ -1,0 +1,166 @@
+"""OUTPUT_DIR as one training's own: locked, not replaced unasked, still there."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from detectron2.engine import HookBase
+
+from ghm_d2.errors import UserError, cannot, reason
+from ghm_d2.run_folder import FINAL_CHECKPOINT
+
+__all__ = ["FolderIsThere", "disk_errors", "locked", "refuse_finished"]
+
+_LOCK = ".training.lock"
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps every other training out of a folder, which is made.
+
+    The lock ends with the process, however that ends, so that nobody has to remove a stale one. A
+    file system without locks is a folder without protection.
+
+    Raises:
+        UserError: another process trains into it, or it cannot be written.
+    """
+    path = os.path.join(folder, _LOCK)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        # Not inherited by the processes that load images, which outlive a killed training.
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise cannot("written", f"the output folder {folder}", error) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(
+                f"another training writes into {folder} ({_holder(file.read())}): end it first, or "
+                "give another output folder."
+            ) from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def _holder(text: str) -> str:
+    try:
+        found = json.loads(text)
+        return f"process {found['process']} on {found['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "which is about to start"
+
+
+def refuse_finished(folder: str | Path, way_on: str) -> None:
+    """Stands before a training that starts anew.
+
+    Args:
+        folder: its output folder.
+        way_on: what to give to train longer.
+
+    Raises:
+        UserError: the folder holds the result of another training.
+    """
+    if os.path.exists(os.path.join(folder, FINAL_CHECKPOINT)):
+        raise UserError(
+            f"{folder} holds a finished training ({FINAL_CHECKPOINT}), which this one would "
+            "replace: give another output folder, --overwrite to replace it, or "
+            f"{way_on} to train it further."
+        )
+
+
+class FolderIsThere(HookBase):
+    """Notices in the main process, before a checkpoint, that the folder was deleted or moved.
+
+    What is appended to an open file would be lost without a word, and the next checkpoint would lie
+    alone in a new folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """
+        Args:
+            folder: the output folder.
+        """
+        self._folder = folder
+        self._inode = -1
+
+    def before_train(self) -> None:
+        """Notes which folder it is."""
+        self._inode = os.stat(self._folder).st_ino
+
+    def after_step(self) -> None:
+        """
+        Raises:
+            UserError: it is another one, or none.
+        """
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.stat(self._folder).st_ino == self._inode:
+                return
+        raise UserError(
+            f"the output folder {self._folder} was deleted or moved away after it was opened, and "
+            "with it what this training had written; it stopped after "
+            f"{self.trainer.iter + 1} iterations."
+        )
+
+
+@contextlib.contextmanager
+def disk_errors(folder: str | Path) -> Iterator[None]:
+    """Names the disk where a file cannot be written, whoever writes it.
+
+    Raises:
+        UserError: in place of the error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        name = error.filename if isinstance(error.filename, str) else folder
+        raise UserError(
+            f"{name} cannot be written ({reason(error)}): the checkpoints before are whole, go on "
+            "with --resume once it can."
+        ) from error
+    finally:
+        _close_logs()
+
+
+def _close_logs() -> None:
+    """Detectron2 closes them at the end of the process, which prints an error on a full disk."""
+    for name in ("detectron2", "fvcore", "ghm_d2"):
+        for handler in logging.getLogger(name).handlers:
+            if getattr(handler, "stream", None) not in (None, sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    handler.stream.flush()
+                    continue
+                with contextlib.suppress(OSError, ValueError):
+                    handler.stream.close()
+
+
+def is_disk_error(error: BaseException | None) -> bool:
+    """Whether it is one of those that :func:`disk_errors` puts into words."""
+    return isinstance(error, OSError) and error.errno in _DISK
+
+
+def exists_and_is_newer(path: str | Path, other: str | Path) -> bool:
+    """Whether a file is there and was written after another one."""
+    try:
+        return os.stat(path).st_mtime_ns >= os.stat(other).st_mtime_ns
+    except OSError:
+        return False

@@ -1,0 +1,197 @@
+"""What a run does, read once from a YAML or from a Python config."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils.registry import _convert_target_to_string
+from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
+
+__all__ = [
+    "Config",
+    "Settings",
+    "as_text",
+    "change",
+    "class_counts",
+    "class_keys",
+    "key_of",
+    "pair",
+    "read_settings",
+    "set_key",
+    "typed",
+]
+
+Config = CfgNode | DictConfig  # of a .yaml and of a .py file
+
+# By the name of the setting: its key in YAML, that in Python, and the value where neither stands.
+_KEYS: dict[str, tuple[str, str, Any]] = {
+    "output_dir": ("OUTPUT_DIR", "train.output_dir", ""),
+    "weights": ("MODEL.WEIGHTS", "train.init_checkpoint", ""),
+    "device": ("MODEL.DEVICE", "train.device", "cuda"),
+    "amp": ("SOLVER.AMP.ENABLED", "train.amp.enabled", False),
+    "seed": ("SEED", "train.seed", -1),
+    "max_iter": ("SOLVER.MAX_ITER", "train.max_iter", None),
+    "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period", None),
+    "checkpoints_kept": ("", "train.checkpointer.max_to_keep", None),
+    "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period", 0),
+    "log_period": ("", "train.log_period", 20),
+    "statistics_period": ("MODEL.GHM.STATISTICS_PERIOD", "train.statistics_period", 0),
+    "expected_results": ("TEST.EXPECTED_RESULTS", "train.expected_results", ()),
+    "ddp": ("", "train.ddp", {"broadcast_buffers": False}),
+    "images_per_batch": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size", None),
+    "reference_world_size": ("SOLVER.REFERENCE_WORLD_SIZE", "", 0),
+    "learning_rate": ("SOLVER.BASE_LR", "optimizer.lr", None),
+    "warmup": ("SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length", None),
+    "train": ("DATASETS.TRAIN", "dataloader.train.dataset.names", ()),
+    "test": ("DATASETS.TEST", "dataloader.test.dataset.names", ()),
+    "train_workers": ("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers", 0),
+    "test_workers": ("DATALOADER.NUM_WORKERS", "dataloader.test.num_workers", 0),
+}
+_CLASSES = (
+    ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES"),
+    ("model.num_classes", "model.roi_heads.num_classes"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run that the engine itself reads.
+
+    Attributes:
+        output_dir: folder of everything that the run leaves.
+        weights: file to start from, or to evaluate; "" for none.
+        device: of the model.
+        amp: whether the step runs under mixed precision.
+        seed: below 0: another one each time.
+        max_iter: iterations of the whole training.
+        checkpoint_period: iterations between two checkpoints.
+        checkpoints_kept: how many of them stay; None: all.
+        eval_period: iterations between two evaluations; 0: after the last one alone.
+        log_period: iterations between two rows of metrics.json.
+        statistics_period: iterations between two looks at the gradients; 0: never.
+        expected_results: (task, metric, value, tolerance) each.
+        ddp: arguments for ``create_ddp_model``.
+        images_per_batch: over all processes.
+        reference_world_size: processes that the schedule was written for; 0: any.
+        learning_rate: of the optimizer, for messages.
+        warmup: iterations in YAML; in Python the share of the training, as Detectron2 has it.
+        train: names of the data sets to train on.
+        test: names of those to test on.
+        train_workers: processes that load training images.
+        test_workers: processes that load test images.
+    """
+
+    output_dir: str
+    weights: str
+    device: str
+    amp: bool
+    seed: int
+    max_iter: int
+    checkpoint_period: int
+    checkpoints_kept: int | None
+    eval_period: int
+    log_period: int
+    statistics_period: int
+    expected_results: tuple[tuple[Any, ...], ...]
+    ddp: dict[str, Any]
+    images_per_batch: int
+    reference_world_size: int
+    learning_rate: float | None
+    warmup: float | None
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    train_workers: int
+    test_workers: int
+
+
+def read_settings(cfg: Config) -> Settings:
+    """The settings of a config of either kind."""
+    found = {field.name: _plain(_get(cfg, field.name)) for field in fields(Settings)}
+    for name in ("train", "test"):
+        names = found[name] or ()
+        found[name] = (names,) if isinstance(names, str) else tuple(names)
+    found["weights"] = found["weights"] or ""
+    found["expected_results"] = tuple(map(tuple, found["expected_results"]))
+    return Settings(**found)
+
+
+def key_of(cfg: Config, name: str) -> str:
+    """What the user of this kind of config calls a setting."""
+    return _KEYS[name][isinstance(cfg, DictConfig)]
+
+
+def pair(cfg: Config, name: str, value: Any) -> str:
+    """What the user of this kind of config types to change a setting."""
+    return typed(cfg, key_of(cfg, name), value)
+
+
+def typed(cfg: Config, full_key: str, value: Any) -> str:
+    """What the user of this kind of config types to change a key."""
+    return f"{full_key}={value}" if isinstance(cfg, DictConfig) else f"{full_key} {value}"
+
+
+def change(cfg: Config, name: str, value: Any) -> None:
+    """Gives a setting another value."""
+    set_key(cfg, key_of(cfg, name), value)
+
+
+def set_key(cfg: Config, full_key: str, value: Any) -> None:
+    """Gives a key another value."""
+    if isinstance(cfg, DictConfig):
+        OmegaConf.update(cfg, full_key, list(value) if isinstance(value, tuple) else value)
+    else:
+        cfg.merge_from_list([full_key, value])
+
+
+def as_text(cfg: Config) -> str:
+    """The whole config as YAML, as Detectron2 writes it."""
+    if isinstance(cfg, CfgNode):
+        return cfg.dump()
+    tree = OmegaConf.to_container(cfg, structured_config_mode=SCMode.INSTANTIATE)
+    try:
+        return yaml.dump(_named(tree), default_flow_style=None, allow_unicode=True, width=9999)
+    except TypeError:  # a lambda, for example: to be read, not to be loaded
+        return yaml.safe_dump(str(tree))
+
+
+def _named(value: Any) -> Any:
+    """The calls of a Python config by the names of what they call."""
+    if isinstance(value, dict):
+        target = value.get("_target_")
+        name = {"_target_": _convert_target_to_string(target)} if callable(target) else {}
+        return {key: _named(item) for key, item in value.items()} | name
+    return [_named(item) for item in value] if isinstance(value, list) else value
+
+
+def class_counts(cfg: Config) -> dict[str, int]:
+    """The keys that count classes, and their values; empty where a Python config has none."""
+    keys = _CLASSES[isinstance(cfg, DictConfig)]
+    found = {full: _select(cfg, full, None) for full in keys}
+    return {full: count for full, count in found.items() if isinstance(count, int)}
+
+
+def class_keys(cfg: Config) -> tuple[str, ...]:
+    """All keys that could count classes in this kind of config."""
+    return _CLASSES[isinstance(cfg, DictConfig)]
+
+
+def _get(cfg: Config, name: str) -> Any:
+    full, default = key_of(cfg, name), _KEYS[name][2]
+    return _select(cfg, full, default) if full else default
+
+
+def _select(cfg: Config, full: str, default: Any) -> Any:
+    if isinstance(cfg, DictConfig):
+        found = OmegaConf.select(cfg, full)
+        return default if found is None else found
+    node: Any = cfg
+    for part in full.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return default if node is None else node
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, DictConfig | ListConfig):
+        return OmegaConf.to_container(value, resolve=True)
+    return value
