@@ -3,13 +3,26 @@
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from ghm_d2.errors import UserError, cannot, shown
 
-__all__ = ["PART", "parse_json", "read_json", "read_text", "whole_file", "write_json", "write_text"]
+__all__ = [
+    "PART",
+    "open_regular",
+    "parse_json",
+    "read_json",
+    "read_text",
+    "whole_file",
+    "write_json",
+    "write_text",
+]
+
+# Not to wait for the writer of a pipe; and Windows would read text.
+_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 PART = ".part"  # end of the name of a file that is being written
 
@@ -74,6 +87,20 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Opens a file for reading that is one: a pipe would block, and a device has no end.
+
+    Raises:
+        UserError: it is something else.
+        OSError: it cannot be opened.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | _FLAGS), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} cannot be read (it is no regular file).")
+    return file
+
+
 def read_text(path: str | Path) -> str:
     """Reads text in UTF-8.
 
@@ -81,7 +108,8 @@ def read_text(path: str | Path) -> str:
         UserError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            return file.read().decode("utf-8")
     except (OSError, UnicodeError) as error:
         raise cannot("read", path, error) from error
 

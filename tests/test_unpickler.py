@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghm_d2.checkpoint import load_file
-from ghm_d2.checkpoint.unpickler import _ALLOWED, _Inert
 from ghm_d2.errors import UserError
 
 WRITERS = {
@@ -153,9 +152,8 @@ def test_what_can_be_named_cannot_be_changed(tmp_path, name):
     for state in (b"}\x8c\x01xK\x01s", b"N}\x8c\x01xK\x01s\x86"):  # __dict__, and setattr
         path.write_bytes(b"\x80\x04" + name.encode() + state + b"b.")
         refused(path)
-    module, attribute = name[1:].split()
-    found = _ALLOWED[f"{module}.{attribute}"]
-    assert not hasattr(found, "x") and not hasattr(getattr(found, "_call", None), "x")
+    for found in (torch._utils._rebuild_tensor_v2, OrderedDict, np.ndarray):
+        assert not hasattr(found, "x")
 
 
 def test_known_log_classes_keep_nothing(write, monkeypatch):
@@ -175,7 +173,8 @@ def test_known_log_classes_keep_nothing(write, monkeypatch):
     found = load_file(path)
     assert torch.equal(found["state_dict"]["w"], torch.ones(1))
     log = found["message_hub"]["loss"]
-    assert isinstance(log, _Inert) and type(log).__name__ == "HistoryBuffer" and not vars(log)
+    assert type(log).__name__ == "HistoryBuffer" and not hasattr(log, "__dict__")
+    assert not isinstance(log, HistoryBuffer)
 
 
 def test_programs_and_archives_are_refused(tmp_path):
@@ -230,8 +229,7 @@ def test_a_dtype_cannot_claim_to_hold_objects(tmp_path, flags):
     path = tmp_path / "x.pkl"
     array = np.arange(3), Lie()
     path.write_bytes(pickle.dumps(array))
-    numbers, dtype = load_file(path)
-    assert np.array_equal(numbers, [0, 1, 2]) and dtype == np.int64 and not dtype.hasobject
+    assert "a NumPy type" in refused(path)
 
 
 def test_a_trusted_file_may_run_code(tmp_path):

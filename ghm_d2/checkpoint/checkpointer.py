@@ -16,8 +16,8 @@ from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
+from .opening import load_file
 from .origin import ORIGIN, read_origin
-from .unpickler import load_file
 
 __all__ = [
     "RestrictedCheckpointer",

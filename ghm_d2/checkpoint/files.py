@@ -16,7 +16,7 @@ from torch import Tensor
 from ghm_d2.errors import UserError, reason
 from ghm_d2.files import whole_file, write_text
 
-from .unpickler import load_file
+from .opening import load_file
 
 __all__ = [
     "fetch",
