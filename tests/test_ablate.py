@@ -139,7 +139,7 @@ def test_cut_off_in_its_evaluation(tmp_path, data):
     """Only the evaluation is done again, with the same result; in this process."""
     out = tmp_path / "out"
     argv = ["--grid", str(write_grid(tmp_path, rows=ROWS[:1])), "--output", str(out), *data]
-    argv += ["--seeds", "1", "--cluster", "debug"]
+    argv += ["--seeds", "1", "--cluster", "debug", "--threads", "1"]
     main(argv)
     (file,) = out.glob("runs/*.json")
     one = json.loads(file.read_text())
@@ -159,7 +159,7 @@ def test_no_run_is_left_but_after_sigkill(tmp_path, data, how):
     """A terminal's Ctrl-C reaches all processes; SIGKILL leaves the tool no time to stop its runs,
     which go on, as on a cluster, and are found."""
     out = tmp_path / "out"
-    words = [sys.executable, str(ROOT / "tools" / "ablate.py"), *data, "--seeds", "1"]
+    words = [sys.executable, "-m", "ghm_d2", "ablate", *data, "--seeds", "1", "--threads", "1"]
     words += ["--grid", str(write_grid(tmp_path, rows=ROWS[:1])), "--output", str(out)]
     words += ["SOLVER.MAX_ITER", "100"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -174,7 +174,7 @@ def test_no_run_is_left_but_after_sigkill(tmp_path, data, how):
         tool.kill()
         tool.wait()
         assert store.process(run) == process
-        wait_for(lambda: not store.process(run), 120)
+        wait_for(lambda: not store.process(run))
         assert json.loads((store.runs / f"{run.id}.json").read_text())["starts"] == 1
         return
     os.killpg(tool.pid, signal.SIGINT)
