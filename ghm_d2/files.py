@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ghm_d2.errors import UserError, cannot, shown
+from ghm_d2.errors import UserError, cannot, reason, shown
 
 __all__ = [
     "PART",
+    "file_to_blame",
     "open_regular",
     "parse_json",
     "read_json",
@@ -126,6 +127,24 @@ def read_json(path: str | Path) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not a complete JSON file ({shown(error)}).") from error
+
+
+@contextlib.contextmanager
+def file_to_blame(path: str | Path, what: str) -> Iterator[None]:
+    """Says "PATH WHAT (reason)." of a file that is valid and whose content makes its reader fail.
+
+    What a stranger may have written can make anything fail, in whatever way.
+
+    Raises:
+        UserError: anything was raised within.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise UserError(f"{path} {what} ({kind}: {reason(error)}).") from error
 
 
 def parse_json(text: str) -> Any:

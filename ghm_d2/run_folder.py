@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -273,13 +274,8 @@ class RunFolder:
         pointer = self.folder / LAST_CHECKPOINT
         if pointer.is_file():
             aside = pointer.replace(f"{pointer}.earlier").name
-            logger.warning(
-                "%s holds the checkpoints of an earlier training, which is not resumed: %s is now "
-                "%s",
-                self.folder,
-                LAST_CHECKPOINT,
-                aside,
-            )
+            earlier = "%s holds the checkpoints of an earlier training, which is not resumed: "
+            logger.warning(earlier + "%s is now %s", self.folder, LAST_CHECKPOINT, aside)
 
     def remove_partial_files(self) -> None:
         """Deletes what a process left behind that was killed while it wrote a file."""
@@ -296,30 +292,24 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _cut(file: Path, is_undone: Callable[[dict[str, Any]], bool]) -> None:
+    def goes(line: bytes) -> bool:
+        try:
+            return is_undone(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return True  # the process was killed in the middle of this line
+
     if not file.exists():
         return
     try:
         lines = file.read_bytes().splitlines(keepends=True)
-        kept = len(lines)
-        while kept and _goes(lines[kept - 1], is_undone):
-            kept -= 1
-        if kept == len(lines):
-            return
-        os.truncate(file, sum(map(len, lines[:kept])))
+        removed = len(list(takewhile(goes, reversed(lines))))
+        if removed:
+            os.truncate(file, sum(map(len, lines[:-removed])))
     except OSError as error:
         raise cannot("cut", file, error) from error
-    logger.info(
-        "%s: removed %d row(s) of iterations after the checkpoint; they are done again",
-        file,
-        len(lines) - kept,
-    )
-
-
-def _goes(line: bytes, is_undone: Callable[[dict[str, Any]], bool]) -> bool:
-    try:
-        return is_undone(json.loads(line))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return True  # the process was killed in the middle of this line
+    if removed:
+        message = "%s: removed %d row(s) of iterations after the checkpoint; they are done again"
+        logger.info(message, file, removed)
 
 
 def _number(name: str) -> int:

@@ -48,7 +48,13 @@ def detector(base: str, *opts: object) -> nn.Module:
     inputs = batch(*TWO_IMAGES)
     for number, item in enumerate(inputs):
         item["image"] = tensor(picture(128, 128, number))
+    heads = getattr(model, "roi_heads", None)
+    on = {name: getattr(heads, name, False) for name in ("mask_on", "keypoint_on")}
+    for name in filter(on.get, on):
+        setattr(heads, name, False)  # the images have neither
     calibrated(model, inputs)
+    for name in filter(on.get, on):
+        setattr(heads, name, True)
     model.eval()
     for name, layer in model.named_modules():
         if (end := name.rpartition(".")[2]) in _SPREAD:
@@ -61,11 +67,18 @@ def detector(base: str, *opts: object) -> nn.Module:
     return model
 
 
-def save_detector(base: str, folder: Path) -> list[str]:
-    """Writes the model's weights and config; returns the command line's words that name them."""
-    cfg = small_config(base, *OPTS)
+def save_detector(base: str, folder: Path, *opts: object, **entries: object) -> list[str]:
+    """Writes the model's weights and config; returns the command line's words that name them.
+
+    Args:
+        base: name of a config.
+        folder: to write to.
+        opts: KEY VALUE pairs.
+        entries: of the checkpoint, beside the model.
+    """
+    cfg = small_config(base, *OPTS, *opts)
     (folder / "config.yaml").write_text(cfg.dump())
-    torch.save({"model": detector(base).state_dict()}, folder / "model.pth")
+    torch.save({"model": detector(base, *opts).state_dict(), **entries}, folder / "model.pth")
     return ["--config-file", str(folder / "config.yaml"),
             "MODEL.WEIGHTS", str(folder / "model.pth")]  # fmt: skip
 

@@ -107,7 +107,7 @@ def test_a_signal_stops_both_processes(start, tmp_path, number):
     os.killpg(job.pid, number)
     text = job.communicate(timeout=600)[0]
     assert job.returncode == 75, text[-3000:]
-    assert text.count("Stopped by SIGTERM after") == 1 and "Traceback" not in text
+    assert text.count("Stopped by SIG") == 1 and "Traceback" not in text
     name = (tmp_path / "out" / "last_checkpoint").read_text()
     states = torch.load(tmp_path / "out" / name, weights_only=True)["trainer"]["hooks"]
     assert len(states["ProcessStates"]["processes"]) == 2

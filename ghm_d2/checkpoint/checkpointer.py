@@ -10,12 +10,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import UserError, reason, shown
 from ghm_d2.files import whole_file
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
+from .files import check_name
 from .opening import load_file
 from .origin import ORIGIN, read_origin
 
@@ -27,7 +28,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Whatever restoring an optimizer, a schedule or a hook from wrong values raises.
-_DAMAGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_DAMAGED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _WAY_OUT = (
     "where it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
@@ -45,10 +46,9 @@ def _mapping(data: Any, file: str) -> dict[str, Any]:
 def _check_tensors(model: dict[str, Any], file: str) -> None:
     for name, value in model.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor | np.ndarray)):
-            raise UserError(
-                f"{file} holds {name} ({type(value).__name__}) among the tensors of the model: "
-                f"{_WAY_OUT}"
-            )
+            what = f"{shown(name, 80)} ({type(value).__name__})"
+            raise UserError(f"{file} holds {what} among the tensors of the model: {_WAY_OUT}")
+        check_name(name)
 
 
 class _RestrictedTorchLoad(Checkpointer):
@@ -103,7 +103,9 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             raise
         except _DAMAGED as error:
             if not self._resumes:
-                raise
+                if isinstance(error, RuntimeError):  # of the device
+                    raise
+                raise UserError(f"{path} is not such a checkpoint ({reason(error)}).") from error
             raise UserError(
                 f"{path} cannot be resumed, its training state is damaged or of another version "
                 f"({type(error).__name__}: {reason(error)}): write the name of another checkpoint "

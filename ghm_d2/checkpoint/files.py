@@ -13,7 +13,7 @@ import yaml
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import UserError, reason, shown
 from ghm_d2.files import whole_file, write_text
 
 from .opening import load_file
@@ -25,6 +25,8 @@ __all__ = [
     "write_checkpoint",
     "write_config",
 ]
+
+_LONGEST_NAME = 500
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +79,30 @@ def unwrap(
     others = [] if key is None else sorted(str(x) for x in checkpoint if x not in (key, *used))
     if others:
         logger.warning(
-            "%d entries besides the weights left out: %s", len(others), ", ".join(others)
+            "%d entries besides the weights left out: %s", len(others), shown(", ".join(others))
         )
     if not isinstance(state, dict):
         raise UserError(f"its weights are a {type(state).__name__} instead of tensors by names.")
     tensors = {}
     for name, value in state.items():
+        check_name(name)
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise UserError(f"{name} is a {kind} among the weights, where tensors belong.")
-        tensors[str(name).removeprefix("module.")] = value
+        tensors[name.removeprefix("module.")] = value
     return tensors
+
+
+def check_name(name: Any) -> None:
+    """Refuses a name that no tensor of a module has; logs and messages list these names.
+
+    Raises:
+        UserError: it is no text, or holds what would write on a terminal.
+    """
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise UserError(f"there is a tensor with the name {shown(repr(name), 80)}.")
 
 
 def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> None:

@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason, shown
 
 from .resnet import IMAGENET_INPUT
 
 __all__ = ["MmdetSettings", "read_settings"]
+
+_MOST_TEXT = 2**20  # characters; a config has some 30,000, and its syntax tree takes much more
+_MOST_SCALES = 100
 
 # What must hold where the text says anything of it.
 _ALLOWED: dict[str, Sequence[Any]] = {
@@ -64,7 +67,7 @@ def read_settings(meta: Any) -> MmdetSettings:
     except UserError:
         raise
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"its config text cannot be understood ({error}).") from error
+        raise UserError(f"its config text cannot be understood ({reason(error)}).") from error
 
 
 def _settings(text: Mapping[str, Any]) -> MmdetSettings:
@@ -73,13 +76,15 @@ def _settings(text: Mapping[str, Any]) -> MmdetSettings:
         value = _get(model, path, allowed[0])
         if value not in allowed:
             raise UserError(
-                f"its config has {path} = {value!r}, and only "
+                f"its config has {path} = {shown(repr(value), 80)}, and only "
                 f"{' or '.join(map(repr, allowed))} can be converted."
             )
     head = model.get("bbox_head", {})
     # mmdetection 1 has no anchor_generator and puts anchor_ before the names.
     anchors = head.get("anchor_generator", {x.removeprefix("anchor_"): head[x] for x in head})
     per_octave, base = anchors.get("scales_per_octave", 3), anchors.get("octave_base_scale", 4)
+    if per_octave > _MOST_SCALES:
+        raise UserError(f"its config has {shown(per_octave, 40)} anchor sizes in an octave.")
     scales = anchors.get("scales") or [base * 2 ** (i / per_octave) for i in range(per_octave)]
     strides = anchors.get("strides", (8, 16, 32, 64, 128))
     return MmdetSettings(
@@ -132,6 +137,8 @@ def _get(node: Any, path: str, default: Any) -> Any:
 
 def _variables(text: str) -> dict[str, Any]:
     """The variables that a Python config assigns, read without running it."""
+    if len(text) > _MOST_TEXT:
+        raise UserError(f"its config text has {len(text)} characters.")
     try:
         body = ast.parse(text).body
     except (MemoryError, RecursionError, SyntaxError, ValueError):

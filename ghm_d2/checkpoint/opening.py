@@ -178,13 +178,15 @@ def _weigh(value: Any, depth: int, known: dict[int, tuple[int, int]], most: int)
     """The size of `value` in bytes as if nothing were shared, and how deep it is nested."""
     kind = type(value)
     weight, height = 64, 0
+    if depth < 0:
+        raise RefusedError(f"containers nested more than {_DEPTH} deep")
     if kind in (str, bytes, bytearray):
         weight += len(value)
     elif kind in (torch.Tensor, torch.nn.Parameter, np.ndarray):
         weight += _weigh_array(value)
     elif kind in _CONTAINERS:
         if id(value) not in known:
-            known[id(value)] = 0, _DEPTH  # until it is known: nothing may hold itself
+            known[id(value)] = 0, _DEPTH + 1  # until it is known: nothing may hold itself
             parts = [*value, *value.values()] if kind in _MAPPINGS else list(value)
             if beside := getattr(value, "__dict__", None):
                 parts += _versions(beside)
@@ -197,7 +199,7 @@ def _weigh(value: Any, depth: int, known: dict[int, tuple[int, int]], most: int)
         raise RefusedError(f"a {kind.__name__}")
     elif kind is int and value.bit_length() > 256:
         raise RefusedError("a number of more than 256 bits")
-    if height >= depth:
+    if height > depth:
         raise RefusedError(f"containers nested more than {_DEPTH} deep")
     if weight > most:
         raise RefusedError("more content than a file of its size can have")

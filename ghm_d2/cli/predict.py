@@ -3,12 +3,13 @@
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
+from ghm_d2.deploy.coco_ids import image_ids
 from ghm_d2.deploy.predict import Predictor
 from ghm_d2.deploy.setup import (
     IMAGE_SUFFIXES,
@@ -27,15 +28,17 @@ __all__ = ["main"]
 logger = logging.getLogger(__name__)
 
 _RESULTS = "predictions.json"
+_OTHERS = "predictions_other_images.json"
 _PROGRAM = "ghm-d2 predict"
+_FLAGS = ("-h", "--help", "--no-pictures", "--overwrite")
 
 
 def _parser() -> Parser:
     parser = tool_parser(
         _PROGRAM,
-        "--input FILE|FOLDER|VIDEO ... --output FOLDER",
-        "Run a RetinaNet or Faster R-CNN on images and videos; draw the boxes and write them as "
-        f"COCO results ({_RESULTS}).",
+        "--input FILE|FOLDER|PATTERN ... --output FOLDER",
+        "Run a detector on images and videos; draw what it finds (boxes, masks, keypoints) and "
+        f"write it as COCO results of the data set that is named ({_RESULTS}).",
     )
     add = parser.add_argument
     add(
@@ -43,7 +46,7 @@ def _parser() -> Parser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="images, videos, or folders of them (without their subfolders)",
+        help="images, videos, folders with their subfolders, or quoted patterns ('a/**/*.jpg')",
     )
     add("--output", required=True, metavar="FOLDER", help="folder to write to; it is made")
     add(
@@ -51,8 +54,10 @@ def _parser() -> Parser:
         type=float,
         default=0.5,
         metavar="SCORE",
-        help="boxes with lower scores are neither drawn nor written (0.5)",
+        help="detections with lower scores are neither drawn nor written (0.5)",
     )
+    add("--no-pictures", action="store_true", help="draw nothing")
+    add("--overwrite", action="store_true", help=f"replace a {_RESULTS} that is there")
     return parser
 
 
@@ -68,27 +73,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     with exits_with_one_sentence(_PROGRAM):
         words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), lists=("--input",))
+        args = parse_arguments(words, _parser(), flags=_FLAGS, lists=("--input",))
         threshold = args.confidence_threshold
         if not 0 <= threshold <= 1:
             raise UserError(f"--confidence-threshold must lie in [0, 1], got {threshold}.")
-        files = list_files(args.input, IMAGE_SUFFIXES + VIDEO_SUFFIXES)
         output = Path(args.output)
-        outputs = _outputs(files, output)
+        files = list_files(args.input, IMAGE_SUFFIXES + VIDEO_SUFFIXES, without=output)
+        outputs = {} if args.no_pictures else _outputs(files, output)
+        _make(output, args.overwrite)
         cfg, model, metadata = build_detector(args)
-        if not metadata.get("thing_classes"):
+        known = image_ids(files, metadata, named=bool(args.dataset))
+        if args.dataset and len(known) < len(files):
             logger.warning(
-                "neither the weights nor a data set of the config name the model's classes: they "
-                "are numbered (--dataset NAME=annotations.json,image_dir names them)"
+                "%d of %d inputs are no images of %s: they are numbered from 1%s",
+                len(files) - len(known),
+                len(files),
+                metadata.get("name", "a data set with the classes of the weights"),
+                f", and what is found in them goes to {_OTHERS}" if known else "",
             )
-        elif metadata.name in [text.partition("=")[0] for text in args.dataset]:
-            DatasetCatalog.get(metadata.name)  # sets the category ids
         predictor = Predictor(cfg, model, metadata, threshold)
+        results: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for number, file in enumerate(tqdm(files, desc="predicting", unit="file"), start=1):
-            predictor.run(file, number, outputs[file])
+            image_id = known.get(file, number)
+            found = predictor.run(file, files[file], image_id, outputs.get(file))
+            results[file in known or not known] += found
         if predictor.unreadable == len(files):
             raise UserError(f"none of the {len(files)} inputs could be read.")
-        write_json(output / _RESULTS, predictor.results, indent=None)
+        write_json(output / _RESULTS, results[True], indent=None)
+        (output / _OTHERS).unlink(missing_ok=True)  # of an earlier call
+        if known and len(known) < len(files):
+            write_json(output / _OTHERS, results[False], indent=None)
         if predictor.unreadable:
             logger.warning(
                 "%d of %d inputs could not be read and were skipped",
@@ -97,27 +111,44 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         device = read_settings(cfg).device
         print(
-            f"{len(predictor.results)} detections in {predictor.done} images or frames, "
+            f"{sum(map(len, results.values()))} detections in {predictor.done} images or frames, "
             f"{predictor.seconds / predictor.done:.3f} s each on {device} (drawing not "
-            f"counted): pictures and {_RESULTS} are in {output}."
+            f"counted): {'' if args.no_pictures else 'pictures and '}{_RESULTS} are in {output}."
         )
 
 
-def _outputs(files: Sequence[Path], folder: Path) -> dict[Path, Path]:
+def _make(folder: Path, overwrite: bool) -> None:
+    """Makes the folder.
+
+    Raises:
+        UserError: it cannot be made, or holds results that nobody said could go.
+    """
+    for name in (_RESULTS, _OTHERS):
+        if not overwrite and (folder / name).exists():
+            raise UserError(
+                f"{folder / name} exists already: name another --output, or replace it with "
+                "--overwrite."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot("made", f"--output {folder}", error) from error
+
+
+def _outputs(files: Mapping[Path, str], folder: Path) -> dict[Path, Path]:
     """Where the drawn copy of each file goes; videos become .mp4, whatever they were.
 
     Raises:
-        UserError: the folder cannot be made, or two copies, or a copy and its original, would have
-            the same name.
+        UserError: two copies, or a copy and its original, would have the same name.
     """
     outputs = {}
-    for file in files:
-        suffix = file.suffix.lower()
-        if suffix in VIDEO_SUFFIXES:
-            name = f"{file.stem}.mp4"
-        else:
-            name = file.name if suffix in _WRITABLE else f"{file.name}.png"
-        outputs[file] = folder / name
+    for file, name in files.items():
+        copy = folder / name
+        if file.suffix.lower() in VIDEO_SUFFIXES:
+            copy = copy.with_suffix(".mp4")
+        elif file.suffix.lower() not in _WRITABLE:
+            copy = copy.with_name(f"{copy.name}.png")
+        outputs[file] = copy
     name, times = Counter(outputs.values()).most_common(1)[0]
     if times > 1:
         raise UserError(
@@ -127,10 +158,6 @@ def _outputs(files: Sequence[Path], folder: Path) -> dict[Path, Path]:
     for file, copy in outputs.items():
         if copy.resolve() == file.resolve():
             raise UserError(f"--output {folder} would overwrite the input {file}: name another.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot("made", f"--output {folder}", error) from error
     return outputs
 
 

@@ -9,7 +9,8 @@ from ghm_d2.engine.arguments import Parser
 from ghm_d2.engine.diagnosis import diagnose
 from ghm_d2.engine.replay import load_replay
 from ghm_d2.engine.settings import read_settings
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.errors import UserError, exits_with_one_sentence, shown
+from ghm_d2.files import file_to_blame
 
 __all__ = ["main"]
 
@@ -33,12 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError("--device cuda: no GPU found; leave it out.")
             device = "cpu"
             print("No GPU found: the replay runs on the CPU and may differ in the last digits.")
-        model = replay.build(device, args.trust_checkpoint)
-        replay.state.restore(model)
-        dtype = getattr(torch, replay.precision) if replay.precision else None
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
-            found = diagnose(model, replay.batch, backward=True)
-    print(replay.message)
-    print(found.table())
-    print(found.summary() or ("everything is finite" if found.finite else "see the last rows"))
+        # A traceback would exit with 1, which says that something is not finite.
+        with file_to_blame(args.file, "cannot be replayed"):
+            model = replay.build(device, args.trust_checkpoint)
+            replay.state.restore(model)
+            dtype = getattr(torch, replay.precision) if replay.precision else None
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+                found = diagnose(model, replay.batch, backward=True)
+    summary = found.summary() or ("everything is finite" if found.finite else "see the last rows")
+    for line in (replay.message, *found.table().split("\n"), summary):
+        print(shown(line, 4000))
     sys.exit(0 if found.finite else 1)

@@ -12,13 +12,18 @@ from tqdm import tqdm
 
 from .checks import Problem
 
-__all__ = ["image_problems"]
+__all__ = ["image_problems", "is_deep"]
 
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 _DEEP = ("I", "F")  # and "I;16" with its byte orders
 _PLAIN = ("RGB", "L")
 _THREADS = 8  # files wait for the disk more than for a processor
+
+
+def is_deep(mode: str) -> bool:
+    """Whether an image of this mode of Pillow's may hold values above 255."""
+    return mode in _DEEP or mode.startswith("I;")
 
 
 def image_problems(
@@ -75,7 +80,7 @@ def _compare(
             f"{where} has {turned[0]} x {turned[1]} pixels{exif}, but the annotation file says "
             f"{entry['width']} x {entry['height']}",
         )
-    if mode in _DEEP or mode.startswith("I;"):
+    if is_deep(mode):
         yield Problem(
             "image depth",
             f"{where} is of Pillow's mode {mode}, whose values above 255 would be clipped: "

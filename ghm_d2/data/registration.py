@@ -246,6 +246,7 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
         evaluator_type="coco",
         thing_classes=list(dataset.classes),
         without_mask=dataset.without_mask,
+        fingerprint=dict(dataset.fingerprint),
     )
     keypoints = dataset.keypoints
     metadata.num_keypoints = None if keypoints is None else keypoints.number

@@ -149,4 +149,5 @@ def register_synthetic() -> None:
             image_root=image_root,
             evaluator_type="coco",
             thing_classes=list(CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
         )

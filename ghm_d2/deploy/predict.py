@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN, detector_postprocess
 from detectron2.structures import Instances
-from detectron2.utils.video_visualizer import VideoVisualizer
-from detectron2.utils.visualizer import Visualizer
 from torch import nn
 from tqdm import tqdm
 
-from ghm_d2.data.pictures import UnreadableError, read_image
+from ghm_d2.data.pictures import UnreadableError, draw, read_image
+from ghm_d2.deploy.coco_ids import category_ids
 from ghm_d2.deploy.setup import VIDEO_SUFFIXES, image_preparer
 from ghm_d2.engine.settings import Config
 from ghm_d2.errors import UserError
@@ -26,15 +26,16 @@ __all__ = ["Predictor"]
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST_DRAWING = 400  # pixels of the longer side
+# Pixels of the longer side. Small images are drawn larger: letters keep their size, and would cover
+# them. Large ones would take longer to draw and to write than to be looked at by the detector.
+_SMALLEST_DRAWING = 400
+_LARGEST_DRAWING = 1600
 
 
 class Predictor:
     """Finds, draws and records.
 
     Attributes:
-        results: one entry for each detection, in COCO's results format with `file_name`, for videos
-            `frame` (from 0), and `category`, its name, where it is known.
         done: images and frames that were run.
         unreadable: files that could not be read.
         seconds: time that the model took for them, preparing and results included.
@@ -44,77 +45,141 @@ class Predictor:
         """
         Args:
             cfg: of the model.
-            model: in eval mode.
+            model: in eval mode; whatever returns "instances" with boxes, scores and classes.
             metadata: `thing_classes`, where they are known; `thing_dataset_id_to_contiguous_id`
                 translates the classes into category ids of the data set.
             threshold: detections with lower scores are left out.
         """
         self.model, self.metadata, self.threshold = model, metadata, threshold
         self.prepare = image_preparer(cfg)
-        self.results: list[dict[str, Any]] = []
+        self._results: list[dict[str, Any]] = []
         self.done = 0
         self.unreadable = 0
         self.seconds = 0.0
-        to_class = metadata.get("thing_dataset_id_to_contiguous_id", {})
-        self._category_ids = {k: category for category, k in to_class.items()}
 
-    def run(self, file: Path, number: int, output: Path) -> None:
+    def run(
+        self, file: Path, name: str, image_id: Any, output: Path | None
+    ) -> list[dict[str, Any]]:
         """Run one file; one that cannot be read is counted, with a warning.
 
         Args:
             file: image or video.
-            number: its `image_id` (of a video's frames too).
-            output: file to write what was drawn to.
+            name: its `file_name`.
+            image_id: of the image, or of all of a video's frames.
+            output: file to write what was drawn to, its folder is made; None: nothing is drawn.
+
+        Returns:
+            One entry for each detection, in COCO's results format with `file_name`, for videos
+            `frame` (from 0), and `category`, its name, where it is known; masks as RLE.
+
+        Raises:
+            UserError: the model finds no instances, or a file cannot be written.
         """
+        record = {"image_id": image_id, "file_name": name}
         run = self._run_video if file.suffix.lower() in VIDEO_SUFFIXES else self._run_image
+        self._results = []
         try:
-            run(file, number, output)
+            if output is not None:
+                output.parent.mkdir(parents=True, exist_ok=True)
+            run(file, record, output)
         except UnreadableError as error:
             self.unreadable += 1
             logger.warning("%s It is skipped.", error)
+        return self._results
 
-    def _run_image(self, file: Path, number: int, output: Path) -> None:
+    def _run_image(self, file: Path, record: dict[str, Any], output: Path | None) -> None:
         rgb = read_image(file)
-        found = self._find(rgb, {"image_id": number, "file_name": file.name})
-        # Small images are drawn larger: letters keep their size, and would cover them.
-        scale = max(1.0, _SMALLEST_DRAWING / max(rgb.shape[:2]))
-        drawing = Visualizer(rgb, self.metadata, scale=scale)
-        _write_image(output, drawing.draw_instance_predictions(found).get_image())
+        found = self._find(rgb, record)
+        if output is not None and not cv2.imwrite(
+            str(output), self._draw(rgb, found, _SMALLEST_DRAWING)
+        ):
+            raise UserError(f"{output} cannot be written.")
 
-    def _run_video(self, file: Path, number: int, output: Path) -> None:
+    def _run_video(self, file: Path, record: dict[str, Any], output: Path | None) -> None:
         video = cv2.VideoCapture(str(file))
         writer = None
-        drawing = VideoVisualizer(self.metadata)
         try:
-            for frame, bgr in enumerate(_frames(video, file)):
+            for number, bgr in enumerate(_frames(video, file)):
                 rgb = np.ascontiguousarray(bgr[:, :, ::-1])
-                record = {"image_id": number, "file_name": file.name, "frame": frame}
-                found = self._find(rgb, record)
-                drawn = drawing.draw_instance_predictions(rgb, found).get_image()
-                writer = writer or _video_writer(output, video, drawn)
-                writer.write(np.ascontiguousarray(drawn[:, :, ::-1]))
+                found = self._find(rgb, {**record, "frame": number})
+                if output is not None:
+                    drawn = self._draw(rgb, found, 1)
+                    writer = writer or _video_writer(output, video, drawn)
+                    writer.write(drawn)
         finally:
             video.release()
             if writer is not None:
                 writer.release()
 
     def _find(self, rgb: np.ndarray, record: dict[str, Any]) -> Instances:
-        """Detections above the threshold, in pixels of the image as it was read, on the CPU."""
+        """Detections above the threshold, on the CPU, as the model sees the image; recorded."""
         start = time.perf_counter()
-        height, width = rgb.shape[:2]
-        inputs = {"image": self.prepare(rgb), "height": height, "width": width}
         with torch.no_grad():
-            found = self.model([inputs])[0]["instances"].to("cpu")
+            found = self._infer(rgb)
+        found = found[found.scores >= self.threshold]
+        self._record(found, rgb.shape[:2], record)
         self.seconds += time.perf_counter() - start
         self.done += 1
-        found = found[found.scores >= self.threshold]
-        names = self.metadata.get("thing_classes")
-        for result in instances_to_coco_json(found, record["image_id"]):
-            k = result["category_id"]
-            category = {"category": names[k]} if names else {}
-            category["category_id"] = self._category_ids.get(k, k)
-            self.results.append({**result, **record, **category})
         return found
+
+    def _infer(self, rgb: np.ndarray) -> Instances:
+        height, width = rgb.shape[:2]
+        inputs = {"image": self.prepare(rgb), "height": height, "width": width}
+        model = self.model
+        if isinstance(model, GeneralizedRCNN) and not isinstance(model, PanopticFPN):
+            # Not yet in pixels of the image: the masks of a large one would fill the memory.
+            return model.inference([inputs], do_postprocess=False)[0].to("cpu")
+        output = model([inputs])[0]
+        if "instances" not in output:
+            raise UserError(
+                f"{type(model).__name__} finds no instances but {', '.join(output)}: predict is "
+                "for detectors with boxes, scores and classes."
+            )
+        return output["instances"].to("cpu")
+
+    def _record(self, found: Instances, size: tuple[int, int], record: dict[str, Any]) -> None:
+        names = self.metadata.get("thing_classes")
+        # One by one, since a mask is as large as the image until it is encoded.
+        single = found.has("pred_masks")
+        parts = ([i] for i in range(len(found))) if single else [slice(None)]
+        for part in parts:
+            for result in instances_to_coco_json(_scaled(found, part, size), record["image_id"]):
+                k = result["category_id"]
+                category = {"category": names[k]} if names else {}
+                category["category_id"] = category_ids(self.metadata, k + 1)[k]
+                self._results.append({**result, **record, **category})
+
+    def _draw(self, rgb: np.ndarray, found: Instances, smallest: int) -> np.ndarray:
+        """BGR, as OpenCV writes it."""
+        height, width = rgb.shape[:2]
+        scale = min(1.0, _LARGEST_DRAWING / max(height, width))
+        # Masks in the size that they are drawn in, all else in that of the image.
+        small = _scaled(found, slice(None), (round(height * scale), round(width * scale)))
+        across, down = small.image_size[1] / width, small.image_size[0] / height
+        boxes = small.pred_boxes.tensor.numpy() / (across, down, across, down)
+        items = [
+            (box, k, f" {score:.0%}")
+            for box, k, score in zip(
+                boxes.tolist(), small.pred_classes.tolist(), small.scores.tolist(), strict=True
+            )
+        ]
+        fields = {}
+        if small.has("pred_masks"):
+            fields["masks"] = small.pred_masks.numpy()
+        if small.has("pred_keypoints"):
+            fields["keypoints"] = small.pred_keypoints.numpy() / (across, down, 1.0)
+        sides = (smallest, _LARGEST_DRAWING)
+        return np.ascontiguousarray(draw(rgb, items, self.metadata, sides, **fields)[:, :, ::-1])
+
+
+def _scaled(found: Instances, part: Any, size: tuple[int, int]) -> Instances:
+    """A part of the detections, scaled to an image of this size by Detectron2's function."""
+    copies = Instances(found.image_size)  # the function writes into what it is given
+    for name, value in found[part].get_fields().items():
+        copies.set(name, value.clone())
+    if found.has("pred_masks") and found.pred_masks.dim() == 3:  # masks of the image already
+        return copies
+    return detector_postprocess(copies, *size)
 
 
 def _frames(video: cv2.VideoCapture, file: Path) -> Iterator[np.ndarray]:
@@ -142,8 +207,3 @@ def _video_writer(output: Path, video: cv2.VideoCapture, frame: np.ndarray) -> c
     if not writer.isOpened():
         raise UserError(f"{output} cannot be written as a video.")
     return writer
-
-
-def _write_image(output: Path, rgb: np.ndarray) -> None:
-    if not cv2.imwrite(str(output), np.ascontiguousarray(rgb[:, :, ::-1])):
-        raise UserError(f"{output} cannot be written.")

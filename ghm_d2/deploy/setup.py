@@ -1,6 +1,9 @@
 """What the deployment tools share: command line, trained detector, reading images."""
 
 import argparse
+import glob
+import itertools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +17,6 @@ from torch import Tensor, nn
 
 from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import check_classes
-from ghm_d2.deploy.detections import check_detector
 from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser
 from ghm_d2.engine.checks import check_inference
 from ghm_d2.engine.settings import Config, Settings, read_settings
@@ -33,7 +35,9 @@ __all__ = [
     "tool_parser",
 ]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
@@ -52,7 +56,8 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
         action="append",
         default=[],
         metavar="NAME=annotations.json,image_dir",
-        help="COCO-format data that the detector was trained for: gives the names of the classes",
+        help="COCO-format data: gives the images and the classes their ids, and the classes their "
+        "names where the weights have none; of more than one, the first",
     )
     return parser
 
@@ -61,7 +66,7 @@ def build_detector(args: argparse.Namespace) -> tuple[Config, nn.Module, Metadat
     """The config, the trained detector in eval mode, and its classes, for a command line.
 
     Raises:
-        UserError: config, weights or data set are wrong, or the detector is of another kind.
+        UserError: config, weights or data set are wrong.
     """
     for name in ("fvcore", "detectron2", "ghm_d2"):  # they tell what weights were left out
         setup_logger(name=name)
@@ -70,11 +75,17 @@ def build_detector(args: argparse.Namespace) -> tuple[Config, nn.Module, Metadat
     )
     check_inference(cfg, given_keys(args.config_file, args.opts))
     model = GHMTrainer.build_model(cfg).eval()
-    check_detector(model)
-    origin = load_trained_weights(model, read_settings(cfg).weights)
+    settings = read_settings(cfg)
+    origin = load_trained_weights(model, settings.weights)
     for data in datasets:
         check_classes(origin, data.classes, data.name)
-    return cfg, model, _class_metadata(read_settings(cfg), model, origin)
+    metadata = _class_metadata(settings, model, origin)
+    if not metadata.get("thing_classes"):
+        logger.warning(
+            "neither the weights nor a data set of the config name the model's classes: they are "
+            "numbered (--dataset NAME=annotations.json,image_dir names them)"
+        )
+    return cfg, model, metadata
 
 
 def _class_metadata(settings: Settings, model: nn.Module, origin: Record) -> Metadata:
@@ -83,33 +94,86 @@ def _class_metadata(settings: Settings, model: nn.Module, origin: Record) -> Met
     These are the ones that the weights name. Where they name none, their number must do. Without
     such a data set only the names are set, or nothing.
     """
-    part = model if hasattr(model, "num_classes") else model.roi_heads
-    known = list(origin.classes) if len(origin.classes) == part.num_classes else None
+    part = model if hasattr(model, "num_classes") else getattr(model, "roi_heads", None)
+    count = getattr(part, "num_classes", len(origin.classes))
+    known = list(origin.classes) if len(origin.classes) == count else None
     for name in (*settings.test, *settings.train):
         found = MetadataCatalog.get(name).get("thing_classes", ())
-        if len(found) == part.num_classes and known in (None, list(found)):
+        if len(found) == count and known in (None, list(found)):
             return MetadataCatalog.get(name)
     return Metadata(thing_classes=known) if known else Metadata()
 
 
-def list_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """The files that the command line names; of a folder, those with these suffixes, sorted.
+def list_files(
+    inputs: Sequence[str], suffixes: Sequence[str], without: Path | None = None
+) -> dict[Path, str]:
+    """The files that the command line names, by paths, folders and patterns.
+
+    Of a folder, and of those inside it, the files with these suffixes are taken, sorted.
+
+    Args:
+        inputs: words of the command line.
+        suffixes: in lower case, with their dot.
+        without: a folder whose files are left out, because the program writes there.
+
+    Returns:
+        Each file and its name: its path inside the folder that was given.
 
     Raises:
-        UserError: one does not exist, or a folder holds none.
+        UserError: one does not exist, is no file at all, or a folder holds none.
     """
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            found = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes)
-            if not found:
-                raise UserError(f"the folder {path} holds no {_either(suffixes)} file.")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"the input {path} does not exist.")
-    return list(dict.fromkeys(files))
+    files: dict[Path, str] = {}
+    for text in inputs:
+        path = Path(text)
+        if path.is_file():
+            files.setdefault(path, path.name)
+            continue
+        root, pattern = (path, "**/*") if path.is_dir() else _pattern(text)
+        there = (Path(f) for f in glob.glob(pattern, root_dir=root, recursive=True))
+        there = sorted(f for f in there if (root / f).is_file() and not _inside(root / f, without))
+        found = [f for f in there if f.suffix.lower() in suffixes]
+        if not found:
+            raise UserError(
+                f"the {'folder' if path.is_dir() else 'pattern'} {text} holds no "
+                f"{_either(suffixes)} file."
+            )
+        if others := [f for f in there if f.suffix.lower() not in suffixes]:
+            logger.warning(
+                "%s: %d files are left out, whose names do not end in %s; the first: %s",
+                text, len(others), _either(suffixes), others[0],
+            )  # fmt: skip
+        for file in found:
+            files.setdefault(root / file, file.as_posix())
+    return files
+
+
+def _pattern(text: str) -> tuple[Path, str]:
+    """The folder that a pattern begins in, and the rest of it.
+
+    Raises:
+        UserError: it is none.
+    """
+    path = Path(text)
+    if text == "-":
+        raise UserError("standard input is not read: write it to a file, and give its name.")
+    if "://" in text:
+        raise UserError(
+            f"the input {text} is an address, and streams and downloads are not read: record or "
+            "download it to a file first, as ffmpeg and curl do."
+        )
+    if path.exists() or text.isdecimal():
+        raise UserError(
+            f"the input {text} is a device, and cameras are not read: record a video first, as "
+            "ffmpeg does."
+        )
+    if not glob.has_magic(text):
+        raise UserError(f"the input {text} does not exist.")
+    plain = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    return Path(*plain), str(Path(*path.parts[len(plain) :]))
+
+
+def _inside(file: Path, folder: Path | None) -> bool:
+    return folder is not None and file.resolve().is_relative_to(folder.resolve())
 
 
 def _either(words: Sequence[str]) -> str:

@@ -27,14 +27,17 @@ from ghm_d2.checkpoint.files import write_checkpoint
 from ghm_d2.config import add_ghm_config
 from ghm_d2.engine import python_build
 from ghm_d2.engine.settings import Config, change
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, shown
+from ghm_d2.files import file_to_blame
 from ghm_d2.losses.base import HarmonizedLoss
+from ghm_d2.run_parts import parse_settings
 
 __all__ = ["ForwardState", "Replay", "load_replay", "save_replay"]
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = "ghm_d2 replay 1"
+_PRECISIONS = (None, "float16", "bfloat16")
 _NORMALIZER = "loss_normalizer"  # of Detectron2's dense detectors: a number beside the weights
 _WRITERS = (HarmonizedLoss, nn.modules.batchnorm._BatchNorm)
 _TENSOR_TYPES = {cls.__name__: cls for cls in (Boxes, RotatedBoxes, BitMasks, Keypoints)}
@@ -125,10 +128,8 @@ class Replay:
         if not self.python:
             cfg = get_cfg()
             add_ghm_config(cfg)
-            try:
-                cfg.merge_from_other_cfg(CfgNode.load_cfg(self.config))
-            except KeyError as error:
-                raise UserError(f"it was saved by another version: {error.args[0]}") from None
+            with file_to_blame("its config", "is damaged or of another version"):
+                cfg.merge_from_other_cfg(CfgNode(dict(parse_settings(self.config).tree)))
             return cfg
         if not trusted:
             raise UserError(
@@ -143,13 +144,27 @@ class Replay:
         Args:
             device: where it is built; None: on the device of the training.
             trusted: as for :meth:`load_config`.
+
+        Raises:
+            ValueError: the config is of another model than the weights, which may be a huge one.
         """
         cfg = self.load_config(trusted)
         if device:
             change(cfg, "device", device)
-        model = build_model(cfg) if isinstance(cfg, CfgNode) else python_build.build_model(cfg)
+        if isinstance(cfg, CfgNode):
+            self._check_shapes(cfg.clone())
+            model = build_model(cfg)
+        else:
+            model = python_build.build_model(cfg)
         model.load_state_dict(self.weights)
         return model.train()
+
+    def _check_shapes(self, cfg: CfgNode) -> None:
+        cfg.MODEL.DEVICE = "meta"
+        with torch.device("meta"):
+            expected = {name: x.shape for name, x in build_model(cfg).state_dict().items()}
+        if expected != {name: x.shape for name, x in self.weights.items()}:
+            raise ValueError("its config is of another model than its weights")
 
 
 def save_replay(path: str | os.PathLike, replay: Replay) -> None:
@@ -186,16 +201,29 @@ def load_replay(path: str | os.PathLike) -> Replay:
             f"{os.fspath(path)} is not a batch that a training saved when it stopped: give a file "
             "OUTPUT_DIR/not_finite/*.pth."
         )
-    return Replay(
-        config=content["config"],
-        python=content.get("python", False),
-        batch=_restored(content["batch"]),
-        weights=content["weights"],
-        state=ForwardState(content["buffers"], content["normalizer"], content["rng"]),
-        iteration=content["iteration"],
-        message=content["message"],
-        precision=content["precision"],
-    )
+    with file_to_blame(path, "is damaged"):
+        iteration, precision = content["iteration"], content["precision"]
+        python = content.get("python", False)
+        if not (type(iteration) is int and precision in _PRECISIONS and isinstance(python, bool)):
+            raise ValueError("its iteration, precision or kind of config is none")
+        return Replay(
+            config=str(content["config"]),
+            python=python,
+            batch=[dict(_restored(image)) for image in content["batch"]],
+            weights=_tensors(content["weights"]),
+            state=ForwardState(
+                _tensors(content["buffers"]), content["normalizer"], _tensors(content["rng"])
+            ),
+            iteration=iteration,
+            message=shown(content["message"], 4000),
+            precision=precision,
+        )
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    if not all(isinstance(x, Tensor) for x in value.values()):
+        raise ValueError("something else among its tensors")
+    return dict(value)
 
 
 def _plain(value: Any) -> Any:

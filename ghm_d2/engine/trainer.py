@@ -104,7 +104,7 @@ class GHMTrainer(DefaultTrainer):
         )
         logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
         self.max_iter = self.settings.max_iter
-        self.results: dict[str, Any] | None = None  # of the last evaluation
+        self._last_eval_results: dict[str, Any] | None = None  # DefaultTrainer's name
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -113,8 +113,8 @@ class GHMTrainer(DefaultTrainer):
         states = ProcessStates(settings.checkpoint_period)
 
         def test() -> dict[str, Any]:
-            self.results = self.test(self.cfg, self.model)
-            return self.results
+            self._last_eval_results = self.test(self.cfg, self.model)
+            return self._last_eval_results
 
         return [
             build_gradient_statistics(self.model, settings.statistics_period, settings.output_dir),
@@ -182,6 +182,11 @@ class GHMTrainer(DefaultTrainer):
             self.before_train()
             self.after_train()
         return self._verified()
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """Of the last evaluation; None before."""
+        return self._last_eval_results
 
     def _verified(self) -> dict[str, Any] | None:
         if comm.is_main_process() and self.results:

@@ -19,13 +19,15 @@ from .checks import (
     raise_first,
 )
 from .density import exact_gradient_density
-from .functional import Averaging, walk
-from .kernels import Arguments, EagerExamples, Examples
+from .functional import Averaging
+from .kernels import Arguments, EagerExamples, Examples, FusedExamples, walk
 
 __all__ = ["HarmonizedLoss", "observed", "raise_deferred_errors"]
 
 # A number of updates after which 1 - alpha^n has long been 1 in float64.
 _STEADY = 1 << 40
+
+WEIGHT_MESSAGE = "weight must be 0 or positive; it holds NaN or less"
 
 _observers: list[Callable[..., None]] = []
 
@@ -102,6 +104,8 @@ class HarmonizedLoss(nn.Module):
         if self.bias_correction:
             self.register_buffer("num_updates", torch.zeros(self.bins, dtype=torch.int64))
         self._failures: dict[str, Tensor] = {}
+        self._bits: Tensor | None = None
+        self._messages: list[str] = []
 
     def extra_repr(self) -> str:
         """The settings, as ``print(model)`` shows them."""
@@ -122,6 +126,9 @@ class HarmonizedLoss(nn.Module):
         On the CPU bad values raise in the call itself and this does nothing.
         """
         raise_first(self._failures)
+        if self._bits is not None and (bits := int(self._bits)):
+            self._bits.zero_()
+            raise ValueError(next(m for i, m in enumerate(self._messages) if bits >> i & 1))
 
     def forward_pooled(
         self,
@@ -142,7 +149,7 @@ class HarmonizedLoss(nn.Module):
         Raises:
             ValueError: as :meth:`forward`, or the sequences differ in length.
         """
-        return self._forward(predictions, targets, weights, pooled=True)
+        return self._forward(predictions, targets, weights, True)
 
     def forward_levels(
         self,
@@ -164,7 +171,7 @@ class HarmonizedLoss(nn.Module):
         Raises:
             ValueError: as :meth:`forward_pooled`; the running counts are then as before the first.
         """
-        return self._forward(predictions, targets, weights, pooled=False)
+        return self._forward(predictions, targets, weights, False)
 
     def _forward(
         self,
@@ -187,58 +194,89 @@ class HarmonizedLoss(nn.Module):
         device = "cpu" if device == "meta" else device  # which has no autocast to switch off
         # Region weights are ratios of counts, which half precision cannot hold.
         with torch.autocast(device, enabled=False):
-            checks = ValueChecks()
-            arguments = []
+            raw = []
             for each in zip(predictions, targets, weights, strict=True):
                 for name, value in zip((*self.argument_names, "weight"), each, strict=True):
                     check_plain(name, value)
-                arguments.append(self._checked(*each, checks))
-            return self._loss(arguments, checks, pooled)
+                raw.append(self._layout(*each))
+            return self._loss(raw, pooled)
 
-    def _checked(
+    def _layout(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Arguments:
+        """The arguments of one tensor in the layout of :meth:`_values`; checks shapes and types."""
+        raise NotImplementedError
+
+    def _values(
         self, prediction: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
     ) -> Arguments:
-        """Prediction, target and bool mask of one tensor in the layout of :meth:`_examples`."""
+        """Prediction, target and bool mask in the layout of :meth:`_examples`; checks values."""
         raise NotImplementedError
+
+    def _all_values(self, raw: Sequence[Arguments], checks: ValueChecks) -> list[Arguments]:
+        return [self._values(*each, checks) for each in raw]
+
+    def _device_examples(self, raw: Sequence[Arguments]) -> FusedExamples | None:
+        """The examples of a device that checks values itself, made of what :meth:`_layout` gave."""
+        raise NotImplementedError
+
+    def _refusals(self, raw: Sequence[Arguments]) -> list[str]:
+        """What the bits of such a device mean: bad targets, bad weights, not finite."""
+        return [self._target_message(*raw[0][:2]), WEIGHT_MESSAGE, self.not_finite_message]
+
+    def _target_message(self, prediction: Tensor, target: Tensor) -> str:
+        return self.not_finite_message
 
     def _examples(self, arguments: Sequence[Arguments]) -> Examples:
         """The examples of several tensors, some of which may hold none."""
         raise NotImplementedError
 
-    def _loss(self, arguments: Sequence[Arguments], checks: ValueChecks, pooled: bool) -> Tensor:
+    def _loss(self, raw: Sequence[Arguments], pooled: bool) -> Tensor:
         """The loss over one or more histograms, and one update of the buffers.
 
         Args:
-            arguments: what :meth:`_checked` made of each prediction, its target and its weight.
-            checks: what has been required of the arguments so far.
+            raw: what :meth:`_layout` made of each prediction, its target and its weight.
             pooled: whether all tensors share one histogram; else each has its own.
 
         Returns:
             A scalar, float32 at least.
         """
-        recomputed = self._is_recomputed()
+        checks, recomputed = ValueChecks(), self._is_recomputed()
         writes = self.training and torch.is_grad_enabled() and not recomputed
-        examples = self._examples(arguments)
+        device = self._device_examples(raw)
+        arguments = self._all_values(raw, checks) if device is None or _observers else []
+        examples = self._examples(arguments) if device is None else device
         state = counts = region_weights = None
         if self.density == "exact":
             # no kernel computes the exact density
             loss = self.loss_weight * self._exact_sum(cast(EagerExamples, examples), pooled)
         else:
             counts = examples.counts(self.bins)
-            if pooled:
+            if pooled and len(raw) > 1:
                 counts = counts.sum(0, keepdim=True)
             scale = self.loss_weight * self._pool(counts, writes)
             region_weights, state = self._walk(counts)
-            weights = (region_weights * scale).expand(len(arguments), -1)
-            loss = examples.weighted_sum(weights)
-        if not recomputed:
+            weights = region_weights if scale == 1 else region_weights * scale
+            if device is not None:
+                buffers = {name: getattr(self, name) for name in state} if writes else None
+                device.conclude_with(state, buffers, self._bits_of(device, raw))
+            loss = examples.weighted_sum(weights.expand(len(raw), -1))
+        if not recomputed and _observers:
             self._tell(arguments, counts, region_weights, pooled)
+        if device is not None:
+            return loss
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
         holds = checks.all_hold()
         checks.defer_to(self._failures)
         if state is not None and writes:
             self._write(state, holds)
         return loss if holds is None else torch.where(holds, loss, torch.nan)
+
+    def _bits_of(self, device: FusedExamples, raw: Sequence[Arguments]) -> Tensor:
+        """int64 (1,): what was refused since the last :meth:`raise_deferred_errors`."""
+        where = device.data[0].device
+        if self._bits is None or self._bits.device != where:
+            self._bits = torch.zeros(1, dtype=torch.int64, device=where)
+        self._messages = self._refusals(raw)
+        return self._bits
 
     def _tell(
         self,
@@ -353,22 +391,25 @@ class HarmonizedLoss(nn.Module):
         return self
 
 
-def example_mask(
-    weight: Tensor | None, rows: torch.Size, examples: torch.Size, checks: ValueChecks
-) -> Tensor | None:
-    """Turns ``weight`` of shape ``rows`` or ``examples`` into a bool mask of the same shape.
-
-    A positive weight keeps an example and 0 drops it: the published code uses its weights as a
-    mask, so their size has no effect.
-    """
+def check_weight(weight: Tensor | None, rows: torch.Size, examples: torch.Size) -> None:
+    """Raises ValueError unless ``weight`` is None or a tensor of one of these shapes."""
     if weight is None:
-        return None
+        return
     if not isinstance(weight, Tensor):
         raise ValueError(f"weight must be a tensor or None, got {type(weight).__name__}")
     if weight.shape not in (rows, examples):
         allowed = " or ".join(dict.fromkeys(str(tuple(s)) for s in (rows, examples)))
         raise ValueError(f"weight must have shape {allowed}, got {tuple(weight.shape)}")
-    checks.require((weight >= 0).all(), "weight must be 0 or positive; it holds NaN or less")
+
+
+def example_mask(weight: Tensor | None, checks: ValueChecks) -> Tensor | None:
+    """``weight`` as a bool mask of its shape: a positive value keeps an example and 0 drops it.
+
+    The published code uses its weights as a mask, so their size has no effect.
+    """
+    if weight is None:
+        return None
+    checks.require((weight >= 0).all(), WEIGHT_MESSAGE)
     return weight > 0
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import HarmonizedLoss, example_mask
+from .base import HarmonizedLoss, check_weight, example_mask
 from .checks import (
     ValueChecks,
     check_choice,
@@ -14,7 +14,15 @@ from .checks import (
     check_non_negative,
 )
 from .functional import sigmoid_examples, softmax_examples
-from .kernels import Arguments, EagerExamples, EagerPart, Examples, sigmoid_kernel
+from .kernels import (
+    Arguments,
+    EagerExamples,
+    EagerPart,
+    Examples,
+    FusedExamples,
+    device_examples,
+    sigmoid_kernel,
+)
 
 __all__ = ["GHMCLoss"]
 
@@ -134,10 +142,8 @@ class GHMCLoss(HarmonizedLoss):
         """
         return self.forward_pooled([logits], [labels], [weight])
 
-    def _checked(
-        self, logits: Tensor, labels: Tensor, weight: Tensor | None, checks: ValueChecks
-    ) -> Arguments:
-        """Logits (R, K), labels (R,) with -1 = ignored or dense (R, K), mask (R, 1) or (R, K)."""
+    def _layout(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Arguments:
+        """Logits (R, K), labels (R,) or dense (R, K), weight (R,) or (R, K)."""
         check_floating("logits", logits)
         sigmoid = self.activation == "sigmoid"
         if logits.dim() < (1 if sigmoid else 2):
@@ -163,49 +169,61 @@ class GHMCLoss(HarmonizedLoss):
                 f"labels must have shape {allowed}, got {tuple(labels.shape)} beside logits of "
                 f"shape {tuple(shape)}"
             )
-        keep = example_mask(weight, rows, shape if sigmoid else rows, checks)
-        if keep is not None and sigmoid:
-            keep = _to_rows(keep, axis) if keep.shape == shape else keep.reshape(-1, 1)
+        if not dense and labels.dtype not in _INTEGERS:
+            raise ValueError(f"labels that name classes must be integers, got {labels.dtype}")
+        if labels.is_complex():
+            raise ValueError(f"labels must be real numbers, got {labels.dtype}")
+        check_weight(weight, rows, shape if sigmoid else rows)
         x = _to_rows(logits, axis)
         if self.class_weight is not None:
             self._check_number_of_class_weights(x.shape[1])
-        if dense:
-            return x, *self._dense_labels(_to_rows(labels, axis), keep, checks)
-        labels = labels if labels.dim() == 1 else labels.reshape(-1)
-        return x, self._class_labels(labels, x.shape[1], checks), keep
+        labels = _to_rows(labels, axis) if dense else _flat(labels)
+        if weight is not None:
+            by_row = weight.shape == rows and (weight.shape != shape or not dense)
+            weight = _flat(weight) if by_row else _to_rows(weight, axis)
+        return x, labels, weight
 
-    def _class_labels(self, labels: Tensor, columns: int, checks: ValueChecks) -> Tensor:
-        if labels.dtype not in _INTEGERS:
-            raise ValueError(f"labels that name classes must be integers, got {labels.dtype}")
+    def _values(
+        self, logits: Tensor, labels: Tensor, weight: Tensor | None, checks: ValueChecks
+    ) -> Arguments:
+        """Logits (R, K), labels (R,) with -1 = ignored or dense (R, K), mask (R, 1) or (R, K)."""
+        keep = example_mask(weight, checks)
+        if keep is not None and keep.dim() == 1 and self.activation == "sigmoid":
+            keep = keep.unsqueeze(1)
+        message = self._target_message(logits, labels)
+        if labels.dim() == 2:
+            return logits, *self._dense_labels(labels, keep, message, checks)
         labels = labels.long()
-        background = columns if self.activation == "sigmoid" else columns - 1
+        ignored = labels == self._ignored
+        background = logits.shape[1] - (self.activation == "softmax")
         inside = (labels >= 0) & (labels <= background)
-        if self.ignore_index in (None, -1):
-            checks.require(
-                (inside | (labels == -1)).all(),
-                f"labels must lie in [-1, {background}] "
-                f"(-1 = ignored, {background} = background); they hold a value outside",
-            )
-            return labels
-        ignored = labels == self.ignore_index
-        checks.require(
-            (inside | ignored).all(),
-            f"labels must lie in [0, {background}] ({background} = background) or be "
-            f"{self.ignore_index} (ignored); they hold a value outside",
-        )
-        return labels.masked_fill(ignored, -1)
+        checks.require((inside | ignored).all(), message)
+        return logits, labels if self._ignored == -1 else labels.masked_fill(ignored, -1), keep
+
+    @property
+    def _ignored(self) -> int:
+        """The label of an ignored row."""
+        return -1 if self.ignore_index is None else self.ignore_index
+
+    def _target_message(self, prediction: Tensor, target: Tensor) -> str:
+        if target.dim() == 2:
+            return "labels of the logits' shape must lie in [0, 1]"
+        k = prediction.shape[1] - (self.activation == "softmax")
+        if self._ignored == -1:
+            allowed = f"lie in [-1, {k}] (-1 = ignored, {k} = background)"
+        else:
+            allowed = f"lie in [0, {k}] ({k} = background) or be {self._ignored} (ignored)"
+        return f"labels must {allowed}; they hold a value outside"
 
     def _dense_labels(
-        self, labels: Tensor, keep: Tensor | None, checks: ValueChecks
+        self, labels: Tensor, keep: Tensor | None, message: str, checks: ValueChecks
     ) -> tuple[Tensor, Tensor | None]:
-        if labels.is_complex():
-            raise ValueError(f"labels must be real numbers, got {labels.dtype}")
         inside = (labels >= 0) & (labels <= 1)
         if self.ignore_index is not None:
             valid = labels != self.ignore_index
             inside, labels = inside | ~valid, labels.masked_fill(~valid, 0)
             keep = valid if keep is None else keep & valid
-        checks.require(inside.all(), "labels of the logits' shape must lie in [0, 1]")
+        checks.require(inside.all(), message)
         return labels, keep
 
     def _check_number_of_class_weights(self, columns: int) -> None:
@@ -216,13 +234,29 @@ class GHMCLoss(HarmonizedLoss):
                 f"{columns} columns, got {len(self.class_weight)}"
             )
 
+    @property
+    def _plain(self) -> bool:
+        """Whether there are kernels for these settings."""
+        plain = self.activation == "sigmoid" and self.class_weight is None
+        return plain and self.density == "unit_region"
+
+    def _device_examples(self, raw: Sequence[Arguments]) -> FusedExamples | None:
+        def eager(logits: Sequence[Tensor]) -> EagerExamples:
+            arguments = self._all_values(raw, ValueChecks())
+            pairs = zip(logits, arguments, strict=True)
+            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
+
+        if not self._plain:
+            return None
+        ignored = self.ignore_index if raw[0][1].dim() == 2 else self._ignored
+        return device_examples(raw, self.bins, eager, ignored=ignored)
+
     def _examples(self, arguments: Sequence[Arguments]) -> Examples:
         def eager(logits: Sequence[Tensor]) -> EagerExamples:
             pairs = zip(logits, arguments, strict=True)
             return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
 
-        plain = self.activation == "sigmoid" and self.class_weight is None
-        if plain and self.density == "unit_region":
+        if self._plain:
             kernel = sigmoid_kernel(arguments, self.bins, eager)
             if kernel is not None:
                 return kernel
@@ -255,6 +289,10 @@ def _to_rows(x: Tensor, axis: int) -> Tensor:
     if x.dim() == 2 and axis == 1:
         return x
     return x.movedim(axis, -1).reshape(x.numel() // max(x.shape[axis], 1), x.shape[axis])
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 1 else x.reshape(-1)
 
 
 def _check_class_weight(values: Sequence[float] | Tensor | None) -> list[float] | None:

@@ -5,10 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import HarmonizedLoss, example_mask
+from .base import HarmonizedLoss, check_weight, example_mask
 from .checks import ValueChecks, check_floating, check_positive
 from .functional import regression_examples
-from .kernels import Arguments, EagerExamples, EagerPart, Examples, regression_kernel
+from .kernels import (
+    Arguments,
+    EagerExamples,
+    EagerPart,
+    Examples,
+    FusedExamples,
+    device_examples,
+    regression_kernel,
+)
 
 __all__ = ["GHMRLoss"]
 
@@ -82,19 +90,33 @@ class GHMRLoss(HarmonizedLoss):
         """
         return self.forward_pooled([pred], [target], [weight])
 
-    def _checked(
-        self, pred: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
-    ) -> Arguments:
+    def _layout(self, pred: Tensor, target: Tensor, weight: Tensor | None) -> Arguments:
         check_floating("pred", pred)
         check_floating("target", target)
         if pred.shape != target.shape:
             raise ValueError(
                 f"target must have pred's shape {tuple(pred.shape)}, got {tuple(target.shape)}"
             )
-        keep = example_mask(weight, pred.shape[:1], pred.shape, checks)
+        check_weight(weight, pred.shape[:1], pred.shape)
+        return pred, target, weight
+
+    def _values(
+        self, pred: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
+    ) -> Arguments:
+        keep = example_mask(weight, checks)
         if keep is not None:
             keep = keep.view(*keep.shape, *[1] * (pred.dim() - keep.dim()))
         return pred, target, keep
+
+    def _device_examples(self, raw: Sequence[Arguments]) -> FusedExamples | None:
+        def eager(preds: Sequence[Tensor]) -> EagerExamples:
+            arguments = self._all_values(raw, ValueChecks())
+            pairs = zip(preds, arguments, strict=True)
+            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
+
+        if self.density == "exact":
+            return None
+        return device_examples(raw, self.bins, eager, mu=self.mu)
 
     def _examples(self, arguments: Sequence[Arguments]) -> Examples:
         def eager(preds: Sequence[Tensor]) -> EagerExamples:

@@ -1,7 +1,6 @@
 """Puts a finished training into a zoo, in the layout of Detectron2's model zoo."""
 
 import copy
-import hashlib
 import logging
 import os
 import shutil
@@ -27,7 +26,7 @@ from ghm_d2.model_zoo.stock import (
     stock_weights,
     without_statistics,
 )
-from ghm_d2.model_zoo.zoo import NAME, read_index, sha256_of
+from ghm_d2.model_zoo.zoo import NAME, digest, read_index
 from ghm_d2.run_folder import METRICS
 from ghm_d2.run_parts import Record
 
@@ -107,9 +106,9 @@ def _write_files(run: FinishedRun, folder: Path) -> dict[str, Any]:
         write_text(folder / "config_stock.yaml", _STOCK_HEADER + stock.dump())
     return {
         "weights": file.name,
-        "md5": _md5(file),
-        "sha256": sha256_of(file),
-        "config_sha256": sha256_of(folder / "config.yaml"),
+        "md5": digest(file, "md5"),
+        "sha256": digest(file),
+        "config_sha256": digest(folder / "config.yaml"),
         "stock": stock is not None,
         "python": run.cfg is None,
     }
@@ -155,11 +154,7 @@ def write_weights(
     if origin is not None and origin.classes:
         content[ORIGIN] = {"classes": list(origin.classes), "data": dict(origin.data)}
     write_checkpoint(str(file), content)
-    return file.rename(folder / f"model_final_{_md5(file)[:6]}.pkl")
-
-
-def _md5(file: Path) -> str:
-    return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+    return file.rename(folder / f"model_final_{digest(file, 'md5')[:6]}.pkl")
 
 
 def _figures(run: FinishedRun) -> dict[str, Any]:

@@ -25,6 +25,7 @@ __all__ = [
     "ZOO_VARIABLE",
     "ZooError",
     "config_file",
+    "digest",
     "fetch",
     "newest",
     "read_index",
@@ -137,7 +138,7 @@ def fetch(zoo: str, file: str, sha256: str) -> str:
         return f"{zoo}/{file}"
     path = os.path.join(zoo, file)
     try:
-        found = sha256_of(path)
+        found = digest(path)
     except OSError as error:
         raise ZooError(
             f"{path}, which the index lists, cannot be read ({reason(error)})."
@@ -176,7 +177,7 @@ class _ZooHandler(HTTPURLHandler):
             raise ZooError(f"{path} is not listed in {self._zoo}/index.json.")
         for _ in range(2):
             local = super()._get_local_path(path, force, **kwargs)
-            found = sha256_of(local)
+            found = digest(local)
             if found == expected:
                 return local
             # It was damaged in the cache or on the way, or the cache, which does not tell hosts
@@ -185,9 +186,9 @@ class _ZooHandler(HTTPURLHandler):
         raise _mismatch(path, found, expected)
 
 
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def digest(path: str | Path, kind: str = "sha256") -> str:
+    """The hash of a file in hexadecimal digits; md5 only names files, as in Detectron2's zoo."""
+    return hashlib.new(kind, Path(path).read_bytes(), usedforsecurity=kind != "md5").hexdigest()
 
 
 def _mismatch(path: str, found: str, expected: str) -> ZooError:

@@ -78,9 +78,9 @@ class DenseLoss(nn.ModuleList):
         self.images_per_histogram = images_per_histogram
 
     @classmethod
-    def of(cls, loss: GHMCLoss | GHMRLoss | None, *settings: Any) -> "DenseLoss | None":
+    def of(cls, loss: GHMCLoss | GHMRLoss | None, *args: Any, **kwargs: Any) -> "DenseLoss | None":
         """As the constructor, but None for None."""
-        return None if loss is None else cls(loss, *settings)
+        return None if loss is None else cls(loss, *args, **kwargs)
 
     @torch.jit.unused
     def forward(

@@ -133,25 +133,21 @@ def _image_scores(result: COCOeval) -> tuple[float, dict[int, tuple[int, int, in
     """The score threshold, and found, false and missed of each image."""
     everything = result.params.areaRng[0]
     calls = [c for c in result.evalImgs if c is not None and c["aRng"] == everything]
-    scores, hits, images = [], [], []
     objects = dict.fromkeys(result.params.imgIds, 0)
+    detections = []
     for call in calls:
         image = call["image_id"]
         objects[image] += int((~np.array(call["gtIgnore"], dtype=bool)).sum())
-        for score, match, ignored in zip(
-            call["dtScores"], call["dtMatches"][0], call["dtIgnore"][0], strict=True
-        ):
-            if not ignored:
-                scores.append(score)
-                hits.append(match > 0)
-                images.append(image)
-    threshold = _best_threshold(np.array(scores), np.array(hits, dtype=bool), sum(objects.values()))
-    counts = {image: [0, 0] for image in objects}
-    for score, hit, image in zip(scores, hits, images, strict=True):
-        if score >= threshold:
-            counts[image][0 if hit else 1] += 1
+        rows = zip(call["dtScores"], call["dtMatches"][0], call["dtIgnore"][0], strict=True)
+        detections += [(image, score, match > 0) for score, match, ignored in rows if not ignored]
+    scores = np.array([score for _, score, _ in detections])
+    hits = np.array([hit for _, _, hit in detections], dtype=bool)
+    threshold = _best_threshold(scores, hits, sum(objects.values()))
+    found = Counter(image for image, score, hit in detections if hit and score >= threshold)
+    shown = Counter(image for image, score, _ in detections if score >= threshold)
     return threshold, {
-        image: (found, false, objects[image] - found) for image, (found, false) in counts.items()
+        image: (found[image], shown[image] - found[image], number - found[image])
+        for image, number in objects.items()
     }
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import functional
+from ..functional import Averaging
 from . import cpu
 from .examples import Arguments, EagerExamples, EagerPart, Examples, FusedExamples
 
@@ -21,8 +23,10 @@ __all__ = [
     "EagerPart",
     "Examples",
     "FusedExamples",
+    "device_examples",
     "regression_kernel",
     "sigmoid_kernel",
+    "walk",
 ]
 
 # On the CPU, fewer examples than this are done sooner by whole-tensor operations.
@@ -35,9 +39,9 @@ def _triton() -> Any:  # CUDA only
     """The module of the Triton kernels, imported when a CUDA tensor first needs it; or None."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from . import triton
+    from . import triton_launch
 
-    return triton
+    return triton_launch
 
 
 def _has_kernel(predictions: Sequence[Tensor], bins: int) -> bool:
@@ -46,8 +50,6 @@ def _has_kernel(predictions: Sequence[Tensor], bins: int) -> bool:
         return False
     if any(x.dtype != first.dtype or x.device != first.device for x in predictions):
         return False
-    if first.device.type == "cuda":  # CUDA only
-        return (triton := _triton()) is not None and bins <= triton.MAX_BINS
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in predictions)
     return first.device.type == "cpu" and plain and sum(x.numel() for x in predictions) >= FEWEST
 
@@ -71,13 +73,6 @@ def sigmoid_kernel(
     if any(labels.requires_grad for _, labels, _ in arguments):
         return None
     logits = [x.contiguous() for x, _, _ in arguments]
-    if logits[0].device.type != "cpu":  # CUDA only
-        if any(labels.dim() == 2 for _, labels, _ in arguments):
-            return None
-        rest = [(labels, keep) for _, labels, keep in arguments]
-        triples = [(x, *each) for x, each in zip(logits, rest, strict=True)]
-        kernel: FusedExamples = _triton().TritonSigmoid(triples, eager)
-        return kernel
     positive, dropped = [], []
     for x, labels, keep in arguments:
         if labels.is_floating_point() and not ((labels == 0) | (labels == 1)).all():
@@ -118,11 +113,68 @@ def regression_kernel(
     if any(y.dtype == torch.float64 or y.requires_grad for _, y in pairs):
         return None
     preds, targets = ([x.contiguous() for x in column] for column in zip(*pairs, strict=True))
-    if preds[0].device.type != "cpu":  # CUDA only
-        masks = [None if keep is None else keep.expand_as(x) for x, _, keep in arguments]
-        triples = list(zip(preds, targets, masks, strict=True))
-        kernel: FusedExamples = _triton().TritonRegression(triples, eager, mu)
-        return kernel
     drops = [y[:0] if keep is None else ~keep.expand_as(y) for _, y, keep in arguments]
     dropped = [drop.flatten().nonzero().flatten() for drop in drops]
     return cpu.RegressionExamples(preds, eager, targets, dropped, mu)
+
+
+def walk(
+    counts: Tensor, acc_sum: Tensor, num_updates: Tensor | None, averaging: Averaging
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """:func:`~ghm_d2.losses.functional.walk`, by a kernel where there is one."""
+    kernel = functional.walk
+    if _on_device(counts) and counts.shape[1] <= _triton().MAX_BINS:  # CUDA only
+        kernel = _triton().walk
+    return kernel(counts, acc_sum, num_updates, averaging)
+
+
+def _on_device(x: Tensor) -> bool:
+    """Whether the Triton kernels take a tensor."""
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return _triton() is not None
+
+
+def device_examples(
+    raw: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    bins: int,
+    eager: Callable[[Sequence[Tensor]], EagerExamples],
+    *,
+    ignored: int | None = None,
+    mu: float | None = None,
+) -> FusedExamples | None:
+    """The examples of a CUDA device, which check and write by themselves, or None.
+
+    Args:
+        raw: for each tensor logits (R, K), labels (R,) or (R, K), and weights of either shape, as
+            they were given; or deltas, targets, and weights.
+        bins: number of unit regions.
+        eager: makes the same examples of the predictions.
+        ignored: what is ignored in the labels.
+        mu: width of the quadratic part, of deltas; None: these are logits.
+    """
+    if not _on_device(raw[0][0]):
+        return None
+    triton = _triton()
+    if bins > triton.MAX_BINS or len(raw) > triton.MAX_TENSORS:
+        return None
+    kinds = {_kind(*each, logits=mu is None) for each in raw}
+    if len(kinds) > 1 or (kind := kinds.pop()) is None:
+        return None
+    number, columns, _, _ = kind
+    examples: FusedExamples = triton.TritonExamples(
+        raw, eager, bins, kind=number, columns=columns, ignored=ignored, mu=mu or 0.0
+    )
+    return examples
+
+
+def _kind(
+    x: Tensor, y: Tensor, weight: Tensor | None, logits: bool
+) -> tuple[int, int, torch.dtype, int] | None:
+    """What all tensors of a launch must have in common; None where no kernel takes them."""
+    if x.dtype not in _DTYPES or y.requires_grad or (not logits and y.dtype == torch.float64):
+        return None
+    # the numbers of triton.py, which has to be imported for none of this
+    kind = 3 if not logits else 1 if y.dim() == 1 else 2
+    columns = x.shape[1] if logits else x[:1].numel()
+    return kind, columns, x.dtype, 0 if weight is None else weight.dim()

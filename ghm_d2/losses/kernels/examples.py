@@ -101,7 +101,13 @@ class FusedExamples:
 
     The gradient is written with the incoming factor in the region weights: in half precision, a
     loss scale that is multiplied afterwards finds zeros where the gradients were small.
+
+    Attributes:
+        concludes: whether :meth:`loss` itself checks the values and writes the running counts, as
+            :meth:`conclude_with` tells it to.
     """
+
+    concludes = False
 
     def __init__(
         self, predictions: Sequence[Tensor], eager: Callable[[Sequence[Tensor]], EagerExamples]
@@ -119,6 +125,12 @@ class FusedExamples:
     def differentiate(self) -> bool:
         """Whether a gradient will be asked for."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in self.predictions)
+
+    def conclude_with(
+        self, state: dict[str, Tensor], buffers: dict[str, Tensor] | None, failed: Tensor
+    ) -> None:
+        """See :class:`~ghm_d2.losses.kernels.triton_launch.TritonExamples`."""
+        raise NotImplementedError
 
     def counts(self, bins: int) -> Tensor:
         """See :class:`Examples`."""

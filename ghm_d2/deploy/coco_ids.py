@@ -1,0 +1,64 @@
+"""The ids that COCO's results need: those of the images, and of the categories, of a data set."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, Metadata
+
+__all__ = ["category_ids", "image_ids"]
+
+
+def image_ids(files: Collection[Path], metadata: Metadata, named: bool) -> dict[Path, Any]:
+    """The id of each file that belongs to a data set; also sets the metadata's category ids.
+
+    Args:
+        files: images.
+        metadata: of the data set; one that is not registered has no images.
+        named: whether the user gave it, so that files elsewhere are taken for its images where
+            their names are the same. Of any other, as a config has them, only its own files count,
+            and it is not read where there are none.
+
+    Returns:
+        Ids by file, of those that belong to it.
+    """
+    if not named and not _holds(metadata.get("image_root"), files):
+        return {}
+    if metadata.get("name") not in DatasetCatalog:
+        return {}
+    records = [r for r in DatasetCatalog.get(metadata.name) if "image_id" in r]
+    paths = {Path(r["file_name"]).resolve(): r["image_id"] for r in records}
+    found = {file: paths[there] for file in files if (there := file.resolve()) in paths}
+    if named:
+        by_name = _unique((Path(r["file_name"]).name, r["image_id"]) for r in records)
+        others = ((by_name.get(file.name), file) for file in files if file not in found)
+        elsewhere = _unique((number, file) for number, file in others if number is not None)
+        taken = set(found.values())
+        found |= {file: number for number, file in elsewhere.items() if number not in taken}
+    return found
+
+
+def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The pairs as a dict, without the keys that occur twice: they say nothing."""
+    pairs = list(pairs)
+    times = Counter(key for key, _ in pairs)
+    return {key: value for key, value in pairs if times[key] == 1}
+
+
+def _holds(folder: str | None, files: Iterable[Path]) -> bool:
+    root = Path(folder).resolve() if folder else None
+    return root is not None and any(root in file.resolve().parents for file in files)
+
+
+def category_ids(metadata: Metadata, classes: int) -> list[Any]:
+    """The category id of each class, in the order of the model's outputs.
+
+    Without a data set that has some, they are the numbers of the classes, from 0.
+    """
+    to_class = metadata.get("thing_dataset_id_to_contiguous_id")
+    if to_class:
+        ids = {k: category for category, k in to_class.items()}
+        return [ids.get(k, k) for k in range(classes)]
+    first = 1 if metadata.get("evaluator_type") == "lvis" else 0  # as Detectron2's LVISEvaluator
+    return list(range(first, first + classes))
