@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import resource
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from ghm_d2.errors import UserError, cannot, reason, shown
 
 __all__ = [
     "PART",
+    "bounded_downloads",
     "file_to_blame",
     "open_regular",
     "parse_json",
@@ -22,8 +25,9 @@ __all__ = [
     "write_text",
 ]
 
-# Not to wait for the writer of a pipe; and Windows would read text.
-_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+_SILENCE = 60  # seconds
+_LARGEST = 20 * 10**9  # bytes
 
 PART = ".part"  # end of the name of a file that is being written
 
@@ -95,7 +99,8 @@ def open_regular(path: str | Path) -> IO[bytes]:
         UserError: it is something else.
         OSError: it cannot be opened.
     """
-    file = os.fdopen(os.open(path, os.O_RDONLY | _FLAGS), "rb")
+    # Otherwise a pipe would wait for its writer.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise UserError(f"{path} cannot be read (it is no regular file).")
@@ -145,6 +150,23 @@ def file_to_blame(path: str | Path, what: str) -> Iterator[None]:
     except Exception as error:
         kind = type(error).__name__
         raise UserError(f"{path} {what} ({kind}: {reason(error)}).") from error
+
+
+@contextlib.contextmanager
+def bounded_downloads() -> Iterator[None]:
+    """Within, a server that is silent for a minute is an error, as is a file of more than 20 GB.
+
+    For downloads of iopath, which knows neither: it waits, and fills the disk, without end.
+    """
+    silence, (most, hard) = socket.getdefaulttimeout(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    socket.setdefaulttimeout(_SILENCE)
+    least = [x for x in (_LARGEST, most) if x != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(least), hard))
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(silence)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
 
 
 def parse_json(text: str) -> Any:

@@ -242,6 +242,49 @@ def test_replay_refuses_other_files(tmp_path, capsys):
         assert capsys.readouterr().err.startswith("ghm-d2 replay: error: ")
 
 
+ALIASES = "\n".join(["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)])
+DAMAGE = {
+    "config": [
+        5, "", "5", "a: [", "[" * 100_000, "x: " * 5000, ALIASES, "MODEL: 5", "UNKNOWN: 5",
+        "MODEL: {META_ARCHITECTURE: Nonsense}", "MODEL: {RESNETS: {STEM_OUT_CHANNELS: 1000000}}",
+        "MODEL: {RESNETS: {RES2_OUT_CHANNELS: 1000000}}",
+    ],
+    "python": [5, True],
+    "batch": [5, None, "x", [5], [{}], [{"image": 5}], [{"image": torch.zeros(0)}],
+              [{"image": torch.zeros(3, 8, 8), "instances": {"type": "Instances"}}],
+              [{"image": torch.zeros(3, 8, 8), "instances": {"type": "Boxes", "tensor": 5}}]],
+    "weights": [5, {}, {"x": 5}, {"x": torch.zeros(1)}, {5: torch.zeros(1)}],
+    "buffers": [5, {"x": torch.zeros(1)}, {"pixel_mean": torch.zeros(7)}],
+    "normalizer": ["x"],
+    "rng": [5, {}, {"cpu": torch.zeros(3)}, {"cpu": torch.zeros(3, dtype=torch.uint8)}],
+    "iteration": ["x", None],
+    "precision": ["nonsense", 5, "nn"],
+}  # fmt: skip
+
+
+def test_damaged_replays_are_a_sentence(make, tmp_path, capsys):
+    """Never a traceback, whose exit code would say that something is not finite."""
+    trainer = make()
+    spoil(trainer, 0, nan_image)
+    stops(trainer)
+    (file,) = (tmp_path / "out" / "not_finite").glob("*.pth")
+    good = torch.load(file)
+    for key, values in DAMAGE.items():
+        for value in [*values, KeyError]:
+            content = {**good, key: value}
+            if value is KeyError:
+                if key == "python":  # of an earlier version
+                    continue
+                del content[key]
+            torch.save(content, file)
+            with pytest.raises(SystemExit) as stop:
+                replay.main([str(file), "--device", "cpu"])
+            error = capsys.readouterr().err
+            assert stop.value.code == 2, (key, value)
+            assert error.startswith("ghm-d2 replay: error: ") and error.count("\n") == 1
+            assert len(error) < 3000 and error.strip().isprintable()
+
+
 def worker(rank, folder, where):
     """One of two processes; the second meets a NaN, or another error, in iteration 1."""
     torch.set_num_threads(1)

@@ -214,6 +214,23 @@ def test_hostile_names_are_text(tmp_path):
     assert all(image["src"].startswith("data:image/") for image in found.images)
 
 
+@pytest.mark.parametrize("how", ["absolute", "climbing", "link"])
+def test_no_image_from_outside_the_folder_is_shown(tmp_path, quick, how):
+    run = record_run(tmp_path / "data")
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (64, 64)).save(secret)
+    if how == "link":
+        (tmp_path / "data" / "images" / "0.png").unlink()
+        (tmp_path / "data" / "images" / "0.png").symlink_to(secret)
+    else:
+        content = json.loads((tmp_path / "data" / "a.json").read_text())
+        content["images"][0]["file_name"] = str(secret) if how == "absolute" else "../../secret.png"
+        (tmp_path / "data" / "a.json").write_text(json.dumps(content))
+    found, (said,) = page(run)
+    assert "1 images of val; the first: " in said and "lies outside of" in said
+    assert len(found.images) == len(page(record_run(tmp_path / "other"))[0].images) - 2
+
+
 def test_invisible_and_endless_names_are_escaped_and_cut(tmp_path, capsys, quick):
     run = record_run(tmp_path, classes=INVISIBLE, name="a\x1b\ud800")
     record = json.loads((run / "training.json").read_text())

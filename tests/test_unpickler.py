@@ -77,9 +77,23 @@ def content():
     )
 
 
-def test_plain_content_comes_back(write):
+@pytest.mark.parametrize("sound", [True, False], ids=["", "PyTorch before 2.6"])
+def test_plain_content_comes_back(write, monkeypatch, sound):
+    monkeypatch.setattr("ghm_d2.checkpoint.opening._SOUND", sound)
     value = content()
     assert same(load_file(write(value)), value)
+
+
+def test_torch_s_restricted_loader_builds_what_it_can(tmp_path, monkeypatch):
+    """Weights, arrays and logs; the unpickler here only looks at them before."""
+    state = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Linear(2, 2)).state_dict()
+    value = {"model": state, "a": [np.arange(3), np.array(["a"]), np.float32(1)], "s": {1}}
+    calls, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: calls.append(k) or load(*a, **k))
+    for name in ("zip.pth", "legacy.pth"):
+        WRITERS[name](value, tmp_path / name)
+        assert same(load_file(tmp_path / name), value)
+    assert [call["weights_only"] for call in calls] == [True, True]
 
 
 def test_the_byte_order_of_one_array_stays_in_it(write):

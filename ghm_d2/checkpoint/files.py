@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ghm_d2.errors import UserError, reason, shown
-from ghm_d2.files import whole_file, write_text
+from ghm_d2.files import bounded_downloads, whole_file, write_text
 
 from .opening import load_file
 
@@ -38,7 +38,8 @@ def fetch(path: str) -> str:
         UserError: it cannot be had; the message starts with `path`.
     """
     try:
-        local = PathManager.get_local_path(path)
+        with bounded_downloads():
+            local = PathManager.get_local_path(path)
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
         raise UserError(f"{path} cannot be fetched ({reason(error)})") from error
     if not os.path.isfile(local):

@@ -133,8 +133,8 @@ def _load_torch(
     budget = budget or Budget(size)
     is_zip = file.read(4) == b"PK\x03\x04"
     file.seek(0)
-    checked = (_check_zip if is_zip else _check_legacy)(file, size, budget)
-    if storage != isinstance(checked, Record):
+    check = _check_zip if is_zip else _check_legacy
+    if storage != isinstance(check(file, size, budget), Record):
         raise RefusedError("the data of a tensor without its shape")
     file.seek(0)
     if _SOUND:

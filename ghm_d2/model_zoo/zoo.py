@@ -17,7 +17,7 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import HTTPURLHandler
 
 from ghm_d2.errors import UserError, reason, shown
-from ghm_d2.files import read_json
+from ghm_d2.files import bounded_downloads, read_json
 
 __all__ = [
     "NAME",
@@ -116,7 +116,8 @@ def read_zoo(zoo: str) -> dict[str, Any]:
         return read_index(os.path.join(zoo, "index.json"))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            file = HTTPURLHandler()._get_local_path(f"{zoo}/index.json", cache_dir=folder)
+            with bounded_downloads():
+                file = HTTPURLHandler()._get_local_path(f"{zoo}/index.json", cache_dir=folder)
         except (OSError, HTTPException) as error:
             raise ZooError(f"{zoo}/index.json cannot be fetched ({reason(error)}).") from error
         return read_index(file)
@@ -176,7 +177,8 @@ class _ZooHandler(HTTPURLHandler):
         if expected is None:
             raise ZooError(f"{path} is not listed in {self._zoo}/index.json.")
         for _ in range(2):
-            local = super()._get_local_path(path, force, **kwargs)
+            with bounded_downloads():
+                local = super()._get_local_path(path, force, **kwargs)
             found = digest(local)
             if found == expected:
                 return local

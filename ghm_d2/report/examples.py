@@ -3,12 +3,14 @@
 import base64
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from detectron2.data import Metadata
 from PIL import Image
 
 from ghm_d2.data.pictures import UnreadableError, draw_boxes, read_image
+from ghm_d2.errors import shown
 from ghm_d2.report.evaluation import Evaluation, ImageScore
 
 __all__ = ["Example", "best_and_worst"]
@@ -31,9 +33,15 @@ class Example:
 
 
 def best_and_worst(
-    result: Evaluation, number: int
+    result: Evaluation, folder: Path, number: int
 ) -> tuple[list[Example], list[Example], list[str]]:
     """Draws at most ``number`` of the best images, and as many of the worst ones.
+
+    Args:
+        result: of a data set.
+        folder: of its images. Annotations may name files elsewhere; a page is passed on, and shows
+            nothing that does not lie here.
+        number: of images.
 
     Returns:
         The best, the worst (the very worst first), and one sentence for each image that could not
@@ -43,14 +51,19 @@ def best_and_worst(
     best = result.images[:number]
     worst = result.images[number:][::-1][:number]
     unreadable: list[str] = []
-    best, worst = (_draw(images, result.classes, unreadable) for images in (best, worst))
+    best, worst = (_draw(images, folder, result.classes, unreadable) for images in (best, worst))
     return best, worst, unreadable
 
 
-def _draw(images: list[ImageScore], classes: list[str], unreadable: list[str]) -> list[Example]:
+def _draw(
+    images: list[ImageScore], folder: Path, classes: list[str], unreadable: list[str]
+) -> list[Example]:
     metadata = Metadata(thing_classes=classes)
     examples = []
     for image in images:
+        if not image.file.resolve().is_relative_to(folder.resolve()):
+            unreadable.append(f"{shown(image.file)} lies outside of {shown(folder)}")
+            continue
         try:
             pixels = read_image(image.file)
         except UnreadableError as error:

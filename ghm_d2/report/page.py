@@ -64,7 +64,7 @@ def write_report(
     context["evaluations"] = []
     for data in run.test_sets:
         try:
-            context["evaluations"].append(_evaluation(evaluate(data), images, run))
+            context["evaluations"].append(_evaluation(evaluate(data), data.images, images, run))
         except UserError as error:
             run.missing.append(f"AP by class, images: {str(error).rstrip('.')}")
         steps.update()
@@ -159,8 +159,8 @@ def _gradients(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
     return charts
 
 
-def _evaluation(result: Evaluation, images: int, run: RunFiles) -> dict[str, Any]:
-    best, worst, unreadable = best_and_worst(result, images)
+def _evaluation(result: Evaluation, folder: Path, images: int, run: RunFiles) -> dict[str, Any]:
+    best, worst, unreadable = best_and_worst(result, folder, images)
     if unreadable:
         run.missing.append(f"{len(unreadable)} images of {result.name}; the first: {unreadable[0]}")
     if run.record.classes and run.record.classes != tuple(result.classes):
