@@ -64,7 +64,7 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
-def write_json(path: str | Path, content: Any, indent: int = 1) -> None:
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     """Writes JSON, whole or not at all.
 
     Raises:

@@ -101,7 +101,7 @@ def test_annotations_without_keypoints_are_not_labelled(tmp_path, caplog, monkey
 
 def test_files_without_keypoints_are_as_before(tmp_path):
     dataset = checked(tmp_path, content(every=100) | coco_content())
-    assert dataset.num_keypoints == 0 and dataset.evaluable
+    assert dataset.data.num_keypoints == 0 and dataset.evaluable
     register_coco_dataset(dataset)
     assert MetadataCatalog.get("points").get("keypoint_names") is None
     assert "keypoints" not in DatasetCatalog.get("points")[0]["annotations"][0]
@@ -116,7 +116,7 @@ def change_number(made):
 
 
 def change_type(made):
-    made["annotations"][2]["keypoints"] = ["1"] * 9
+    made["annotations"][2]["keypoints"] = ["x"] * 9
 
 
 @pytest.mark.parametrize(

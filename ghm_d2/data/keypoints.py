@@ -7,11 +7,12 @@ for all classes, and for each of a pair the name of the other.
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from ghm_d2.data.fields import numbers
 from ghm_d2.errors import UserError
 
-__all__ = ["check_keypoints", "fill_in", "find_keypoints", "mirrored_pairs"]
+__all__ = ["Keypoints", "check_keypoints", "fill_in", "find_keypoints", "mirrored_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +31,25 @@ def mirrored_pairs(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def find_keypoints(content: Mapping[str, Any], file: str) -> tuple[tuple[str, ...], int, int]:
+class Keypoints(NamedTuple):
+    """The keypoints of an annotation file.
+
+    Attributes:
+        names: empty where the categories list none.
+        number: of an object; 0 where no object has any.
+        without: annotations without any, where others have some.
+    """
+
+    names: tuple[str, ...]
+    number: int
+    without: int
+
+
+def find_keypoints(content: Mapping[str, Any]) -> Keypoints:
     """The keypoints of an annotation file.
 
     Args:
         content: its tables, each of them checked.
-        file: its name, for messages.
-
-    Returns:
-        The names, or an empty tuple where the categories list none; how many keypoints an object
-        has, 0 where no object has any; how many annotations have none, or no "num_keypoints".
 
     Raises:
         UserError: categories list different names, or an annotation has another number of them.
@@ -51,42 +61,44 @@ def find_keypoints(content: Mapping[str, Any], file: str) -> tuple[tuple[str, ..
     annotations = content.get("annotations", [])
     found = [a for a in annotations if a.get("keypoints")]
     if not found:
-        return (), 0, 0
+        return Keypoints((), 0, 0)
     if len(lists) > 1:
         first, other = list(lists.values())[:2]
         raise UserError(
-            f"{file}: the categories {first!r} and {other!r} list different keypoints, and "
+            f"the categories {first!r} and {other!r} list different keypoints, and "
             'Detectron2 has one list for all: give every category the same, or remove "keypoints" '
-            "from the file."
+            "from the file"
         )
     names = next(iter(lists), ())
-    number = len(names) or len(found[0]["keypoints"]) // 3
+    first_values = numbers(found[0]["keypoints"])
+    number = len(names) or len(first_values or ()) // 3
     for annotation in found:
-        values = annotation["keypoints"]
-        good = isinstance(values, list) and all(type(v) in (int, float) for v in values)
-        if not good or len(values) != 3 * number:
+        if numbers(annotation["keypoints"], 3 * number) is None or not number:
             raise UserError(
-                f"{file}: the keypoints of annotation {annotation['id']!r} are not {3 * number} "
-                f"numbers, x, y and visibility of each of {number} keypoints."
+                f"the keypoints of annotation {annotation['id']!r} are not {3 * number} "
+                f"numbers, x, y and visibility of each of {number} keypoints"
             )
-    incomplete = sum(not (a.get("keypoints") and "num_keypoints" in a) for a in annotations)
-    without = len(annotations) - len(found)
-    if without:
-        logger.info(
-            "%s: %d annotations have no keypoints; they count as not labelled.", file, without
-        )
-    return names, number, incomplete
+    return Keypoints(names, number, len(annotations) - len(found))
 
 
-def fill_in(records: Sequence[dict[str, Any]], number: int) -> None:
-    """Gives every annotation without keypoints ``number`` that are not labelled, in place.
+def fill_in(annotations: Sequence[dict[str, Any]], number: int) -> bool:
+    """Gives every annotation ``number`` keypoints, unlabelled ones where it has none, in place.
 
-    Detectron2 and pycocotools take what all of them have.
+    Detectron2 and pycocotools take what all of them have, and read how many are labelled.
+
+    Returns:
+        Whether something was changed.
     """
-    for record in records:
-        for annotation in record["annotations"]:
-            if not annotation.get("keypoints"):
-                annotation["keypoints"] = [0.0] * (3 * number)
+    changed = False
+    for annotation in annotations:
+        values = annotation.get("keypoints")
+        points = numbers(values, 3 * number) if values else [0] * (3 * number)
+        given = annotation.get("num_keypoints")
+        labelled = given if type(given) is int and given >= 0 else sum(v > 0 for v in points[2::3])
+        if not values or points is not values or labelled is not given:
+            changed = True
+            annotation.update(keypoints=points, num_keypoints=labelled)
+    return changed
 
 
 def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) -> None:
@@ -114,6 +126,11 @@ def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) ->
             f"the objects of the data set {name} have {found} keypoints but "
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}: give "
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {found}."
+        )
+    if not metadata.get("labelled_keypoints", 1):
+        raise UserError(
+            f"no object of the data set {name} has a keypoint that is labelled (visibility 1 or "
+            "2): label some, or give MODEL.KEYPOINT_ON False to train on boxes alone."
         )
     if not mirrored:
         return

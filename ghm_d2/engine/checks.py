@@ -19,6 +19,7 @@ from ghm_d2.checkpoint.checkpointer import newest_checkpoint
 from ghm_d2.checkpoint.files import fetch
 from ghm_d2.config import validate_ghm_config
 from ghm_d2.data.keypoints import check_keypoints
+from ghm_d2.data.registration import log_more_objects_than
 from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.processes import started_by_torchrun
 from ghm_d2.engine.trainer import EVALUATOR_TYPES
@@ -136,12 +137,12 @@ def _check_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
     for name in dict.fromkeys(train + test):
         _check_dataset_files(name)
         _check_class_count(cfg, name)
-    for name in train:
         _check_masks(cfg, name)
     if cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(cfg, train, test)
     for name in test:
         _check_evaluator(name)
+        log_more_objects_than(cfg.TEST.DETECTIONS_PER_IMAGE, name)
     _check_class_names(dict.fromkeys(train + test))
     if not test:
         logger.info("DATASETS.TEST is empty: no evaluation will run")

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data import CocoDataset, register_datasets
+from ghm_d2.data import CocoDataset, Uses, register_datasets
 from ghm_d2.errors import UserError, cannot, reason, similar_names
 from ghm_d2.model_zoo.model_zoo import find_config, similar_configs
 
@@ -55,7 +55,7 @@ def build_config(
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written ({error}).") from error
     choose_device(cfg, args)
 
-    datasets = register_datasets(args.dataset, labelled=not args.eval_only)
+    datasets = register_datasets(args.dataset, labelled=not args.eval_only, uses=Uses.of(cfg))
     names = [dataset.name for dataset in datasets]
     if datasets:
         given = set(args.opts[::2])

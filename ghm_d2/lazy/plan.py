@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data import CocoDataset, register_datasets
+from ghm_d2.data import CocoDataset, Uses, register_datasets
 from ghm_d2.engine import setup
 from ghm_d2.engine.checks import check_all
 from ghm_d2.errors import UserError
@@ -67,7 +67,7 @@ def make_plan(cfg: DictConfig, args: argparse.Namespace) -> Plan:
         ) from error
     view = stock_view(cfg)
     setup.choose_device(view, args)
-    datasets = register_datasets(args.dataset, labelled=not args.eval_only)
+    datasets = register_datasets(args.dataset, labelled=not args.eval_only, uses=_uses(cfg))
     names = [dataset.name for dataset in datasets]
     num_classes = None
     if datasets:
@@ -88,6 +88,12 @@ def make_plan(cfg: DictConfig, args: argparse.Namespace) -> Plan:
         device=view.MODEL.DEVICE,
         amp=view.SOLVER.AMP.ENABLED,
     )
+
+
+def _uses(cfg: DictConfig) -> Uses:
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
+    masks = mapper.get("instance_mask_format", "polygon") if mapper.get("use_instance_mask") else ""
+    return Uses(masks, bool(mapper.get("use_keypoint")))
 
 
 def apply_plan(cfg: DictConfig, plan: Plan) -> None:
