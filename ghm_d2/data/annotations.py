@@ -158,9 +158,7 @@ class AnnotationPass:
         """The part of the box inside the image; None where there is none."""
         x, y, w, h = box
         where = f"{where} has the bbox {box!r}"
-        width, height = image.get("width"), image.get("height")
-        if not isinstance(width, int) or not isinstance(height, int):
-            width = height = math.inf
+        width, height = _sides(image) or (math.inf, math.inf)
         self.habits.see(box, width, height, where)
         if min(w, h) <= 0:
             self._say("empty box", where)
@@ -252,11 +250,16 @@ class AnnotationPass:
         self.crowds += fields["iscrowd"]
 
 
+def _sides(image: dict[str, Any]) -> tuple[int, int] | None:
+    """Width and height, where they are known."""
+    sides = image.get("width"), image.get("height")
+    return sides if all(type(side) is int and side > 0 for side in sides) else None
+
+
 def _mask_area(row: dict[str, Any], image: dict[str, Any]) -> int | None:
     value = row.get("segmentation")
-    height, width = image.get("height"), image.get("width")
-    if isinstance(height, int) and isinstance(width, int):
-        return rle_area(value, height, width)
+    if sides := _sides(image):
+        return rle_area(value, sides[1], sides[0])
     size = numbers(value.get("size"), 2) if isinstance(value, dict) else None
     return rle_area(value, *size) if size else None
 

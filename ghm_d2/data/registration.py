@@ -22,7 +22,7 @@ from ghm_d2.data.coco import CocoData, check_content
 from ghm_d2.data.image_checks import ImageFile
 from ghm_d2.data.keypoints import mirrored_pairs
 from ghm_d2.data.overlap import log_shared_images
-from ghm_d2.data.tables import read_annotations
+from ghm_d2.data.tables import is_plain, read_annotations
 from ghm_d2.errors import UserError, command
 
 __all__ = [
@@ -83,12 +83,7 @@ class CocoDataset:
         """What the file holds, read again in a process that has not checked it."""
         if self.data is not None:
             return self.data
-        return check_content(
-            read_annotations(self.json_file),
-            labelled=self.labelled,
-            files=self.files,
-            uses=self.uses,
-        )
+        return _read(self, files=self.files)
 
 
 def parse_dataset(text: str) -> CocoDataset:
@@ -124,19 +119,13 @@ def check_coco_dataset(
         UserError: the data cannot be trained on; the message names the file and the reason.
     """
     file = dataset.json_file
-    uses = uses or dataset.uses
     if not os.path.isdir(dataset.image_root):
         raise UserError(
             f"--dataset {dataset.name}: the image folder {dataset.image_root} does not exist."
         )
     logger.info("Checking data set %s (%s)", dataset.name, file)
-    data = check_content(
-        read_annotations(file),
-        labelled=labelled,
-        root=dataset.image_root,
-        uses=uses,
-        name=dataset.name,
-    )
+    dataset = replace(dataset, labelled=labelled, uses=uses or dataset.uses)
+    data = _read(dataset, root=dataset.image_root)
     refuse(file, data.found)
     log_repairs(file, data.found)
     if "annotations" not in data.content:
@@ -149,8 +138,6 @@ def check_coco_dataset(
         )
     return replace(
         dataset,
-        uses=uses,
-        labelled=labelled,
         classes=data.classes,
         files=data.files,
         fingerprint=data.fingerprint,
@@ -175,6 +162,19 @@ def data_fingerprint(name: str) -> dict[str, Any]:
         while block := stream.read(1 << 20):
             digest.update(block)
     return {"sha256": digest.hexdigest()[:16]}
+
+
+def _read(dataset: CocoDataset, **images: Any) -> CocoData:
+    file = dataset.json_file
+    data = check_content(
+        read_annotations(file),
+        labelled=dataset.labelled,
+        uses=dataset.uses,
+        name=dataset.name,
+        **images,
+    )
+    data.as_written &= is_plain(file)
+    return data
 
 
 def refuse(file: str, found: Findings) -> None:

@@ -29,7 +29,9 @@ def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
     if len(unique) < 2:
         raise UserError(f"two images or more are needed for a split, here are {len(unique)}.")
     # By hash: the same on every Python, and images added later leave most of the choice as it is.
-    unique.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    unique.sort(
+        key=lambda name: hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
+    )
     number = min(max(round(fraction * len(unique)), 1), len(unique) - 1)
     return set(unique[:number])
 

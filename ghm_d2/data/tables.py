@@ -1,5 +1,6 @@
 """The tables of a COCO-format file: entries, the fields that they must have, and their ids."""
 
+import codecs
 import gzip
 import json
 import zlib
@@ -13,7 +14,7 @@ from .checks import Problem
 from .fields import identity
 from .image_files import same_file
 
-__all__ = ["Ids", "read_annotations", "table_problems"]
+__all__ = ["Ids", "is_plain", "read_annotations", "table_problems"]
 
 _FIELDS = {
     "categories": ("id", "name"),
@@ -52,6 +53,13 @@ def read_annotations(file: str) -> dict[str, Any]:
             'with "images", "annotations" and "categories" is expected.'
         )
     return content
+
+
+def is_plain(file: str) -> bool:
+    """Whether pycocotools can read the file too: neither gzip nor UTF-16, nor with a mark."""
+    with open(file, "rb") as stream:
+        start = stream.read(4)
+    return b"\0" not in start and not start.startswith((b"\x1f\x8b", codecs.BOM_UTF8))
 
 
 def table_problems(content: dict[str, Any], *, labelled: bool) -> Iterator[Problem]:
