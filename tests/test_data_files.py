@@ -2,20 +2,23 @@
 
 import json
 import logging
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from data_files import CASES, MASK_CASES, Case
+from data_files import CASES, MASK_CASES, Case, every, rle
 from detectors import small_config
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
-from tiny import forget_program, one_sentence, tiny_pairs
+from tiny import RETINANET, coco_content, forget_program, one_sentence, tiny_pairs, write_coco
 
 from ghm_d2.cli import check_data, look, split_data
-from ghm_d2.data import Uses, register_datasets
-from ghm_d2.engine import main
+from ghm_d2.data import Uses, register_coco_dataset, register_datasets
+from ghm_d2.data.readable import ReadableMapper, UnusableData
+from ghm_d2.data.registration import log_more_objects_than
+from ghm_d2.engine import GHMTrainer, main
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.errors import UserError
 
@@ -45,10 +48,10 @@ def trained(records, cfg):
     return sum(len(mapper(record)["instances"]) for record in records)
 
 
-def perfect_ap(name, records, folder):
+def perfect_ap(name, records, folder, **options):
     """AP of predictions that are the ground truth itself."""
     evaluator = AllThresholdsCOCOEvaluator(
-        name, tasks=("bbox",), output_dir=str(folder), allow_cached_coco=False
+        name, tasks=("bbox",), output_dir=str(folder), allow_cached_coco=False, **options
     )
     evaluator.reset()
     for record in records:
@@ -141,3 +144,145 @@ def test_masks(tmp_path, caplog, capsys, name):
     mapper = DatasetMapper(cfg, is_train=True)
     masks = [mapper(record)["instances"].gt_masks for record in records]
     assert sum(map(len, masks)) == objects
+
+
+TRAINED = (
+    "crowd null", "image ids mixed", "polygon flat", "masks of another size", "keypoints odd",
+    "names of another machine",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_and_evaluation(tmp_path, name):
+    case = CASES[name]
+    pairs = [
+        "{}={},{}".format(part, *case.write(tmp_path / part, part)) for part in ("mine", "other")
+    ]
+    out = tmp_path / "out"
+    options = tiny_pairs(OUTPUT_DIR=out, MODEL__RETINANET__SCORE_THRESH_TEST=0.0)
+    main(["--config-file", RETINANET, "--dataset", *pairs, *options])
+    results = json.loads((out / "inference" / "results.json").read_text())
+    assert 0 <= results["bbox/AP"] <= 100
+    forget_program()
+    options = [*options, "MODEL.WEIGHTS", str(out / "model_final.pth")]
+    main(["--config-file", RETINANET, "--eval-only", "--dataset", pairs[1], *options])
+    assert json.loads((out / "inference" / "results.json").read_text()) == results
+
+
+def test_odd_keypoints_stop_a_keypoint_head(tmp_path, capsys):
+    file, images = CASES["keypoints odd"].write(tmp_path)
+    argv = ["--config-file", MASK_RCNN, "--dataset", f"case={file},{images}"]
+    argv += tiny_pairs(MODEL__KEYPOINT_ON=True, OUTPUT_DIR=tmp_path / "out")
+    sentence = one_sentence(main, argv, capsys, "train_net.py")
+    assert "the keypoints of annotation 1 are not" in sentence and "KEYPOINT_ON False" in sentence
+
+
+@pytest.mark.parametrize("annotations", [[], None])
+def test_a_test_set_without_annotations(tmp_path, capsys, annotations):
+    change = Case(lambda content: content.update(annotations=annotations))
+    file, images = change.write(tmp_path)
+    assert code_of(check_data.main, file, images, "--unlabelled") == 0
+    assert "No problem found." in capsys.readouterr().out
+    cfg = tiny_pairs(OUTPUT_DIR=tmp_path / "out", MODEL__RETINANET__SCORE_THRESH_TEST=0.0)
+    torch.save({"model": small_weights(cfg)}, tmp_path / "weights.pth")
+    main(
+        ["--config-file", RETINANET, "--eval-only", "--dataset", f"case={file},{images}", *cfg]
+        + ["MODEL.WEIGHTS", str(tmp_path / "weights.pth")]
+    )
+    found = json.loads((tmp_path / "out" / "inference" / "coco_instances_results.json").read_text())
+    assert {row["image_id"] for row in found} == set(range(1, 7))
+
+
+def small_weights(pairs):
+    """Of a detector of three classes."""
+    cfg = small_config("ghm_retinanet_R_50", *pairs, "MODEL.RETINANET.NUM_CLASSES", "3")
+    return GHMTrainer.build_model(cfg).state_dict()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_of_broken_images_stops(tmp_path, capsys, workers):
+    file, images = CASES["clean"].write(tmp_path)
+    for image in images.iterdir():
+        image.write_bytes(image.read_bytes()[:2000])  # the header is whole
+    argv = ["--config-file", RETINANET, "--dataset", f"case={file},{images}"]
+    argv += tiny_pairs(OUTPUT_DIR=tmp_path / "out", DATALOADER__NUM_WORKERS=workers)
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert "all of the 6 images cannot be used, the last " in error and "truncated" in error
+
+
+def test_a_fault_of_annotations_is_not_the_disk_s(tmp_path):
+    file, images = Case(every(segmentation=rle)).write(tmp_path)
+    register_datasets([f"case={file},{images}"])
+    cfg = small_config("ghm_faster_rcnn_R_50", *tiny_pairs(MODEL__MASK_ON=True))
+    mapper = ReadableMapper(DatasetMapper(cfg, True), is_train=True)
+    with pytest.raises(UnusableData, match="annotations of .*0.png cannot be used .*mask_format"):
+        mapper(DatasetCatalog.get("case")[0])
+
+
+def test_many_objects_are_named_and_all_of_them_count(tmp_path, caplog):
+    def many(content):
+        content["annotations"] = [
+            {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [i % 20 * 3, i // 20 * 4, 2, 3]}
+            for i in range(300)
+        ]
+
+    file, images = Case(many).write(tmp_path)
+    register_datasets([f"case={file},{images}"])
+    log_more_objects_than(100, "case")
+    assert "an image of case has 300 objects" in caplog.text
+    assert "give TEST.DETECTIONS_PER_IMAGE 300" in caplog.text
+    caplog.clear()
+    log_more_objects_than(300, "case")
+    assert not caplog.text
+    records = DatasetCatalog.get("case")
+    few = perfect_ap("case", records, tmp_path / "out")
+    assert few["AP"] == pytest.approx(34, abs=2)
+    all_of_them = perfect_ap("case", records, tmp_path / "out", max_dets_per_image=300)
+    assert all_of_them["AP"] == pytest.approx(100)
+    assert perfect_ap("case", records, tmp_path / "out", max_dets_per_image=10)["AP"] == few["AP"]
+
+
+def test_the_trainer_s_evaluator_follows_the_config(tmp_path):
+    register_datasets([f"case={write_coco(tmp_path)}"])
+    cfg = small_config("ghm_retinanet_R_50", *tiny_pairs(OUTPUT_DIR=tmp_path))
+    cfg.DATASETS.TEST, cfg.TEST.DETECTIONS_PER_IMAGE = ("case",), 250
+    assert GHMTrainer.build_evaluator(cfg, "case")._max_dets_per_image == [1, 10, 250]
+
+
+def test_images_that_two_sets_share(tmp_path, caplog):
+    first = write_coco(tmp_path / "a", "a")
+    second = write_coco(tmp_path / "b", "b")
+    for i in (2, 3, 4, 5):  # two images of b are still those of a
+        file = tmp_path / "b" / "images" / f"{i}.png"
+        file.write_bytes(file.read_bytes() + bytes([i]))
+    (tmp_path / "b" / "images" / "0.png").rename(tmp_path / "b" / "images" / "new.png")
+    content = coco_content()
+    content["images"][0]["file_name"] = "new.png"
+    (tmp_path / "b" / "b.json").write_text(json.dumps(content))
+    register_datasets([f"a={first}", f"b={second}"])
+    assert "2 of the 6 images of b have the same content as images of a" in caplog.text
+    assert "the first is new.png" in caplog.text
+
+
+def test_copies_within_a_set_are_worth_knowing(tmp_path, capsys):
+    file, images = CASES["clean"].write(tmp_path)
+    (images / "5.png").write_bytes((images / "0.png").read_bytes())
+    assert code_of(check_data.main, file, images) == 0
+    assert "1 images have the same content as another one" in capsys.readouterr().out
+
+
+def test_another_process_reads_the_same(tmp_path):
+    for name in ("names with backslashes", "image ids mixed", "sizes missing", "gzip"):
+        file, images = CASES[name].write(tmp_path / name.replace(" ", "_"))
+        (dataset,) = register_datasets([f"case={file},{images}"], uses=BOXES)
+        records = DatasetCatalog.get("case")
+        sent = pickle.loads(pickle.dumps(dataset))
+        assert sent.data is None
+        forget_program()
+        register_coco_dataset(sent)
+        assert DatasetCatalog.get("case") == records
+        assert MetadataCatalog.get("case").get("json_file") is None
+        forget_program()

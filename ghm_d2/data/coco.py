@@ -173,14 +173,14 @@ def check_content(
         )
     else:
         data.files = tuple(files)
-    image_ids = _images(data, report, has_files=root is not None or files is not None)
+    image_ids = _images(data, report, root)
     category_ids = _categories(data, report)
     if "annotations" in content:
         _annotations(data, image_ids, category_ids, uses, report)
     return data
 
 
-def _images(data: CocoData, report: Any, *, has_files: bool) -> Ids:
+def _images(data: CocoData, report: Any, root: str | None) -> Ids:
     kept: dict[str, dict[str, Any]] = {}
     again: list[tuple[Any, dict[str, Any]]] = []
     files: list[ImageFile | None] = []
@@ -193,7 +193,9 @@ def _images(data: CocoData, report: Any, *, has_files: bool) -> Ids:
             data.as_written = False
         else:
             files.append(file)
-        _size(data, row, file, report, has_files=has_files)
+        # Whoever reads the file itself does not find an image of another spelling.
+        data.as_written &= not file or file.path == os.path.join(root, row["file_name"])
+        _size(data, row, file, report, has_files=root is not None)
     rows = list(kept.values())
     if len({row["id"] for row in rows}) < len(rows):  # two files of one spelling
         report(Problem("duplicate id", "an id occurs more than once in images"))

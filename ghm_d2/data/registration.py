@@ -125,7 +125,7 @@ def check_coco_dataset(
         )
     logger.info("Checking data set %s (%s)", dataset.name, file)
     dataset = replace(dataset, labelled=labelled, uses=uses or dataset.uses)
-    data = _read(dataset, root=dataset.image_root)
+    data = _read(dataset)
     refuse(file, data.found)
     log_repairs(file, data.found)
     if "annotations" not in data.content:
@@ -164,14 +164,15 @@ def data_fingerprint(name: str) -> dict[str, Any]:
     return {"sha256": digest.hexdigest()[:16]}
 
 
-def _read(dataset: CocoDataset, **images: Any) -> CocoData:
+def _read(dataset: CocoDataset, files: tuple[ImageFile | None, ...] | None = None) -> CocoData:
     file = dataset.json_file
     data = check_content(
         read_annotations(file),
         labelled=dataset.labelled,
         uses=dataset.uses,
         name=dataset.name,
-        **images,
+        root=dataset.image_root,
+        files=files,
     )
     data.as_written &= is_plain(file)
     return data
