@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 
 from ghm_d2.checkpoint.files import fetch
 from ghm_d2.data.keypoints import check_keypoints
+from ghm_d2.data.registration import log_more_objects_than
 from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.processes import Processes, started_by_torchrun
 from ghm_d2.engine.settings import Config, class_counts, key_of, pair, read_settings, typed
@@ -190,12 +191,13 @@ def _check_datasets(cfg: Config, eval_only: bool) -> None:
     for name in dict.fromkeys(train + test):
         _check_dataset_files(name)
         _check_class_count(cfg, name)
-    for name in train:
         _check_masks(cfg, name)
     if isinstance(cfg, CfgNode) and cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(cfg, train, test)
     for name in test:
         _check_evaluator(name)
+        if isinstance(cfg, CfgNode):
+            log_more_objects_than(cfg.TEST.DETECTIONS_PER_IMAGE, name)
     _check_class_names(cfg, dict.fromkeys(train + test))
     if not test:
         logger.info("%s is empty: no evaluation will run", key_of(cfg, "test"))
