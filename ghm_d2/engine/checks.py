@@ -137,6 +137,7 @@ def _check_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
     for name in dict.fromkeys(train + test):
         _check_dataset_files(name)
         _check_class_count(cfg, name)
+    for name in train:
         _check_masks(cfg, name)
     if cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(cfg, train, test)

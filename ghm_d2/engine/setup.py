@@ -13,7 +13,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data import CocoDataset, Uses, register_datasets
+from ghm_d2.data import CocoDataset, register_datasets
+from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, cannot, reason, similar_names
 from ghm_d2.model_zoo.model_zoo import find_config, similar_configs
 

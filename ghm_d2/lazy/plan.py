@@ -15,7 +15,8 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data import CocoDataset, Uses, register_datasets
+from ghm_d2.data import CocoDataset, register_datasets
+from ghm_d2.data.annotations import Uses
 from ghm_d2.engine import setup
 from ghm_d2.engine.checks import check_all
 from ghm_d2.errors import UserError
