@@ -11,8 +11,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
-from ghm_d2.data import Uses, register_datasets
+from ghm_d2.data import register_datasets
 from ghm_d2.data.anchor_check import anchor_report
+from ghm_d2.data.annotations import Uses
 from ghm_d2.data.look_pictures import draw_grid, draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
 from ghm_d2.engine.arguments import Parser, parse_arguments

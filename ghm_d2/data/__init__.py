@@ -1,6 +1,5 @@
 """Data sets: the synthetic default, and COCO-format files named on the command line."""
 
-from ghm_d2.data.annotations import Uses
 from ghm_d2.data.registration import (
     CocoDataset,
     check_coco_dataset,
@@ -13,7 +12,6 @@ from ghm_d2.data.synthetic import register_synthetic
 
 __all__ = [
     "CocoDataset",
-    "Uses",
     "check_coco_dataset",
     "check_same_classes",
     "parse_dataset",

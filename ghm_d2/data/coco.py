@@ -14,9 +14,8 @@ from ghm_d2.errors import shown
 
 from .annotations import AnnotationPass, Uses, compressed_mask
 from .checks import MANY_BOXES, MAX_BOXES, Findings, Problem
-from .fields import number
+from .entries import category_entries, image_entries
 from .image_checks import ImageFile, image_name, look_at_images
-from .image_files import same_file
 from .keypoints import Keypoints, fill_in, find_keypoints
 from .tables import Ids, table_problems
 
@@ -168,103 +167,15 @@ def check_content(
         )
     else:
         data.files = tuple(files)
-    image_ids = _images(data, report, root)
-    category_ids = _categories(data, report)
+    images = image_entries(content["images"], data.files, root, report)
+    categories = category_entries(content["categories"], report)
+    content.update(images=images.rows, categories=categories.rows)
+    data.paths = images.paths
+    data.classes = tuple(row["name"] for row in sorted(categories.rows, key=lambda row: row["id"]))
+    data.as_written &= images.as_written and categories.as_written
     if "annotations" in content:
-        _annotations(data, image_ids, category_ids, uses, report)
+        _annotations(data, images.ids, categories.ids, uses, report)
     return data
-
-
-def _images(data: CocoData, report: Any, root: str | None) -> Ids:
-    kept: dict[str, dict[str, Any]] = {}
-    again: list[tuple[Any, dict[str, Any]]] = []
-    files: list[ImageFile | None] = []
-    for row, file in zip(data.content["images"], data.files, strict=True):
-        key = os.path.realpath(file.path) if file else same_file(row["file_name"])
-        first = kept.setdefault(key, row)
-        if first is not row:
-            report(Problem("image twice", f"{image_name(row)}, and {image_name(first)}"))
-            again.append((row["id"], first))
-            data.as_written = False
-        else:
-            files.append(file)
-        # Whoever reads the file itself does not find an image of another spelling.
-        data.as_written &= not file or file.path == os.path.join(root, row["file_name"])
-        _size(data, row, file, report, has_files=root is not None)
-    rows = list(kept.values())
-    if len({row["id"] for row in rows}) < len(rows):  # two files of one spelling
-        report(Problem("duplicate id", "an id occurs more than once in images"))
-        rows = list({row["id"]: row for row in rows}.values())
-    ids = Ids(rows)
-    for row, new, file in zip(rows, ids.new, files, strict=False):
-        data.as_written &= type(row["id"]) is int and row["id"] == new
-        row["id"] = new
-        if file:
-            data.paths[new] = file.path
-    for written, first in again:
-        ids.add(written, first["id"])
-    data.content["images"] = rows
-    return ids
-
-
-def _size(
-    data: CocoData, row: dict[str, Any], file: ImageFile | None, report: Any, *, has_files: bool
-) -> None:
-    written = [row.get("width"), row.get("height")]
-    size = [number(value) for value in written]
-    if any(value is None or value < 1 or value != int(value) for value in size):
-        if not has_files:
-            return
-        if file is None:  # the missing image is what stops the training
-            size = [1, 1]
-        else:
-            texts = " x ".join(shown(repr(value), 40) for value in written)
-            pixels = f"{file.width} x {file.height} pixels"
-            report(Problem("unknown size", f"{image_name(row)} is {texts}, and has {pixels}"))
-            size = [file.width, file.height]
-    elif any(isinstance(value, str) for value in written):
-        report(Problem("text value", f"{image_name(row)} is {written[0]!r} x {written[1]!r}"))
-    width, height = map(int, size)
-    if file and (file.width, file.height) != (width, height):
-        exif = ", as its EXIF orientation turns it" if file.turned else ""
-        report(
-            Problem(
-                "image size",
-                f"{image_name(row)} has {file.width} x {file.height} pixels{exif}, but the "
-                f"annotation file says {width} x {height}",
-            )
-        )
-    data.as_written &= type(written[0]) is int and type(written[1]) is int
-    row.update(width=width, height=height)
-
-
-def _categories(data: CocoData, report: Any) -> Ids:
-    kept: dict[str, dict[str, Any]] = {}
-    again = []
-    for row in data.content["categories"]:
-        data.as_written &= isinstance(row["name"], str)
-        row["name"] = str(row["name"])
-        first = kept.setdefault(row["name"], row)
-        if first is not row:
-            both = f"{row['id']!r} and {first['id']!r}"
-            report(Problem("class twice", f"{both} are both {shown(repr(row['name']))}"))
-            again.append((row["id"], first))
-            data.as_written = False
-    rows = list(kept.values())
-    ids = Ids(rows)
-    for row, new in zip(rows, ids.new, strict=True):
-        data.as_written &= type(row["id"]) is int and row["id"] == new
-        row["id"] = new
-    for written, first in again:
-        ids.add(written, first["id"])
-    alike: dict[str, str] = {}
-    for name in kept:
-        other = alike.setdefault(" ".join(name.casefold().split()), name)
-        if other != name:
-            report(Problem("similar classes", f"{shown(repr(other))} and {shown(repr(name))}"))
-    data.content["categories"] = rows
-    data.classes = tuple(row["name"] for row in sorted(rows, key=lambda row: row["id"]))
-    return ids
 
 
 def _annotations(

@@ -232,7 +232,13 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
         MetadataCatalog.remove(name)
     load = functools.cache(dataset.load)
     data = load()
-    DatasetCatalog.register(name, lambda: load().records(dataset.uses))
+
+    def records() -> list[dict[str, Any]]:
+        found = load().records(dataset.uses)
+        logger.info("Loaded %d images in COCO format from %s", len(found), dataset.json_file)
+        return found
+
+    DatasetCatalog.register(name, records)
     metadata = MetadataCatalog.get(name)
     metadata.set(
         image_root=dataset.image_root,

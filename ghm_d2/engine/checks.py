@@ -191,6 +191,7 @@ def _check_datasets(cfg: Config, eval_only: bool) -> None:
     for name in dict.fromkeys(train + test):
         _check_dataset_files(name)
         _check_class_count(cfg, name)
+    for name in train:
         _check_masks(cfg, name)
     if isinstance(cfg, CfgNode) and cfg.MODEL.KEYPOINT_ON:
         _check_keypoints(cfg, train, test)

@@ -59,6 +59,17 @@ class AllThresholdsCOCOEvaluator(COCOEvaluator):
             dataset_name, *args, output_dir=output_dir, max_dets_per_image=most, **options
         )
 
+    def _tasks_from_predictions(self, predictions: Sequence[dict[str, Any]]) -> list[str]:
+        """Detectron2's, without masks where objects have none that they could be compared with."""
+        tasks = list(super()._tasks_from_predictions(predictions))
+        without = self._metadata.get("without_mask", 0)
+        if without and "segm" in tasks:
+            self._logger.warning(
+                f"{without} objects of {self._metadata.name} have no mask: boxes alone are compared"
+            )
+            tasks.remove("segm")
+        return tasks
+
     def _derive_coco_results(
         self,
         coco_eval: COCOeval | None,

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ghm_d2.data import Uses
+from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, similar_names
 
 __all__ = ["load_config", "read_uses"]

@@ -14,7 +14,8 @@ from detectron2.utils.logger import setup_logger
 from ghm_d2 import data, model_zoo, modeling  # noqa: F401  (they register what configs name)
 from ghm_d2.config import add_ghm_config
 from ghm_d2.config_files import find_config, similar_configs
-from ghm_d2.data import CocoDataset, Uses, register_datasets
+from ghm_d2.data import CocoDataset, register_datasets
+from ghm_d2.data.annotations import Uses
 from ghm_d2.engine.python_config import load_config as load_python_config
 from ghm_d2.engine.python_config import read_uses
 from ghm_d2.engine.settings import (
