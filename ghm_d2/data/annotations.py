@@ -78,6 +78,8 @@ class AnnotationPass:
         self._images, self._image_ids, self._category_ids = images, image_ids, category_ids
         self._uses, self._report = uses, report
         self._seen: dict[int, dict[str, Any]] = {}
+        self._row: dict[str, Any] = {}
+        self._place, self._image = 0, None
         self.kept: list[dict[str, Any]] = []
         self.as_written = True
         self.without_mask = self.crowds = 0
@@ -90,58 +92,62 @@ class AnnotationPass:
             row: an entry in which `table_problems` met nothing; is changed.
             place: its number in the table, for messages about those without an id.
         """
-        ident = row.get("id")
-        where = f"annotation {ident!r}" if ident is not None else f"annotation number {place}"
+        self._row, self._place, self._image = row, place, None
         category = self._category_ids.find(row["category_id"])
         if category is None:
+            ident = row["category_id"]
             self._say(
                 "unknown category",
-                f"{where} has the category_id {row['category_id']!r}, which is not among the "
-                "categories",
+                f"has the category_id {ident!r}, which is not among the categories",
             )
-        crowd = self._crowd(row, where)
+        crowd = self._crowd(row)
         if flag(row.get("ignore")) != 0:
-            self._say("ignore flag", f'{where} sets "ignore"')
+            self._say("ignore flag", 'sets "ignore"')
         image_id = self._image_ids.find(row["image_id"])
         image = None if image_id is None else self._images[image_id]
-        box = self._box(row, where, image)
+        box = self._box(row, image)
         if image is None:
-            self._say("stray annotation", f"{where} names the image {row['image_id']!r}")
-        if None in (category, crowd, box, image):
+            self._say("stray annotation", f"names the image {row['image_id']!r}")
+        if category is None or crowd is None or box is None or image is None:
             return
-        where = f"{where} of {image_name(image)}"
-        fields = {"image_id": image_id, "category_id": category, "bbox": box, "iscrowd": crowd}
-        box = self._inside(box, image, where)
-        if box is None:
+        self._image = image
+        box = self._inside(box, image)
+        if box is None or (self._uses.masks and not self._mask(row, image, box, crowd)):
             return
-        fields["bbox"] = box
-        if self._uses.masks and not self._mask(row, image, box, crowd, where):
-            return
-        fields["area"] = self._area(row, image, box, where)
-        if self._is_repeated(row, fields, where):
-            return
-        self._keep(row, fields)
+        fields = {
+            "image_id": image_id,
+            "category_id": category,
+            "bbox": box,
+            "area": self._area(row, image, box),
+            "iscrowd": crowd,
+        }
+        if not self._is_repeated(row, fields):
+            self._keep(row, fields)
 
-    def _say(self, kind: str, text: str) -> None:
-        self._report(Problem(kind, text))
+    def _where(self) -> str:
+        """The annotation, for a message; built only where there is one."""
+        ident = self._row.get("id")
+        name = f"number {self._place}" if ident is None else repr(ident)
+        return f"annotation {name}" + (f" of {image_name(self._image)}" if self._image else "")
 
-    def _crowd(self, row: dict[str, Any], where: str) -> int | None:
+    def _say(self, kind: str, text: str = "") -> None:
+        self._report(Problem(kind, f"{self._where()} {text}".rstrip()))
+
+    def _crowd(self, row: dict[str, Any]) -> int | None:
         value = row.get("iscrowd", 0)
         crowd = flag(value)
         if crowd is None:
-            self._say("value", f'{where} has the "iscrowd" {shown(repr(value), 80)} instead of 0')
+            self._say("value", f'has the "iscrowd" {shown(repr(value), 80)} instead of 0')
         elif type(value) is not int:
-            self._say("crowd flag", f'{where} has the "iscrowd" {value!r}, read as {crowd}')
+            self._say("crowd flag", f'has the "iscrowd" {value!r}, read as {crowd}')
         return crowd
 
-    def _box(
-        self, row: dict[str, Any], where: str, image: dict[str, Any] | None
-    ) -> list[float] | None:
+    def _box(self, row: dict[str, Any], image: dict[str, Any] | None) -> list[float] | None:
         value = row.get("bbox")
         box = numbers(value, 4)
         if box is not None:
             if box is not value:
-                self._say("text value", f"{where} has the bbox {value!r}")
+                self._say("text value", f"has the bbox {value!r}")
             return box
         if value in _NOTHING:
             if found := polygons(row.get("segmentation")):
@@ -149,38 +155,34 @@ class AnnotationPass:
             elif image is not None and _mask_area(row, image) is not None:
                 box = mask_util.toBbox(compressed_mask(row["segmentation"])).tolist()
         if box is not None:
-            self._say("no box", where)
+            self._say("no box")
         else:
             text = shown(repr(value), 80)
-            self._say("bad box", f"{where} has the bbox {text} instead of four finite numbers")
+            self._say("bad box", f"has the bbox {text} instead of four finite numbers")
         return box
 
-    def _inside(self, box: list[float], image: dict[str, Any], where: str) -> list[float] | None:
+    def _inside(self, box: list[float], image: dict[str, Any]) -> list[float] | None:
         """The part of the box inside the image; None where there is none."""
         x, y, w, h = box
-        where = f"{where} has the bbox {box!r}"
         width, height = _sides(image) or (math.inf, math.inf)
-        self.habits.see(box, width, height, where)
+        self.habits.see(box, width, height, self._where)
         if min(w, h) <= 0:
-            self._say("empty box", where)
+            self._say("empty box", f"has the bbox {box!r}")
             return None
-        where = f"{where} in {width} x {height} pixels"
         if min(x + w, y + h) <= 0 or x >= width or y >= height:
-            self._say("box outside", where)
+            self._say("box outside", f"has the bbox {box!r} in {width} x {height} pixels")
             return None
         if max(w, h) < 1:
-            self._say("tiny box", where)
+            self._say("tiny box", f"has the bbox {box!r}")
         # A rounding is none of it, and neither is a size that is not known.
-        if max(x + w - width, y + h - height, -x if width < math.inf else 0, -y) <= 1:
+        if width == math.inf or max(x + w - width, y + h - height, -x, -y) <= 1:
             return box
-        if width == math.inf:
-            return box
-        self._say("box clipped", where)
+        self._say("box clipped", f"has the bbox {box!r} in {width} x {height} pixels")
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
         return [x0, y0, x1 - x0, y1 - y0]
 
     def _mask(
-        self, row: dict[str, Any], image: dict[str, Any], box: list[float], crowd: int, where: str
+        self, row: dict[str, Any], image: dict[str, Any], box: list[float], crowd: int
     ) -> bool:
         """Repairs or removes the mask; returns whether the object stays."""
         value = row.get("segmentation")
@@ -189,20 +191,20 @@ class AnnotationPass:
         elif isinstance(value, dict):
             if _mask_area(row, image) is not None:
                 if self._uses.masks == "polygon" and not crowd:
-                    self._say("mask format", where)
+                    self._say("mask format")
                 return True
-            self._say("bad mask", where)
+            self._say("bad mask")
         else:
             found = polygons(value)
             if found:
                 listed = isinstance(value[0], list) and len(value[0]) != 2  # else one, or points
                 if listed and len(found) < len(value):
-                    self._say("bad polygon", where)
+                    self._say("bad polygon")
                 if found != value:
                     row["segmentation"] = found
                     self.as_written = False
                 return True
-            self._say("bad mask", where)
+            self._say("bad mask")
         if value not in _NOTHING:
             self.as_written = False
             if self._uses.mask_head and not crowd:
@@ -215,23 +217,21 @@ class AnnotationPass:
             self.as_written = False
         return True
 
-    def _area(
-        self, row: dict[str, Any], image: dict[str, Any], box: list[float], where: str
-    ) -> float:
+    def _area(self, row: dict[str, Any], image: dict[str, Any], box: list[float]) -> float:
         given = row.get("area")
         area, whole = number(given), box[2] * box[3]
         if area is not None and _LEAST_AREA * whole <= area <= _MOST_AREA * whole + 1 and area > 0:
             if area is not given:
-                self._say("text value", f'{where} has the "area" {given!r}')
+                self._say("text value", f'has the "area" {given!r}')
             return area
         if "area" in row:
             text = shown(repr(given), 80)
-            self._say("area", f'{where} has the "area" {text} and a box of {whole:g}')
+            self._say("area", f'has the "area" {text} and a box of {whole:g}')
         found = polygons(row.get("segmentation"))
         inside = polygon_area(found) if found else _mask_area(row, image)
         return inside or whole
 
-    def _is_repeated(self, row: dict[str, Any], fields: dict[str, Any], where: str) -> bool:
+    def _is_repeated(self, row: dict[str, Any], fields: dict[str, Any]) -> bool:
         key = hash((*fields["bbox"], *(fields[k] for k in ("image_id", "category_id", "iscrowd"))))
         first = self._seen.setdefault(key, row)
         same = first is not row and all(
@@ -239,7 +239,7 @@ class AnnotationPass:
             for name in ("image_id", "category_id", "bbox", "iscrowd", "segmentation", "keypoints")
         )
         if same:
-            self._say("duplicate box", f"{where} has the bbox {fields['bbox']!r}")
+            self._say("duplicate box", f"has the bbox {fields['bbox']!r}")
         return same
 
     def _keep(self, row: dict[str, Any], fields: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """What boxes have in common where they are not x, y, width, height in pixels."""
 
 import math
+from collections.abc import Callable
 
 from .checks import Problem
 
 __all__ = ["BoxHabits"]
+
+_FEW, _MANY = 4, 20
 
 
 class BoxHabits:
@@ -14,7 +17,7 @@ class BoxHabits:
         self.number = self.fractions = self.corners = self.away = self.leave = self.percent = 0
         self.first: dict[str, str] = {}
 
-    def see(self, box: list[float], width: float, height: float, where: str) -> None:
+    def see(self, box: list[float], width: float, height: float, where: Callable[[], str]) -> None:
         """
         Args:
             box: as written.
@@ -27,24 +30,30 @@ class BoxHabits:
         self.number += 1
         if min(box) >= 0 and max(x, y, w, h) <= 1 and min(width, height) > 2:
             self.fractions += 1
-            self.first.setdefault("fraction", where)
+            self._remember("fraction", box, where)
         if x < w <= width + 1 and y < h <= height + 1 and min(x, y) >= -1:
             self.corners += 1
             self.away += x > 0.05 * width and y > 0.05 * height
             if x + w > width + 1 or y + h > height + 1:
                 self.leave += 1
-                self.first.setdefault("corner", where)
+                self._remember("corner", box, where)
         self.percent += max(x + w, y + h) <= 101 and 150 < min(width, height) < math.inf
+
+    def _remember(self, kind: str, box: list[float], where: Callable[[], str]) -> None:
+        if kind not in self.first:
+            self.first[kind] = f"{where()} has the bbox {box!r}"
 
     def problems(self) -> list[Problem]:
         """What nearly all of the boxes have in common."""
         nearly_all = 0.95 * self.number
         if self.fractions >= max(nearly_all, 1):
             return [Problem("fraction box", self.first["fraction"])]
-        if self.corners >= nearly_all and self.leave >= max(1, 0.1 * self.number):
-            return [Problem("corner box", self.first["corner"])]
         found = []
-        if self.number >= 20:
+        if self.corners >= nearly_all and self.leave >= max(1, 0.1 * self.number):
+            # A few boxes may be so by chance.
+            kind = "corner box" if self.number >= _FEW else "boxes like corners"
+            found.append(Problem(kind, self.first["corner"]))
+        elif self.number >= _MANY:
             if self.corners >= nearly_all and self.away >= self.number / 2:
                 found.append(Problem("boxes like corners", f"all {self.number} boxes"))
             if self.percent == self.number:
