@@ -18,7 +18,7 @@ from ghm_d2.checkpoint import RestrictedCheckpointer, load_file
 from ghm_d2.checkpoint import mmdet as converter
 from ghm_d2.checkpoint.mmdet import convert_from_mmdet, convert_to_mmdet
 from ghm_d2.checkpoint.mmdet_network import read_retinanet
-from ghm_d2.checkpoint.mmdet_settings import read_settings
+from ghm_d2.checkpoint.mmdet_settings import BACKBONES, read_settings
 from ghm_d2.cli import convert_mmdet as tool
 from ghm_d2.errors import UserError
 
@@ -55,6 +55,13 @@ def equal_states(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def mmdet_model(config_file):
+    """The model of a config of mmdetection, which is a Python file."""
+    found = {}
+    exec(Path(config_file).read_text(), found)
+    return found["model"]
 
 
 # The golden file: outputs of mmdetection 3.3.0 itself.
@@ -122,8 +129,8 @@ def test_golden_detections_need_clipping_before_nms(golden, converted):
 
 
 def test_golden_round_trip(golden, converted, output):
-    needed = convert_to_mmdet(converted[2], output)
-    assert needed == {"model.backbone.depth": 50, "model.bbox_head.num_classes": 80}
+    model = mmdet_model(convert_to_mmdet(converted[2], output))
+    assert (model["backbone"]["depth"], model["bbox_head"]["num_classes"]) == (50, 80)
     equal_states(load_file(output)["state_dict"], load_file(golden[0])["state_dict"])
 
 
@@ -175,7 +182,7 @@ def test_from_a_trained_detectron2_model(write, output, tmp_path, caplog):
     trained, back = str(tmp_path / "trained.pth"), str(tmp_path / "back.pth")
     torch.save({"model": model.state_dict(), "trainer": {}, "iteration": 3}, trained)
     with caplog.at_level(logging.WARNING):
-        needed = convert_to_mmdet(trained, back, cfg)
+        written = mmdet_model(convert_to_mmdet(trained, back, cfg))
     assert "2 entries besides the weights left out: iteration, trainer" in caplog.text
     groups = len(model.ghm_c)
     assert groups > 1 and f"{2 * (groups - 1)} buffers of the losses left out" in caplog.text
@@ -184,9 +191,13 @@ def test_from_a_trained_detectron2_model(write, output, tmp_path, caplog):
     original = mmdet_retinanet()
     assert state.keys() == original.keys()
     assert torch.equal(state["bbox_head.loss_cls.edges"], original["bbox_head.loss_cls.edges"])
-    assert needed["model.neck.relu_before_extra_convs"] is False
+    assert written["neck"]["relu_before_extra_convs"] is False
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
-    assert convert_to_mmdet(trained, back, cfg)["model.neck.relu_before_extra_convs"] is True
+    other = str(tmp_path / "other.pth")
+    written = mmdet_model(convert_to_mmdet(trained, other, cfg))
+    assert written["neck"]["relu_before_extra_convs"] is True
+    back_again = load_config(convert_from_mmdet(other, str(tmp_path / "again.pth")))
+    assert back_again.MODEL.BACKBONE.NAME == cfg.MODEL.BACKBONE.NAME
 
 
 @pytest.mark.parametrize(
@@ -297,11 +308,14 @@ def test_anchors_change_places(write, output):
         ("'FocalLoss'", "'CrossEntropyLoss'", "bbox_head.loss_cls.type = 'CrossEntropyLoss'"),
         ("type='ResNet'", "type='ResNetV1d'", "backbone.type = 'ResNetV1d'"),
         ("'on_input'", "'on_output'", "neck.add_extra_convs = 'on_output'"),
-        ("num_outs=5", "relu_before_extra_convs=True", "neck.relu_before_extra_convs = True"),
+        ("num_outs=5", "norm_cfg=dict(type='BN')", "neck.norm_cfg = {'type': 'BN'}"),
+        ("128]),", "128], centers=[(0, 0)]),", "anchor_generator.centers = [[0, 0]]"),
+        ("128]),", "256]),", "the strides [8, 16, 32, 64, 256]"),
+        ("nms=dict(type='nms'", "nms=dict(type='soft_nms'", "test_cfg.nms.type = 'soft_nms'"),
         ("strides=[8,", "strides=['a',", "cannot be understood"),
         ("scales_per_octave=2", "scales_per_octave=1000000000", "1000000000 anchor sizes"),
         ("octave_base_scale=3", "octave_base_scale=" + "9" * 4000, "cannot be understood"),
-        ("style='caffe'", "style='\\x1b[2J" + "x" * 10**6 + "'", "backbone.style = '\\x1b[2Jxxx"),
+        ("style='caffe'", f"style='\\x1b[2J{'x' * 10**6}'", "backbone.style = '\\x1b[2Jxxx"),
         ("style='caffe'", "style='caffe'," + "#" * 2**20, "its config text has"),
         ("octave_base_scale=3", "octave_base_scale='3'", "cannot be understood"),
         ("scales_per_octave=2", "scales_per_octave=0", "do not fit 0 anchors"),
@@ -345,7 +359,10 @@ def test_what_is_no_retinanet(write, output):
         ({"bbox_head.retina_cls.weight": torch.ones(28, 8, 3, 3)}, "do not fit 9 anchors"),
         ({"bbox_head.loss_cls.edges": torch.linspace(0, 2, 31)}, "borders of equal regions"),
         ({"bbox_head.loss_cls.edges": torch.ones(0)}, "borders of equal regions"),
-        ({"bbox_head.cls_convs.0.gn.weight": torch.ones(8)}, "cls_convs.0.gn.weight does not"),
+        (
+            {"bbox_head.cls_convs.0.gn.weight": torch.ones(8)},
+            "norms (norm_cfg of its bbox_head; the tensor",
+        ),
     ):
         assert sentence in refused(write({**state, **change}), output)
     for part, sentence in (
@@ -394,6 +411,155 @@ def test_fuzzed_reverse(write, output, tmp_path):
     assert "loads no .pkl" in refused(there, str(tmp_path / "x.pkl"), reverse=True)
 
 
+# The config that goes with a way back: everything that the way there reads.
+
+LIST = st.lists(st.sampled_from([0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 3.1]), min_size=1, max_size=3)
+SHARES = st.floats(0.01, 0.99).map(lambda x: round(x, 3))
+
+
+@st.composite
+def configs(draw):
+    """A config of a narrow RetinaNet, with most of its settings at random."""
+    width, groups = draw(st.sampled_from([(4, 1), (8, 1), (2, 2), (3, 4)]))
+    per_level = draw(st.booleans())
+    ratios, scales = draw(LIST), draw(LIST)
+    sizes = [[8.0 * 2**level * 4 * x for x in scales] for level in range(5)]
+    numbers = st.lists(st.floats(0.5, 200), min_size=3, max_size=3)
+    planes = width if groups == 1 else draw(st.sampled_from([4, 6]))
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    for key, value in {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.META_ARCHITECTURE": "GHMRetinaNet",
+        "MODEL.BACKBONE.NAME": draw(st.sampled_from(BACKBONES)),
+        "MODEL.BACKBONE.FREEZE_AT": draw(st.integers(0, 3)),
+        "MODEL.RESNETS.DEPTH": 50,
+        "MODEL.RESNETS.NORM": draw(st.sampled_from(["BN", "FrozenBN", "SyncBN"])),
+        "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": draw(st.sampled_from([4, 6])),
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 4 * planes,
+        "MODEL.RESNETS.NUM_GROUPS": groups,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": width,
+        "MODEL.RESNETS.STRIDE_IN_1X1": draw(st.booleans()),
+        "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+        "MODEL.FPN.OUT_CHANNELS": draw(st.sampled_from([4, 8])),
+        "MODEL.ANCHOR_GENERATOR.SIZES": sizes,
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [ratios] * (5 if per_level else 1),
+        "MODEL.ANCHOR_GENERATOR.OFFSET": draw(st.sampled_from([0.0, 0.5, 0.25])),
+        "MODEL.RETINANET.IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
+        "MODEL.RETINANET.NUM_CLASSES": draw(st.integers(1, 4)),
+        "MODEL.RETINANET.NUM_CONVS": draw(st.integers(1, 3)),
+        "MODEL.RETINANET.BBOX_REG_WEIGHTS": draw(
+            st.lists(st.sampled_from([1.0, 2.0, 5.0, 10.0, 0.3]), min_size=4, max_size=4)
+        ),
+        "MODEL.RETINANET.SCORE_THRESH_TEST": draw(SHARES),
+        "MODEL.RETINANET.NMS_THRESH_TEST": draw(SHARES),
+        "MODEL.RETINANET.TOPK_CANDIDATES_TEST": draw(st.integers(1, 5000)),
+        "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": draw(st.sampled_from([0.0, 0.1])),
+        "TEST.DETECTIONS_PER_IMAGE": draw(st.integers(1, 500)),
+        "INPUT.FORMAT": draw(st.sampled_from(["RGB", "BGR"])),
+        "MODEL.PIXEL_MEAN": draw(numbers),
+        "MODEL.PIXEL_STD": draw(numbers),
+        "MODEL.GHM.CLIP_BEFORE_NMS": True,
+        "MODEL.GHM.RETINANET.CLS.ENABLED": draw(st.booleans()),
+        "MODEL.GHM.RETINANET.REG.ENABLED": draw(st.booleans()),
+        "MODEL.GHM.RETINANET.CLS.BINS": draw(st.integers(2, 40)),
+        "MODEL.GHM.RETINANET.REG.BINS": draw(st.integers(2, 40)),
+    }.items():
+        cfg.merge_from_list([key, value])
+    return cfg
+
+
+@settings(suppress_health_check=list(HealthCheck), max_examples=40)
+@given(cfg=configs())
+def test_reverse_then_forward_gives_the_same_config(tmp_path_factory, cfg):
+    folder = tmp_path_factory.mktemp("random")
+    start, there, back = (str(folder / f"{name}.pth") for name in ("start", "there", "back"))
+    model = build_model(cfg)
+    torch.save({"model": model.state_dict()}, start)
+    mmdet_model(convert_to_mmdet(start, there, cfg))
+    config_file = convert_from_mmdet(there, back)
+    found = load_config(config_file)
+    written = yaml.safe_load(Path(config_file).read_text())
+    written.pop("VERSION")
+    written["MODEL"].pop("WEIGHTS")
+    seen = 0
+
+    def compare(node, path=()):
+        nonlocal seen
+        for key, value in node.items():
+            if isinstance(value, dict):
+                compare(value, (*path, key))
+                continue
+            a, b = (converter.get(x, ".".join((*path, key))) for x in (found, cfg))
+            if key == "ASPECT_RATIOS":
+                a, b = a[:1], b[:1]
+            assert converter._same(a, b), (path, key, a, b)
+            seen += 1
+
+    compare(written)
+    assert seen >= 25
+    for part in ("CLS", "REG"):
+        a, b = (x.MODEL.GHM.RETINANET[part] for x in (found, cfg))
+        assert a.ENABLED == b.ENABLED and (a.BINS == b.BINS or not b.ENABLED)
+    again = load_file(back)["model"]
+    names = [x for x in model.state_dict() if not x.endswith("num_batches_tracked")]
+    assert all(torch.equal(again[name], model.state_dict()[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[32.0], [64.0], [128.0], [256.0], [400.0]], "multiples"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]] * 4 + [[2.0]], "the same at each level"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[32.0], [64.0]], "of 2 levels"),
+        ("MODEL.FPN.NORM", "GN", "MODEL.FPN.NORM = 'GN'"),
+        ("MODEL.FPN.FUSE_TYPE", "avg", "MODEL.FPN.FUSE_TYPE = 'avg'"),
+        ("MODEL.RETINANET.NORM", "BN", "MODEL.RETINANET.NORM = 'BN'"),
+        ("MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.NORM = 'GN'"),
+        ("MODEL.RESNETS.RES5_DILATION", 2, "MODEL.RESNETS.RES5_DILATION = 2"),
+        ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.BACKBONE.NAME = "),
+        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.META_ARCHITECTURE = "),
+        ("MODEL.RETINANET.NUM_CLASSES", 7, "MODEL.RETINANET.NUM_CLASSES is 7 in the config"),
+    ],
+)
+def test_what_mmdetection_cannot_express_is_named(write, output, tmp_path, key, value, part):
+    there = str(tmp_path / "there.pth")
+    cfg = load_config(convert_from_mmdet(write(mmdet_retinanet()), there))
+    if key == "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS":
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8.0 * 2**i] for i in range(5)]
+    cfg.merge_from_list([key, value])
+    assert part in refused(there, output, reverse=True, cfg=cfg)
+    assert not Path(output).with_suffix(".py").exists()
+
+
+NORMS = {
+    "MODEL.FPN.NORM": "backbone.fpn_lateral3.norm.weight",
+    "MODEL.RETINANET.NORM": "head.cls_subnet.1.weight",
+}
+
+
+@pytest.mark.parametrize("key", NORMS)
+def test_norms_are_named_as_the_cause(write, output, tmp_path, key):
+    """Without the config, too: by their tensors."""
+    there = str(tmp_path / "there.pth")
+    cfg = load_config(convert_from_mmdet(write(mmdet_retinanet()), there))
+    for norm in ("BN", "GN") if key == "MODEL.FPN.NORM" else ("GN",):
+        cfg.merge_from_list([key, norm, "MODEL.FPN.OUT_CHANNELS", 32])
+        state = build_model(cfg).state_dict()
+        assert NORMS[key] in state
+        torch.save({"model": state}, there)
+        error = refused(there, output, reverse=True)
+        assert f"norms ({key}; the tensor " in error
+    cfg = load_config(convert_from_mmdet(write(mmdet_retinanet()), str(tmp_path / "x.pth")))
+    cfg.merge_from_list(["MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.RES2_OUT_CHANNELS", 128])
+    cfg.merge_from_list(
+        ["MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 32]
+    )
+    torch.save({"model": build_model(cfg).state_dict()}, there)
+    assert "norms (MODEL.RESNETS.NORM; " in refused(there, output, reverse=True)
+
+
 def test_config_file_that_does_not_fit(write, output, tmp_path):
     path = write(mmdet_retinanet())
     cfg = load_config(convert_from_mmdet(path, str(tmp_path / "x.pth")))
@@ -434,7 +600,7 @@ def test_command_line(write, output, tmp_path, capsys):
     assert f"--eval-only --config-file {config} MODEL.WEIGHTS {output}" in text
     assert yaml.safe_load(Path(config).read_text())["MODEL"]["WEIGHTS"] == output
     tool.main([output, back, "--reverse", "--config-file", config])
-    assert "model.neck.relu_before_extra_convs=False" in capsys.readouterr().out
+    assert f"and {Path(back).with_suffix('.py')}, mmdet" in capsys.readouterr().out
     equal_states(load_file(back)["state_dict"], load_file(path)["state_dict"])
     for argv in (["gone.pth", back], [path, output, "--config-file", "gone.yaml"]):
         with pytest.raises(SystemExit) as stop:

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,20 +13,23 @@ from torch import Tensor
 
 from ghm_d2.config import add_ghm_config
 from ghm_d2.errors import UserError
+from ghm_d2.files import read_text, write_text
 
 from .files import read_checkpoint, unwrap, write_checkpoint, write_config
+from .mmdet_config import config_text, get, settings_of
 from .mmdet_network import (
-    BACKBONE,
     LOSSES,
     PREDICTORS,
     RetinaNetArchitecture,
     count_layers,
     edges,
     read_retinanet,
+    refuse_norms,
     reorder_anchors,
     tensor_names,
 )
 from .mmdet_settings import MmdetSettings, read_settings
+from .origin import read_origin
 from .rename import check_shapes, rename
 from .resnet import DETECTRON2_STAGES, read_resnet
 
@@ -83,8 +85,8 @@ def convert_from_mmdet(path: str, output: str, cfg: CfgNode | None = None) -> st
     return config_file
 
 
-def convert_to_mmdet(path: str, output: str, cfg: CfgNode | None = None) -> dict[str, Any]:
-    """Converts a RetinaNet checkpoint of Detectron2 to one that mmdetection loads.
+def convert_to_mmdet(path: str, output: str, cfg: CfgNode | None = None) -> str:
+    """Converts a RetinaNet checkpoint of Detectron2 to one that mmdetection loads, with its config.
 
     Args:
         path: file or URL; its norms may be trained or frozen.
@@ -93,26 +95,42 @@ def convert_to_mmdet(path: str, output: str, cfg: CfgNode | None = None) -> dict
             `configs/mmdet`.
 
     Returns:
-        The keys that mmdetection's config must have for these weights, and their values.
+        The config file of mmdetection that was written beside `output`, its name ending in .py.
 
     Raises:
-        UserError: `path` is not such a file, or `output` cannot be written.
+        UserError: `path` is not such a file, `cfg` does not fit or cannot be expressed there, or
+            nothing can be written.
     """
     if output.endswith(".pkl"):
         raise UserError(f"{output}: mmdetection loads no .pkl, so give a name that ends in .pth.")
     checkpoint = read_checkpoint(path, output)
-    settings = read_settings(None)
-    if cfg is not None:
-        anchors = cfg.MODEL.ANCHOR_GENERATOR
-        settings = replace(settings, ratios=anchors.ASPECT_RATIOS[0], sizes=anchors.SIZES)
     try:
+        settings = read_settings(None) if cfg is None else settings_of(cfg)
         state = _without_constants(unwrap(checkpoint, "model", used=[_BUFFERS, *_ZOO]))
         kept = unwrap(checkpoint.get(_BUFFERS, {}))
         converted, architecture = _to_mmdet(state, kept, settings)
+        if cfg is not None:
+            _check_config(cfg, _of_the_weights(architecture))
+        text = config_text(architecture, _defaults() if cfg is None else cfg)
     except UserError as error:
         raise UserError(f"{path} cannot be converted: {error}") from error
-    write_checkpoint(output, {"meta": {}, "state_dict": converted})
-    return _mmdet_config(architecture, cfg)
+    config_file = f"{os.path.splitext(output)[0]}.py"
+    if os.path.exists(config_file) and read_text(config_file) != text:
+        raise UserError(f"{config_file} exists already: choose another output.")
+    if cfg is not None and not cfg.MODEL.GHM.CLIP_BEFORE_NMS:
+        logger.warning("mmdetection clips boxes to the image before NMS, and this config after it")
+    meta: dict[str, Any] = {"cfg": text}
+    if classes := read_origin(checkpoint).classes:
+        meta["dataset_meta"] = {"classes": classes}
+    write_checkpoint(output, {"meta": meta, "state_dict": converted})
+    write_text(config_file, text)
+    return config_file
+
+
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    return cfg
 
 
 def _to_detectron2(
@@ -161,8 +179,7 @@ def _own_buffers(converted: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _expected(architecture: RetinaNetArchitecture) -> dict[str, Tensor]:
     """The tensors of the matching detector, without memory."""
-    cfg = get_cfg()
-    add_ghm_config(cfg)
+    cfg = _defaults()
     for key, value in architecture.config().items():
         cfg.merge_from_list([key, value])
     cfg.MODEL.DEVICE = "meta"
@@ -176,14 +193,22 @@ def _expected(architecture: RetinaNetArchitecture) -> dict[str, Tensor]:
 def _check_config(cfg: CfgNode, config: Mapping[str, Any]) -> None:
     wrong = []
     for key, value in config.items():
-        node: Any = cfg
-        for part in key.split("."):
-            node = node[part]
-        if not _same(node, value):
-            wrong.append(f"{key} is {node!r} in the config and {value!r} in the checkpoint")
+        if not _same(found := get(cfg, key), value):
+            wrong.append(f"{key} is {found!r} in the config and {value!r} in the checkpoint")
     if wrong:
         others = f" ({len(wrong)} such keys)" if len(wrong) > 1 else ""
         raise UserError(f"{wrong[0]}{others}.")
+
+
+def _of_the_weights(architecture: RetinaNetArchitecture) -> dict[str, Any]:
+    """What the weights tell; anchors and losses are from the config, which writes them its way."""
+    config = architecture.config()
+    left_out = ("MODEL.ANCHOR_GENERATOR.", "MODEL.META_ARCHITECTURE", "MODEL.GHM.CLIP_BEFORE_NMS")
+    return {
+        key: x
+        for key, x in config.items()
+        if not key.startswith(left_out) and not key.endswith(".ENABLED")
+    }
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -207,6 +232,7 @@ def _to_mmdet(
 ) -> tuple[dict[str, Tensor], RetinaNetArchitecture]:
     if not any(name.startswith(PREDICTORS) for name in state):
         raise UserError(f"it is not a RetinaNet of Detectron2, which has {PREDICTORS[0]}.")
+    refuse_norms(state)
     names = tensor_names(
         read_resnet(state, "backbone.bottom_up.", "stem.conv1.weight", DETECTRON2_STAGES),
         count_layers(state, "head.cls_subnet"),
@@ -239,26 +265,3 @@ def _without_groups(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             ", ".join(left_out[:4]) + (" ..." if len(left_out) > 4 else ""),
         )
     return {name: x for name, x in state.items() if name not in left_out}
-
-
-def _mmdet_config(architecture: RetinaNetArchitecture, cfg: CfgNode | None) -> dict[str, Any]:
-    resnet = architecture.resnet
-    config: dict[str, Any] = {
-        "model.backbone.depth": resnet.settings()["MODEL.RESNETS.DEPTH"],
-        "model.bbox_head.num_classes": architecture.num_classes,
-    }
-    if resnet.groups > 1:
-        config |= {
-            "model.backbone.type": "ResNeXt",
-            "model.backbone.groups": resnet.groups,
-            "model.backbone.base_width": resnet.width_per_group,
-        }
-    if cfg is None:
-        return config
-    return config | {
-        "model.backbone.style": "caffe" if cfg.MODEL.RESNETS.STRIDE_IN_1X1 else "pytorch",
-        "model.neck.relu_before_extra_convs": cfg.MODEL.BACKBONE.NAME != BACKBONE,
-        "model.data_preprocessor.mean": list(cfg.MODEL.PIXEL_MEAN),
-        "model.data_preprocessor.std": list(cfg.MODEL.PIXEL_STD),
-        "model.data_preprocessor.bgr_to_rgb": cfg.INPUT.FORMAT == "RGB",
-    }

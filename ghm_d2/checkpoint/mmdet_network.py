@@ -15,19 +15,17 @@ from .rename import shape_of
 from .resnet import ResNetArchitecture, read_resnet
 
 __all__ = [
-    "BACKBONE",
     "LOSSES",
     "PREDICTORS",
     "RetinaNetArchitecture",
     "count_layers",
     "edges",
     "read_retinanet",
+    "refuse_norms",
     "reorder_anchors",
     "tensor_names",
 ]
 
-# Registered in ghm_d2.modeling.
-BACKBONE = "build_mmdet_retinanet_resnet_fpn_backbone"
 # Detectron2's predictors, whose channels are grouped by anchor.
 PREDICTORS = ("head.cls_score", "head.bbox_pred")
 # mmdetection's buffers of the two losses; the first group of images here.
@@ -51,7 +49,6 @@ class RetinaNetArchitecture:
         """The config keys of the matching detector, without MODEL.WEIGHTS and DATASETS."""
         config = {
             "MODEL.META_ARCHITECTURE": "GHMRetinaNet",
-            "MODEL.BACKBONE.NAME": BACKBONE,
             **self.resnet.settings(),
             "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
             "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
@@ -63,10 +60,13 @@ class RetinaNetArchitecture:
             "MODEL.GHM.CLIP_BEFORE_NMS": True,
             **self.settings.config,
         }
-        for part, bins in (("CLS", self.cls_bins), ("REG", self.reg_bins)):
-            if bins is not None:
-                config[f"MODEL.GHM.RETINANET.{part}.BINS"] = bins
-            elif self.settings.focal:
+        bins = self.cls_bins, self.reg_bins
+        for part, count, harmonised in zip(
+            ("CLS", "REG"), bins, self.settings.harmonised, strict=True
+        ):
+            if count is not None:
+                config[f"MODEL.GHM.RETINANET.{part}.BINS"] = count
+            elif not harmonised:
                 config[f"MODEL.GHM.RETINANET.{part}.ENABLED"] = False
         return config
 
@@ -78,6 +78,7 @@ def read_retinanet(state: Mapping[str, Tensor], settings: MmdetSettings) -> Reti
         UserError: it is not a RetinaNet, or one that Detectron2 does not build.
     """
     _refuse_others(state)
+    refuse_norms(state)
     num_anchors = len(settings.ratios) * len(settings.sizes[0])
     deltas = shape_of(state, "bbox_head.retina_reg.weight", 4)[0]
     logits = shape_of(state, "bbox_head.retina_cls.weight", 4)[0]
@@ -101,6 +102,36 @@ def read_retinanet(state: Mapping[str, Tensor], settings: MmdetSettings) -> Reti
         reg_bins=bins["bbox_head.loss_bbox"],
         settings=settings,
     )
+
+
+# Norms that neither side's RetinaNet has by default: names of tensors, and what sets them.
+_NORMS = (
+    (r"backbone\.fpn_\w+\.norm\..*", "MODEL.FPN.NORM"),
+    (r"head\.(cls|bbox)_subnet\.\d+\.norm\..*", "MODEL.RETINANET.NORM"),
+    (r"neck\..*\.(bn|gn|ln|in|norm)\d*\..*", "norm_cfg of its neck"),
+    (r"bbox_head\..*\.(bn|gn|ln|in|norm)\d*\..*", "norm_cfg of its bbox_head"),
+    (r"backbone\.gn1\..*", "norm_cfg of its backbone"),
+)
+
+
+def refuse_norms(state: Mapping[str, Tensor]) -> None:
+    """Names the norms that cannot be converted as the cause.
+
+    Raises:
+        UserError: there are norms in the FPN or the head, or other than batch norms below.
+    """
+    causes = [(x, key) for pattern, key in _NORMS for x in state if re.fullmatch(pattern, x)]
+    # Detectron2's norms of the head are numbered as its convolutions are.
+    subnets = [x for x in state if re.fullmatch(r"head\.(cls|bbox)_subnet\..*weight", x)]
+    causes += [(x, "MODEL.RETINANET.NORM") for x in subnets if state[x].dim() == 1]
+    stem = [x for x in state if x.startswith("backbone.bottom_up.stem.")]
+    if stem and not any(x.endswith("running_mean") for x in state):
+        causes.append((stem[0], "MODEL.RESNETS.NORM"))
+    if causes:
+        raise UserError(
+            f"it has norms ({causes[0][1]}; the tensor {causes[0][0]}) that cannot be converted: "
+            "only batch norms in the backbone can."
+        )
 
 
 def _refuse_others(state: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,11 @@ from ghm_d2.errors import UserError, reason, shown
 
 from .resnet import IMAGENET_INPUT
 
-__all__ = ["MmdetSettings", "read_settings"]
+__all__ = ["BACKBONES", "STRIDES", "MmdetSettings", "read_settings"]
+
+STRIDES = [8.0, 16.0, 32.0, 64.0, 128.0]  # of P3 to P7
+# Without and with a ReLU between P6 and P7; the first is registered in ghm_d2.modeling.
+BACKBONES = ("build_mmdet_retinanet_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
 
 _MOST_TEXT = 2**20  # characters; a config has some 30,000, and its syntax tree takes much more
 _MOST_SCALES = 100
@@ -21,18 +25,21 @@ _ALLOWED: dict[str, Sequence[Any]] = {
     "backbone.style": ("pytorch", "caffe"),
     "neck.type": ("FPN",),
     "neck.add_extra_convs": ("on_input", True),
-    "neck.relu_before_extra_convs": (False,),
+    "neck.relu_before_extra_convs": (False, True),
+    "neck.norm_cfg": (None,),
     "bbox_head.type": ("RetinaHead",),
     "bbox_head.loss_cls.type": ("GHMC", "FocalLoss"),
     "bbox_head.loss_cls.use_sigmoid": (True,),
+    "bbox_head.norm_cfg": (None,),
     "bbox_head.anchor_generator.type": ("AnchorGenerator",),
     "bbox_head.anchor_generator.scale_major": (True,),
-    "bbox_head.anchor_generator.center_offset": (0, 0.0),
     "bbox_head.anchor_generator.base_sizes": (None,),
     "bbox_head.anchor_generator.centers": (None,),
     "bbox_head.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
     "bbox_head.bbox_coder.target_means": ([0, 0, 0, 0],),
     "bbox_head.bbox_coder.clip_border": (True,),
+    "bbox_head.bbox_coder.add_ctr_clamp": (False,),
+    "test_cfg.nms.type": ("nms",),
 }
 
 
@@ -43,13 +50,13 @@ class MmdetSettings:
     Attributes:
         ratios: anchor heights over widths.
         sizes: for each of the five levels, the square roots of the anchor areas in pixels.
-        focal: whether the classification loss is focal loss.
-        config: Detectron2's keys for the rest (input, stride, box deltas, inference).
+        harmonised: whether the losses of classes and of boxes are GHM-C and GHM-R.
+        config: Detectron2's keys for the rest (backbone, input, box deltas, inference).
     """
 
     ratios: list[float]
     sizes: list[list[float]]
-    focal: bool
+    harmonised: tuple[bool, bool]
     config: dict[str, Any]
 
 
@@ -86,22 +93,36 @@ def _settings(text: Mapping[str, Any]) -> MmdetSettings:
     if per_octave > _MOST_SCALES:
         raise UserError(f"its config has {shown(per_octave, 40)} anchor sizes in an octave.")
     scales = anchors.get("scales") or [base * 2 ** (i / per_octave) for i in range(per_octave)]
-    strides = anchors.get("strides", (8, 16, 32, 64, 128))
+    strides = list(anchors.get("strides", STRIDES))
+    if [float(x) for x in strides] != STRIDES:
+        raise UserError(f"its anchors have the strides {shown(strides, 80)} and not {STRIDES}.")
+    losses = _get(head, "loss_cls.type", "GHMC"), _get(head, "loss_bbox.type", None)
     return MmdetSettings(
         ratios=[float(x) for x in anchors.get("ratios", (0.5, 1.0, 2.0))],
         sizes=[[float(stride * scale) for scale in scales] for stride in strides],
-        focal=_get(head, "loss_cls.type", "GHMC") == "FocalLoss",
-        config={**_input(text), **_boxes(model), **_inference(text)},
+        harmonised=(losses[0] == "GHMC", (losses[1] or losses[0]) in ("GHMR", "GHMC")),
+        config={
+            "MODEL.ANCHOR_GENERATOR.OFFSET": float(anchors.get("center_offset", 0)),
+            **_backbone(model),
+            **_input(text),
+            **_boxes(model),
+            **_inference(text),
+        },
     )
+
+
+def _backbone(model: Mapping[str, Any]) -> dict[str, Any]:
+    relu = _get(model, "neck.relu_before_extra_convs", False)
+    return {
+        "MODEL.BACKBONE.NAME": BACKBONES[bool(relu)],
+        "MODEL.RESNETS.STRIDE_IN_1X1": _get(model, "backbone.style", "pytorch") == "caffe",
+    }
 
 
 def _boxes(model: Mapping[str, Any]) -> dict[str, Any]:
     head = model.get("bbox_head", {})
     stds = _get(head, "bbox_coder.target_stds", head.get("target_stds", [1.0] * 4))
-    return {
-        "MODEL.RESNETS.STRIDE_IN_1X1": _get(model, "backbone.style", "pytorch") == "caffe",
-        "MODEL.RETINANET.BBOX_REG_WEIGHTS": [1.0 / float(x) for x in stds],
-    }
+    return {"MODEL.RETINANET.BBOX_REG_WEIGHTS": [1.0 / float(x) for x in stds]}
 
 
 def _inference(text: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,8 +141,9 @@ def _input(text: Mapping[str, Any]) -> dict[str, Any]:
     found = new or old  # mmdetection 3, or 1 and 2
     if "mean" not in found:
         return IMAGENET_INPUT
+    rgb = new.get("bgr_to_rgb", False) if new else old.get("to_rgb", True)
     return {
-        "INPUT.FORMAT": "RGB" if found.get("bgr_to_rgb", found.get("to_rgb", True)) else "BGR",
+        "INPUT.FORMAT": "RGB" if rgb else "BGR",
         "MODEL.PIXEL_MEAN": [float(x) for x in found["mean"]],
         "MODEL.PIXEL_STD": [float(x) for x in found["std"]],
     }

@@ -29,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parser.parse_args(argv)
         cfg = _config(args.config_file) if args.config_file else None
         if args.reverse:
-            needed = convert_to_mmdet(args.checkpoint, args.output, cfg)
-            print(f"Wrote {args.output}. mmdetection's config must have:")
-            print("\n".join(f"  {key}={value}" for key, value in needed.items()))
+            config_file = convert_to_mmdet(args.checkpoint, args.output, cfg)
+            print(f"Wrote {args.output} and {config_file}, mmdetection's config for it.")
             return
         config_file = convert_from_mmdet(args.checkpoint, args.output, cfg) or args.config_file
     print(f"Wrote {args.output}. Evaluate it:")
