@@ -1,4 +1,4 @@
-"""The fused kernels against the eager path, which the oracle's tests hold to the formulas."""
+"""The CPU kernels against the eager path, which the oracle's tests hold to the formulas."""
 
 import threading
 
@@ -280,54 +280,6 @@ def test_without_gradient_the_loss_is_the_same():
     )
     assert torch.equal(with_gradient.counts(30), without.counts(30))
     assert torch.equal(with_gradient.loss(weights[None]), without.loss(weights[None]))
-
-
-@pytest.fixture(scope="module")
-def triton_kernels():
-    """The CUDA kernels; on the CPU, Triton's interpreter runs them (see conftest.py)."""
-    # The interpreter of older versions does not know all that the kernels use.
-    pytest.importorskip("triton", minversion="3.0")
-    from ghm_d2.losses.kernels import triton
-
-    return triton
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def on_device(*tensors):
-    return tuple(None if t is None else t.to(DEVICE) for t in tensors)
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("keep_shape", [None, (1500, 1), (1500, 7)], ids=str)
-def test_triton_sigmoid_equals_eager(triton_kernels, dtype, keep_shape):
-    logits, labels = classification((1500, 7), dtype)
-    keep = None
-    valid = (labels >= 0).unsqueeze(1)
-    if keep_shape:
-        keep = torch.rand(keep_shape, generator=torch.Generator().manual_seed(4)) > 0.3
-        valid = valid & keep
-    weights = smooth_weights(30)
-    expected = eager_sigmoid(logits, labels, valid, 30, weights)
-    kernel = triton_kernels.TritonSigmoid([on_device(logits, labels, keep)], None)
-    check(kernel, expected, weights, dtype)
-
-
-@pytest.mark.parametrize("bins", [1, 10, 1000])
-def test_triton_regression_equals_eager(triton_kernels, bins):
-    g = torch.Generator().manual_seed(0)
-    pred, target = torch.randn(2, 9000, generator=g) * 0.1
-    keep = torch.rand(9000, generator=g) > 0.3
-    weights = smooth_weights(bins)
-    x = pred.double().requires_grad_()
-    loss, norm = regression_examples(x, target.double(), MU)
-    region = unit_region_index(norm.float(), keep, bins)
-    total = harmonized_sum(loss, region, weights)
-    total.backward()
-    expected = count_unit_regions(region, bins), total.detach(), x.grad
-    kernel = triton_kernels.TritonRegression([on_device(pred, target, keep)], None, MU)
-    check(kernel, expected, weights, pred.dtype, off_by=9 if bins == 1000 else 0)
 
 
 def test_the_quick_way_to_a_region_is_taken_where_it_is_exact():

@@ -255,29 +255,6 @@ class TestLossScale:
         total = logits.grad.double().sum().item() / 65536
         assert total == pytest.approx(expected, rel=1e-2)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("scale", SCALES)
-    def test_cuda_kernels_take_the_factor_before_they_round(self, dtype, scale):
-        # by Triton's interpreter where there is no GPU
-        pytest.importorskip("triton", minversion="3.0")
-        from ghm_d2.losses.kernels import triton
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        weights = torch.full((30,), 1e-6, device=device)  # of a million examples in a region
-        factor = torch.tensor(scale, device=device)
-        x = torch.full((500, 4), -4.595, dtype=dtype, device=device)
-        labels = torch.full((500,), 4, device=device)
-        kernel = triton.TritonSigmoid([(x, labels, None)], None)
-        got = kernel.gradient(weights[None], factor)[0].double()
-        expected = (torch.sigmoid(x.double()) * 1e-6 * scale).to(dtype).double().view(-1)
-        torch.testing.assert_close(got, expected, rtol=1e-2, atol=6e-8 if scale == 1 else 0)
-        pred = torch.full((500,), 0.01, dtype=dtype, device=device)
-        kernel = triton.TritonRegression([(pred, torch.zeros_like(pred), None)], None, 0.02)
-        slope = pred.double() / (pred.double() ** 2 + 0.02**2).sqrt()
-        expected = (slope * 1e-6 * scale).to(dtype).double()
-        got = kernel.gradient(weights[None, :10], factor)[0].double()
-        torch.testing.assert_close(got, expected, rtol=1e-2, atol=6e-8 if scale == 1 else 0)
-
 
 class TestSecondDerivatives:
     """The weights are constants of each call, in the second derivative as in the first."""

@@ -105,7 +105,7 @@ class HarmonizedLoss(nn.Module):
             self.register_buffer("num_updates", torch.zeros(self.bins, dtype=torch.int64))
         self._failures: dict[str, Tensor] = {}
         self._bits: Tensor | None = None
-        self._messages: list[str] = []
+        self._messages: dict[int, str] = {}
 
     def extra_repr(self) -> str:
         """The settings, as ``print(model)`` shows them."""
@@ -128,7 +128,7 @@ class HarmonizedLoss(nn.Module):
         raise_first(self._failures)
         if self._bits is not None and (bits := int(self._bits)):
             self._bits.zero_()
-            raise ValueError(next(m for i, m in enumerate(self._messages) if bits >> i & 1))
+            raise ValueError(next(m for bit, m in self._messages.items() if bits & bit))
 
     def forward_pooled(
         self,
@@ -218,12 +218,9 @@ class HarmonizedLoss(nn.Module):
         """The examples of a device that checks values itself, made of what :meth:`_layout` gave."""
         raise NotImplementedError
 
-    def _refusals(self, raw: Sequence[Arguments]) -> list[str]:
-        """What the bits of such a device mean: bad targets, bad weights, not finite."""
-        return [self._target_message(*raw[0][:2]), WEIGHT_MESSAGE, self.not_finite_message]
-
-    def _target_message(self, prediction: Tensor, target: Tensor) -> str:
-        return self.not_finite_message
+    def _refusals(self, prediction: Tensor, target: Tensor) -> dict[int, str]:
+        """What the bits of such a device mean; see ``conclude_with`` of the kernels."""
+        return {2: WEIGHT_MESSAGE, 4: self.not_finite_message}
 
     def _examples(self, arguments: Sequence[Arguments]) -> Examples:
         """The examples of several tensors, some of which may hold none."""
@@ -275,7 +272,7 @@ class HarmonizedLoss(nn.Module):
         where = device.data[0].device
         if self._bits is None or self._bits.device != where:
             self._bits = torch.zeros(1, dtype=torch.int64, device=where)
-        self._messages = self._refusals(raw)
+        self._messages |= self._refusals(*raw[0][:2])
         return self._bits
 
     def _tell(

@@ -205,6 +205,11 @@ class GHMCLoss(HarmonizedLoss):
         """The label of an ignored row."""
         return -1 if self.ignore_index is None else self.ignore_index
 
+    def _refusals(self, prediction: Tensor, target: Tensor) -> dict[int, str]:
+        bit = 1 if target.dim() == 1 else 8
+        own = {bit: self._target_message(prediction, target)}
+        return own | super()._refusals(prediction, target)
+
     def _target_message(self, prediction: Tensor, target: Tensor) -> str:
         if target.dim() == 2:
             return "labels of the logits' shape must lie in [0, 1]"
