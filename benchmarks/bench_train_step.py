@@ -201,12 +201,12 @@ def _host_syncs(model: nn.Module, step: Callable[[], None]) -> list[str]:
         if isinstance(module, HarmonizedLoss):
             forward = module._forward
 
-            def watched(*args: Any, forward: Callable = forward) -> Any:
+            def watched(*args: Any, forward: Callable = forward, **options: Any) -> Any:
                 out = []
-                message = measure.host_sync(lambda: out.append(forward(*args)))
+                message = measure.host_sync(lambda: out.append(forward(*args, **options)))
                 if message:
                     found.append(message)
-                return out[0] if out else forward(*args)
+                return out[0] if out else forward(*args, **options)
 
             module._forward = watched
     step()

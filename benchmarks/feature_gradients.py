@@ -36,7 +36,6 @@ from gradient_variants import Predictions, Variant, box_variants, cls_variants
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ghm_d2.engine.arguments import parse_arguments
 from ghm_d2.engine.setup import build_config
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError, exits_with_one_sentence
@@ -65,8 +64,8 @@ Inputs = list[dict[str, Any]]
 
 def build_detector(dataset: str, options: Sequence[Any] = ()) -> tuple[CfgNode, nn.Module]:
     """The detector with its backbone's weights, in training mode, and its config."""
-    words = ["--config-file", CONFIG, "--dataset", dataset, *map(str, [*OPTIONS, *options])]
-    cfg, _ = build_config(parse_arguments(words), log_to_file=False)
+    pairs = [str(word) for word in (*OPTIONS, *options)]
+    cfg, _ = build_config(CONFIG, pairs, [dataset], log_to_file=False)
     if cfg.MODEL.RETINANET.NUM_CLASSES < 2:
         raise UserError("--dataset has one class: label noise needs at least two.")
     if cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():

@@ -26,7 +26,6 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ghm_d2.engine.arguments import parse_arguments
 from ghm_d2.engine.setup import build_config
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import exits_with_one_sentence
@@ -102,9 +101,8 @@ def record(module: nn.Module, stock: type, norms: Norms, split) -> None:
 
 def measure(dataset: str, iterations: int, sigmoid: bool) -> Norms:
     """Trains with the stock losses; returns the ratio of gradient norms of each step and loss."""
-    words = ["--config-file", CONFIG, "--dataset", dataset, *map(str, OPTIONS)]
-    words += ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", str(sigmoid)]
-    cfg, _ = build_config(parse_arguments(words), log_to_file=False)
+    pairs = [str(word) for word in (*OPTIONS, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", sigmoid)]
+    cfg, _ = build_config(CONFIG, pairs, [dataset], log_to_file=False)
     seed_all_rng(cfg.SEED)
     model = build_model(cfg).train()
     norms: Norms = {}

@@ -86,7 +86,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     signal.signal(signal.SIGINT, before)
-    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert stop.value.code == 75 and "interrupted" in capsys.readouterr().err
     pointer = next(out.glob("work/*/last_checkpoint"))
     cut, stopped = pointer.parent.name, pointer.read_text()
     assert stopped != "model_final.pth" and not list(out.glob("runs/*.json"))
@@ -179,7 +179,7 @@ def test_no_run_is_left_but_after_sigkill(tmp_path, data, how):
         return
     os.killpg(tool.pid, signal.SIGINT)
     error = tool.communicate()[1]
-    assert tool.returncode == 130 and "interrupted" in error and "Traceback" not in error
+    assert tool.returncode == 75 and "interrupted" in error and "Traceback" not in error
     assert not store.process(run) and not list(out.glob("runs/*.json"))
 
 

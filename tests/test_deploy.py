@@ -44,6 +44,14 @@ from ghm_d2.deploy.fixed_size import fixed_size_detector
 from ghm_d2.deploy.setup import image_preparer
 from ghm_d2.errors import UserError
 
+CASCADE = "ghm_cascade_rcnn_R_50"
+RES5 = (
+    *("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", ("res4",)),
+    *("MODEL.RPN.IN_FEATURES", ("res4",), "MODEL.BACKBONE.NAME", "build_resnet_backbone"),
+    *("MODEL.RESNETS.OUT_FEATURES", ("res4",), "MODEL.RESNETS.DEPTH", 50),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.ANCHOR_GENERATOR.SIZES", "[[32, 64, 128]]"),
+)
+
 SIZES = [(131, 130), (150, 233), (240, 129), (160, 160)]
 
 
@@ -140,6 +148,10 @@ def test_fixed_size_outputs_are_padded(base):
         (FASTER_RCNN, ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)),
         (FASTER_RCNN, ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)),
         (FASTER_RCNN, ("MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.1)),
+        (CASCADE, ()),
+        (CASCADE, ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.4)),
+        (FASTER_RCNN, RES5),
+        (FASTER_RCNN, RES5 + ("MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.3)),
     ],
 )
 def test_fixed_size_detector_follows_the_settings(base, opts):

@@ -104,7 +104,7 @@ def test_annotations_without_keypoints_are_not_labelled(tmp_path, caplog, monkey
 
 def test_files_without_keypoints_are_as_before(tmp_path):
     dataset = checked(tmp_path, content(every=100) | coco_content())
-    assert dataset.keypoints.number == 0
+    assert dataset.keypoints.number == 0 and dataset.evaluable
     register_coco_dataset(dataset)
     assert MetadataCatalog.get("points").get("keypoint_names") is None
     assert "keypoints" not in DatasetCatalog.get("points")[0]["annotations"][0]
@@ -122,7 +122,7 @@ def change_number(made):
     ("change", "words"),
     [
         (change_names, "the categories 'disc' and 'bar' list different keypoints"),
-        (change_number, "annotation 3 are 3 numbers instead of 9"),
+        (change_number, "annotation 3 are not 9 numbers"),
     ],
 )
 def test_what_boxes_alone_can_do_without(tmp_path, change, words):
@@ -136,12 +136,26 @@ def test_what_boxes_alone_can_do_without(tmp_path, change, words):
         check_keypoints("points", metadata, 3, mirrored=False)
 
 
-@pytest.mark.parametrize("values", [["1"] * 9, {"nose": 1}, [float("nan")] * 9, 7])
-def test_what_is_no_list_of_numbers_is_refused(tmp_path, values):
+@pytest.mark.parametrize("values", [["x"] * 9, {"nose": 1}, [float("nan")] * 9, 7])
+def test_what_is_no_list_of_numbers_trains_boxes_alone(tmp_path, values):
     made = content()
     made["annotations"][2]["keypoints"] = values
-    with pytest.raises(UserError, match="annotation 3 has keypoints that are no list"):
-        checked(tmp_path, made)
+    dataset = checked(tmp_path, made)
+    assert dataset.keypoints.number == 0
+    assert "annotation 3 are not 9 numbers" in dataset.keypoints.fault
+    register_coco_dataset(dataset)
+    annotations = [a for record in DatasetCatalog.get("points") for a in record["annotations"]]
+    assert len(annotations) == 12 and not any("keypoints" in a for a in annotations)
+
+
+def test_numbers_as_text_are_read(tmp_path):
+    made = content()
+    made["annotations"][0]["keypoints"] = list(map(str, made["annotations"][0]["keypoints"]))
+    dataset = checked(tmp_path, made)
+    assert dataset.keypoints.number == 3 and dataset.keypoints.incomplete
+    register_coco_dataset(dataset)
+    first = DatasetCatalog.get("points")[0]["annotations"][0]
+    assert first["keypoints"][:6] == [8.5, 10.5, 2, 9.5, 12.5, 2]
 
 
 @pytest.mark.parametrize(

@@ -518,3 +518,16 @@ def test_fake_tensors_have_a_loss_without_a_value(kind):
         loss = loss_fn(x.requires_grad_(), target)
         loss.backward()
     assert loss.shape == () and x.grad.shape == x.shape
+
+
+@KINDS
+def test_another_device_than_that_of_the_loss_is_named(kind):
+    loss_fn, x, target = losses_of(kind)
+    name = "pred" if kind == "boxes" else "logits"
+    with pytest.raises(
+        ValueError, match=rf"\b{name} must be on the device of the loss, cpu, got m"
+    ):
+        loss_fn(x.to("meta"), target.to("meta"))
+    name = "target" if kind == "boxes" else "labels"
+    with pytest.raises(ValueError, match=rf"\b{name} must be on the device of the loss"):
+        loss_fn(x, target.to("meta"))

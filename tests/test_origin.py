@@ -137,7 +137,7 @@ def test_prediction_names_the_classes_of_the_weights(run, tmp_path, capsys):
         rows = json.loads((out / "predictions.json").read_text())
         assert rows and all(row["category"] == CLASSES[row["category_id"]] for row in rows)
     change(run / "second.json", exchange_names)
-    argv += ["--dataset", f"second={run / 'second.json'},{run / 'images'}"]
+    argv += ["--overwrite", "--dataset", f"second={run / 'second.json'},{run / 'images'}"]
     capsys.readouterr()
     error = one_sentence(predict, argv, capsys, "ghm-d2 predict")
     assert "the classes of second are those of the weights in another order" in error

@@ -4,16 +4,18 @@ import csv
 import logging
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.config import LazyCall, get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from fvcore.nn import sigmoid_focal_loss
+from omegaconf import OmegaConf
 from PIL import Image
 from tiny import RETINANET, ROOT, tiny_pairs, unregister_all, write_coco
 
@@ -27,7 +29,13 @@ from ghm_d2.analysis.distributions import (
 )
 from ghm_d2.cli import figures as report
 from ghm_d2.cli.figures import plot_gradients
-from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
+from ghm_d2.data import (
+    check_coco_dataset,
+    parse_dataset,
+    register_coco_dataset,
+    register_datasets,
+)
+from ghm_d2.engine.setup import load_config
 from ghm_d2.errors import UserError
 from tests import reference
 from tests.detectors import small_config
@@ -392,3 +400,21 @@ def test_the_script_reports_one_sentence(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("ghm-d2 figures: error: ") and done.stderr.count("\n") == 1
     assert "--config-file" in done.stderr
+
+
+def test_a_python_config_gives_the_same_distributions(trained):
+    cfg = load_config(str(RETINANET), ["MODEL.RETINANET.NUM_CLASSES", "3", *tiny_pairs()])
+    model = build_model(cfg)
+    model.load_state_dict(torch.load(trained["weights"])["model"])
+    register_datasets([trained["data"]])
+    records = DatasetCatalog.get("some_val")[:2]
+    python = OmegaConf.create(flags={"allow_objects": True})
+    mapper = partial(DatasetMapper, cfg, is_train=False)
+    python.dataloader = {"test": {"mapper": LazyCall(mapper)()}}
+    for ours in (model.ghm_c[0], model.ghm_r[0]):
+        assert ours.bins in (30, 10)  # what the YAML config says, and the model holds
+    found, expected = (collect(each, model, records)["retinanet"] for each in (python, cfg))
+    assert found.classification.counts.tolist() == expected.classification.counts.tolist()
+    assert found.regression.counts.tolist() == expected.regression.counts.tolist()
+    assert found.regression.mu == expected.regression.mu
+    assert found.classification.counts.sum() > 0

@@ -85,7 +85,7 @@ def broken(change):
         (broken(lambda c: c["images"].clear()), "no images"),
         (broken(lambda c: c["annotations"].clear()), "no annotations"),
         (broken(lambda c: c["images"].__setitem__(2, 5)), "entry 2 of images is not an object"),
-        (broken(lambda c: c["images"][1].pop("height")), 'entry 1 of images has no "height"'),
+        (broken(lambda c: c["images"][1].pop("file_name")), 'entry 1 of images has no "file_name"'),
         (broken(lambda c: c["annotations"][3].pop("bbox")), 'entry 3 of annotations has no "bbox"'),
         (broken(lambda c: c["annotations"][3].update(id=1)), "id 1 occurs more than once"),
         (broken(lambda c: c["annotations"][0].update(category_id=9)), "category_id 9"),
@@ -135,7 +135,7 @@ def test_what_is_left_out_is_counted(tmp_path, caplog, monkeypatch):
     text = caplog.text
     assert "2 annotations belong to no listed image" in text
     assert "2 boxes have no positive width and height" in text
-    assert "1 images have no annotation" in text
+    assert "2 images have no annotation" in text
     register_coco_dataset(dataset)
     records = DatasetCatalog.get("reg")
     assert [len(r["annotations"]) for r in records] == [0, 2, 0, 2, 2, 2]

@@ -1,6 +1,7 @@
 """ghm-d2 split-data."""
 
 import json
+import logging
 import random
 
 import pytest
@@ -48,10 +49,12 @@ def test_a_file_that_is_listed_twice_stays_together():
             assert len({row["id"] for row in part["images"]} & {1, 4}) in (0, 2)
 
 
-def test_stray_annotations_are_counted(caplog):
+def test_stray_annotations_are_counted(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
     content = coco_content(4)
     content["annotations"][0]["image_id"] = 99
-    split_coco(content, 0.5, 1)
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    split(tmp_path / "all.json", "--output-dir", tmp_path / "out")
     assert "1 annotations belong to no listed image" in caplog.text
 
 
@@ -60,8 +63,9 @@ def test_stray_annotations_are_counted(caplog):
     [
         (None, [], "cannot be read"),
         ("{", [], "not a complete JSON file"),
-        ("[]", [], 'it has no list "images"'),
-        ('{"images": [{"id": 1}]}', [], "entry 0 of images lacks id or file_name"),
+        ("[]", [], "is not in COCO format"),
+        ('{"images": [{"id": 1}]}', [], "holds no categories"),
+        (json.dumps({**coco_content(4), "images": [{"id": 1}]}), [], 'images has no "file_name"'),
         (json.dumps(coco_content(4)), ["--fraction", "1.5"], "between 0 and 1, got 1.5"),
         (json.dumps(coco_content(1)), [], "two images or more are needed"),
     ],

@@ -1,6 +1,7 @@
 """ghm-d2 import-data: what users' folders look like, what each becomes, and every mistake."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from voc import voc_xml, write_image, write_lists, write_voc
 
 from ghm_d2.cli.import_data import main
 from ghm_d2.data import check_coco_dataset, parse_dataset
-from ghm_d2.data.voc import LabelledImage, VocObject, read_xml, to_coco
+from ghm_d2.data.voc import LabelledImage, VocObject, to_coco
+from ghm_d2.data.xml_files import read_xml
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +120,8 @@ def one(corners, **more):
         ((2.5, 3, 20.25, 30), False, [1.5, 2, 18.75, 28], {}),
         ((5, 5, 70, 50), False, [4, 4, 60, 44], {"clipped": 1}),
         ((-3, 5, 20, 30), True, [0, 5, 20, 25], {"clipped": 1}),
-        ((20, 5, 10, 30), False, None, {"empty": 1}),
+        ((20, 5, 10, 30), False, [9, 4, 11, 26], {"swapped": 1}),
+        ((10, 30, 20, 5), True, [10, 5, 10, 25], {"swapped": 1}),
         ((70, 5, 80, 30), False, None, {"empty": 1}),
     ],
 )
@@ -228,3 +231,189 @@ def test_mistakes(tmp_path, capsys):
         assert captured.err.startswith("ghm-d2 import-data: error: ") and message in captured.err
     assert not (tmp_path / "new").exists()
     assert (tmp_path / "out" / "train.json").read_text() == "mine"
+
+
+GOOD = (
+    "<object><name>disc</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>30</xmax><ymax>40</ymax>"
+    "</bndbox></object>"
+)
+BOX = "<bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+
+
+def one_xml(folder, objects, head="", encoding="utf-8", name="img0.xml"):
+    """A folder with one image, and a second one that is always good; returns img0's boxes."""
+    voc = write_voc(folder / "voc", 2, flat=True)
+    (voc / "img0.xml").unlink()
+    text = f"{head}<annotation><filename>img0.png</filename>{objects}</annotation>"
+    (voc / name).write_bytes(text.encode(encoding))
+    write_lists(voc, all=["img0", "img1"])
+    convert(voc, "--output-dir", folder, "--split", "all")
+    content = written(folder)["all"]
+    ids = [row["id"] for row in content["images"] if row["file_name"] == "img0.png"]
+    names = {row["id"]: row["name"] for row in content["categories"]}
+    return [
+        (names[a["category_id"]], a["bbox"], a["iscrowd"])
+        for a in content["annotations"]
+        if a["image_id"] in ids
+    ]
+
+
+def thing(inner, name="cup", more=""):
+    return f"<object><name>{name}</name>{more}{inner}</object>"
+
+
+POLYGON = "<polygon><x1>3</x1><y1>4</y1><x2>20</x2><y2>4</y2><x3>20</x3><y3>30</y3></polygon>"
+POINTS = (
+    "<polygon><pt><x>3</x><y>4</y></pt><pt><x>20</x><y>4</y></pt><pt><x>9</x><y>30</y></pt>"
+    "</polygon>"
+)
+ROTATED = "<robndbox><cx>30</cx><cy>20</cy><w>20</w><h>10</h><angle>{}</angle></robndbox>"
+
+
+@pytest.mark.parametrize(
+    ("objects", "cup", "words"),
+    [
+        (thing(BOX.format("nan")), None, "1 objects are left out.*'nan', which is not a number"),
+        (thing(""), None, "1 objects are left out"),
+        (thing(BOX.format(2), name=""), None, "object without a <name>"),
+        (thing(POLYGON), [3, 4, 17, 26], "1 objects are polygons or rotated"),
+        (thing(POINTS), [3, 4, 17, 26], "1 objects are polygons or rotated"),
+        (thing(ROTATED.format("1.5707963267948966")), [25, 10, 10, 20], "1 objects are polygons"),
+        (thing(BOX.format("inf") + POLYGON), [3, 4, 17, 26], "1 objects are polygons"),
+        (thing(BOX.format(2)), [1, 1, 8, 8], ""),
+    ],
+)
+def test_one_object_that_cannot_be_read_is_lost_alone(tmp_path, output, objects, cup, words):
+    found = one_xml(tmp_path, GOOD + objects)
+    assert ("disc", [0, 0, 30, 40], 0) in found
+    cups = [pytest.approx(box) for name, box, _ in found if name == "cup"]
+    assert cups == ([] if cup is None else [cup])
+    assert re.search(words, output())
+
+
+@pytest.mark.parametrize(
+    ("text", "crowd"),
+    [("1", 1), ("true", 1), ("True", 1), ("1.0", 1), ("0", 0), ("false", 0), ("", 0), ("0.0", 0)],
+)
+def test_spellings_of_difficult(tmp_path, text, crowd):
+    objects = thing(BOX.format(2), more=f"<difficult>{text}</difficult>")
+    assert one_xml(tmp_path, objects) == [("cup", [1, 1, 8, 8], crowd)]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "head"),
+    [
+        ("gb2312", '<?xml version="1.0" encoding="gb2312"?>'),
+        ("gbk", '<?xml version="1.0" encoding="GBK"?>'),
+        ("gbk", '<?xml version="1.0" encoding="utf-8"?>'),
+        ("gbk", ""),
+        ("utf-8-sig", ""),
+        ("utf-16", '<?xml version="1.0" encoding="utf-16"?>'),
+        ("iso-8859-1", '<?xml version="1.0" encoding="ISO-8859-1"?>'),
+    ],
+)
+def test_encodings(tmp_path, encoding, head):
+    name = "T\xfcr" if encoding.startswith("iso") else "\u7ea2\u7ec6\u80de"
+    found = one_xml(tmp_path, thing(BOX.format(2), name=name), head, encoding)
+    assert [row[0] for row in found] == [name]
+
+
+def test_suffix_in_capitals(tmp_path):
+    assert len(one_xml(tmp_path, GOOD, name="img0.XML")) == 1
+
+
+def test_folders_below(tmp_path):
+    for part in ("a", "b"):
+        voc = write_voc(tmp_path / part, 2)
+        for kind in ("Annotations", "JPEGImages"):
+            (tmp_path / "voc" / kind).mkdir(parents=True, exist_ok=True)
+            (voc / kind).rename(tmp_path / "voc" / kind / part)
+    Image.new("RGB", (30, 20)).save(tmp_path / "voc" / "JPEGImages" / "b" / "img1.png")
+    (tmp_path / "voc" / "Annotations" / "b" / "img1.xml").write_text(voc_xml(size=(30, 20)))
+    write_lists(tmp_path / "voc", train=["a/img0", "a/img1.png"], val=["b\\img0", "b/img1"])
+    convert(tmp_path / "voc", "--output-dir", tmp_path)
+    found = written(tmp_path)
+    assert [r["file_name"] for r in found["train"]["images"]] == ["a/img0.png", "a/img1.png"]
+    assert [(r["file_name"], r["width"]) for r in found["val"]["images"]] == [
+        ("b/img0.png", 64),
+        ("b/img1.png", 30),
+    ]
+
+
+def test_spellings_in_lists(tmp_path, output):
+    voc = write_voc(tmp_path / "voc", 4)
+    for kind, suffix in (("Annotations", "xml"), ("JPEGImages", "png")):
+        (voc / kind / f"img0.{suffix}").rename(voc / kind / f"my first image.{suffix}")
+        (voc / kind / f"img3.{suffix}").rename(voc / kind / f"img.v1.{suffix}")
+    lines = ["my first image", "img1.png", "JPEGImages/img2.png", "img.v1", "img9.png"]
+    write_lists(voc, all=["\ufeff" + lines[0], *lines[1:]])
+    convert(voc, "--output-dir", tmp_path, "--split", "all")
+    assert names(written(tmp_path)["all"]) == ["my first image", "img1", "img2", "img.v1"]
+    assert "1 of 5 listed images have no XML file that can be used, the first is img9" in output()
+
+
+def test_the_folders_of_roboflow_are_the_splits(tmp_path, output):
+    for part, number in (("train", 3), ("valid", 2), ("test", 1)):
+        write_voc(tmp_path / "voc" / part, number, flat=True)
+    convert(tmp_path / "voc", "--output-dir", tmp_path / "out")
+    found = written(tmp_path / "out")
+    assert {k: len(v["images"]) for k, v in found.items()} == {"train": 3, "val": 2, "test": 1}
+    assert found["val"]["images"][0]["file_name"] == "valid/img0.png"
+    assert "Split as the folders are: train, val, test" in output()
+    convert(tmp_path / "voc", "--output-dir", tmp_path / "b", "--split", "val")
+    assert list(written(tmp_path / "b")) == ["val"]
+    convert(tmp_path / "voc", "--output-dir", tmp_path / "c", "--val-fraction", "0.5")
+    assert {k: len(v["images"]) for k, v in written(tmp_path / "c").items()} == {
+        "train": 3,
+        "val": 3,
+    }
+
+
+CVAT = """<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version><meta/>
+<image id="0" name="a/0.png" width="64" height="48"{subset[0]}>
+<box label="disc" occluded="0" xtl="4.5" ytl="6.0" xbr="24.5" ybr="16.0" z_order="0"></box>
+<polygon label="bar" points="1.0,2.0;11.0,2.0;5.0,22.0"></polygon>
+<polyline label="bar" points="1.0,2.0;11.0,2.0"></polyline></image>
+<image id="1" name="1.png" width="64" height="48"{subset[1]}>
+<box label="disc" xtl="10" ytl="10" xbr="30" ybr="20" rotation="90.0"/></image>
+<image id="2" name="gone.png" width="64" height="48"></image>
+<image id="3" name="3.png" width="640" height="48"><tag label="x"/></image>
+</annotations>"""
+
+
+def write_cvat(folder, subset=("", "")):
+    for name in ("images/a/0.png", "images/1.png", "images/3.png"):
+        write_image(folder / name)
+    (folder / "annotations.xml").write_text(CVAT.format(subset=subset))
+    return folder
+
+
+def test_cvat(tmp_path, output):
+    convert(write_cvat(tmp_path / "cvat"), "--output-dir", tmp_path, "--val-fraction", "0.5")
+    rows = [row for content in written(tmp_path).values() for row in content["annotations"]]
+    found = sorted([round(v, 6) for v in row["bbox"]] for row in rows)
+    assert found == [[1, 2, 10, 20], [4.5, 6, 20, 10], [15, 5, 10, 20]]
+    text = output()
+    for words in (
+        "annotations.xml: 'gone.png' has no image of this name",
+        "'3.png' is for an image of 640 x 48 pixels",
+        "1 objects are polygons or rotated",
+        "1 objects are left out, because neither box nor polygon can be read; the first: 0.png",
+    ):
+        assert words in text, words
+    (root,) = {word.rpartition(",")[2] for word in text.splitlines()[-1].split()[1::2]}
+    assert root == str(tmp_path / "cvat" / "images")
+
+
+def test_cvat_s_subsets_are_the_splits(tmp_path):
+    subsets = (' subset="Train"', ' subset="Validation"')
+    convert(write_cvat(tmp_path / "cvat", subsets), "--output-dir", tmp_path)
+    assert {k: names(v) for k, v in written(tmp_path).items()} == {"train": ["0"], "val": ["1"]}
+
+
+def test_cvat_for_video_is_refused(tmp_path, capsys):
+    write_image(tmp_path / "images" / "0.png")
+    (tmp_path / "a.xml").write_text("<annotations><track/></annotations>")
+    with pytest.raises(SystemExit):
+        convert(tmp_path, "--output-dir", tmp_path)
+    assert "export the task as CVAT for images" in capsys.readouterr().err

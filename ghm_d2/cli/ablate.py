@@ -13,6 +13,7 @@ from ghm_d2.ablation import TABLES, Run, load_grid, plan_runs, write_report
 from ghm_d2.ablation.execute import CLUSTERS, Outcome, execute
 from ghm_d2.ablation.results import Store
 from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.preemption import PREEMPTED
 from ghm_d2.engine.setup import locate_config_file
 from ghm_d2.errors import UserError, exits_with_one_sentence
 from ghm_d2.provenance import machine
@@ -22,7 +23,7 @@ __all__ = ["add_arguments", "main", "run"]
 logger = logging.getLogger(__name__)
 
 _FLAGS = ("-h", "--help", "--report-only")
-_FAILED_RUNS, _INTERRUPTED = 1, 130  # exit codes
+_FAILED_RUNS = 1  # exit code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        SystemExit: code 2 after a mistake of the user, 1 where a run has failed, 130 after Ctrl-C.
+        SystemExit: code 2 after a mistake of the user, 1 where a run has failed, 75 after Ctrl-C.
     """
     parser = Parser(
         prog="ghm-d2 ablate",
@@ -73,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_arguments(parser)
     words = sys.argv[1:] if argv is None else argv
-    try:
-        with exits_with_one_sentence(parser.prog):
-            run(parse_arguments(words, parser, flags=_FLAGS, lists=("--seeds",)))
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on.", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+    with exits_with_one_sentence(parser.prog):
+        args = parse_arguments(words, parser, flags=_FLAGS, lists=("--seeds",))
+        try:
+            run(args)
+        except KeyboardInterrupt:
+            print(f"{parser.prog}: interrupted; the same command goes on.", file=sys.stderr)
+            sys.exit(PREEMPTED)
 
 
 def run(args: argparse.Namespace) -> None:

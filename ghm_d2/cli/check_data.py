@@ -4,17 +4,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ghm_d2.data.checks import KINDS, Findings, annotation_problems, row_problems
-from ghm_d2.data.image_checks import image_problems
-from ghm_d2.data.registration import read_annotations
+from ghm_d2.data.annotations import Uses
+from ghm_d2.data.checks import KINDS, Findings, Problem
+from ghm_d2.data.coco import CocoData, check_content
+from ghm_d2.data.overlap import copies
+from ghm_d2.data.tables import read_annotations
 from ghm_d2.engine.arguments import Parser
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 
 __all__ = ["main"]
 
 _HEADINGS = {
     "stops": "Training refuses:",
     "repaired": "Training repairs, counting them in its log:",
+    "doubtful": "Training takes as they are, with a warning:",
     "note": "Worth knowing:",
 }
 
@@ -34,40 +37,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not os.path.isdir(args.images):
             raise UserError(f"the image folder {args.images} does not exist.")
         content = read_annotations(args.annotations)
-        labelled = not args.unlabelled or "annotations" in content
-        found = Findings(args.examples).add(row_problems(content, labelled=labelled))
-        complete = not found.counts  # what lacks an id or a field cannot be looked at further
-        if complete:
-            found.add(annotation_problems(content))
-            found.add(
-                image_problems(
-                    content["images"],
-                    args.images,
-                    decode=not args.headers_only,
-                    name=os.path.basename(args.annotations),
-                )
-            )
-    _print(args.annotations, content, found)
-    if not complete:
+        sizes = [
+            f"{len(rows) if isinstance(rows := content.get(table), list) else 0} {table}"
+            for table in ("images", "annotations", "categories")
+        ]
+        data = check_content(
+            content,
+            labelled=not args.unlabelled,
+            root=args.images,
+            decode=not args.headers_only,
+            uses=Uses(keypoints=False),
+            name=os.path.basename(args.annotations),
+            examples=args.examples,
+        )
+        if not args.headers_only:
+            _find_copies(data)
+    print(f"{args.annotations}: {', '.join(sizes)}")
+    _print(data.found)
+    if not data.complete:
         print("Boxes and images were not looked at: mend the entries above first.")
-    sys.exit(1 if found.kinds("stops") or found.kinds("repaired") else 0)
+    sys.exit(1 if any(map(data.found.kinds, ("stops", "repaired", "doubtful"))) else 0)
 
 
-def _print(file: str, content: dict, found: Findings) -> None:
-    sizes = [
-        f"{len(content[table]) if isinstance(content.get(table), list) else 0} {table}"
-        for table in ("images", "annotations", "categories")
-    ]
-    print(f"{file}: {', '.join(sizes)}")
+def _find_copies(data: CocoData) -> None:
+    for group in copies(data.files):
+        first, *others = (shown(data.files[place].path) for place in group)
+        for other in others:
+            data.found.add(Problem("image copy", f"{other} and {first}"))
+
+
+def _print(found: Findings) -> None:
     for severity, heading in _HEADINGS.items():
         kinds = found.kinds(severity)
         if kinds:
             print(heading)
         for kind in kinds:
-            print(f"  {found.counts[kind]} {KINDS[kind][1]}")
+            way_out = f": {KINDS[kind][2]}" if severity == "stops" else ""
+            print(f"  {found.counts[kind]} {KINDS[kind][1]}{way_out}")
             for example in found.examples[kind]:
                 print(f"      {example}")
             if (more := found.counts[kind] - len(found.examples[kind])) > 0:
                 print(f"      and {more} more")
-    if not (found.kinds("stops") or found.kinds("repaired")):
+    if not any(map(found.kinds, ("stops", "repaired", "doubtful"))):
         print("No problem found.")

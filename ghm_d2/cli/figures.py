@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -18,7 +17,8 @@ from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import check_datasets
 from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.engine.checks import check_all
-from ghm_d2.engine.setup import build_config, is_python
+from ghm_d2.engine.settings import key_of, pair, read_settings
+from ghm_d2.engine.setup import build_config, given_keys, is_python
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
@@ -60,24 +60,26 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot("made", f"--output {output}", error) from error
-    # The pairs hold the OUTPUT_DIR of a training, where its log must not be written to.
-    pairs = [*args.opts, "OUTPUT_DIR", str(output)]
-    if is_python(args.config_file):
-        raise UserError("--config-file must be a YAML file, whose heads the figures know.")
-    cfg, _ = build_config(args.config_file, pairs, args.dataset, eval_only=True)
-    if not cfg.DATASETS.TEST:
-        raise UserError("there are no images: give --dataset or DATASETS.TEST \"('NAME',)\".")
-    if "MODEL.WEIGHTS" not in args.opts[::2] or not cfg.MODEL.WEIGHTS:
-        raise UserError("the figures show a trained detector: give MODEL.WEIGHTS FILE.")
-    check_all(cfg, set(pairs[::2]), eval_only=True)
-    cfg.freeze()
+    # The overrides may name the OUTPUT_DIR of a training, where its log must not be written to.
+    own = [f"train.output_dir={output}"]
+    own = own if is_python(args.config_file) else ["OUTPUT_DIR", str(output)]
+    overrides = [*args.opts, *own]
+    cfg, _ = build_config(args.config_file, overrides, args.dataset, eval_only=True)
+    settings, given = read_settings(cfg), given_keys(args.config_file, overrides)
+    if not settings.test:
+        names = key_of(cfg, "test")
+        raise UserError(f"there are no images: give --dataset, or the names in {names}.")
+    if key_of(cfg, "weights") not in given or not settings.weights:
+        weights = pair(cfg, "weights", "FILE")
+        raise UserError(f"the figures show a trained detector: give {weights}.")
+    check_all(cfg, given, eval_only=True)
     setup_logger(str(output), name="fvcore")
     setup_logger(str(output))
-    records, caption = _records(cfg, args.max_images)
+    records, caption = _records(settings.test, args.max_images)
     model = GHMTrainer.build_model(cfg)
-    check_datasets(load_trained_weights(model, cfg.MODEL.WEIGHTS), cfg.DATASETS.TEST)
+    check_datasets(load_trained_weights(model, settings.weights), settings.test)
     detector_parts(model)
-    seed_all_rng(max(cfg.SEED, 0))  # the RPN and the box head sample their examples
+    seed_all_rng(max(settings.seed, 0))  # the RPN and the box head sample their examples
     parts = collect(cfg, model, tqdm(records, desc="images", unit="image"))
     files = []
     for name, part in parts.items():
@@ -121,9 +123,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _records(cfg: CfgNode, limit: int) -> tuple[list[dict[str, Any]], str]:
+def _records(names: Sequence[str], limit: int) -> tuple[list[dict[str, Any]], str]:
     """Images with objects, spread over the data, and a line that says which."""
-    names = cfg.DATASETS.TEST
     records = [r for name in names for r in DatasetCatalog.get(name) if r.get("annotations")]
     if not records:
         raise UserError(

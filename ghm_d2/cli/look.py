@@ -13,6 +13,7 @@ from detectron2.utils.logger import setup_logger
 
 from ghm_d2.data import register_datasets
 from ghm_d2.data.anchor_check import anchor_report
+from ghm_d2.data.annotations import Uses
 from ghm_d2.data.look_pictures import draw_grid, draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
 from ghm_d2.engine.arguments import Parser, parse_arguments
@@ -83,7 +84,8 @@ def _data_sets(args: argparse.Namespace) -> tuple[CfgNode | None, list[str]]:
         raise UserError(f"{args.opts[0]} overrides a config: give --config-file FILE too.")
     if not args.dataset:
         raise UserError("nothing to look at: give --dataset or --config-file.")
-    return None, [dataset.name for dataset in register_datasets(args.dataset)]
+    boxes = Uses(masks="", keypoints=False)
+    return None, [dataset.name for dataset in register_datasets(args.dataset, uses=boxes)]
 
 
 def _look(name: str, cfg: CfgNode | None, args: argparse.Namespace) -> None:

@@ -10,7 +10,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ghm_d2.data.split import describe, read_coco, split_coco, write_coco
+from ghm_d2.data.annotations import Uses
+from ghm_d2.data.coco import check_content
+from ghm_d2.data.registration import log_repairs, refuse
+from ghm_d2.data.split import describe, split_coco, write_coco
+from ghm_d2.data.tables import read_annotations
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import exits_with_one_sentence
 
@@ -32,7 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     with exits_with_one_sentence(parser.prog):
         args = parser.parse_args(argv)
-        rest, chosen = split_coco(read_coco(args.annotations), args.fraction, args.seed)
+        file = str(args.annotations)
+        # What training would refuse is worth knowing before there are two such files.
+        data = check_content(read_annotations(file), uses=Uses(keypoints=False))
+        refuse(file, data.found)
+        log_repairs(file, data.found)
+        rest, chosen = split_coco(data.content, args.fraction, args.seed)
         parts = {args.output_dir / "train.json": rest, args.output_dir / "val.json": chosen}
         write_coco(parts)
     for file, content in parts.items():

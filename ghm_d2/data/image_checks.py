@@ -1,18 +1,22 @@
-"""Whether the images of a data set are there, can be read, and are what the file says."""
+"""Whether the images of a data set are there, can be read, and how large they are."""
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from .checks import Problem
+from ghm_d2.errors import shown
 
-__all__ = ["image_problems", "is_deep"]
+from .checks import Problem
+from .image_files import find_images
+
+__all__ = ["ImageFile", "image_name", "is_deep", "look_at_images"]
 
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
@@ -26,29 +30,73 @@ def is_deep(mode: str) -> bool:
     return mode in _DEEP or mode.startswith("I;")
 
 
-def image_problems(
-    images: Sequence[dict[str, Any]], root: str, *, decode: bool, name: str
-) -> Iterator[Problem]:
-    """Problems of the image files.
+@dataclass(frozen=True)
+class ImageFile:
+    """An image as it is read.
+
+    Attributes:
+        path: of the file.
+        width, height: in pixels, after its EXIF orientation has been applied.
+        turned: whether that exchanged the two.
+    """
+
+    path: str
+    width: int
+    height: int
+    turned: bool = False
+
+
+def image_name(entry: dict[str, Any]) -> str:
+    """What a message calls an entry of "images"."""
+    return f"image {entry['id']!r} ({shown(entry['file_name'])})"
+
+
+def look_at_images(
+    images: Sequence[dict[str, Any]],
+    root: str,
+    *,
+    decode: bool,
+    name: str,
+    report: Callable[[Problem], None],
+) -> list[ImageFile | None]:
+    """Find the files and read their headers.
 
     Args:
-        images: entries of "images" with `id`, `file_name`, `width` and `height`.
+        images: entries of "images" with `id` and `file_name`.
         root: folder that the file names are relative to.
         decode: read every pixel, which finds truncated files; False: the headers alone.
         name: of the data set, for the progress bar.
+        report: takes every problem.
+
+    Returns:
+        One for each entry; None where there is no image that can be read.
     """
+    places = find_images([entry["file_name"] for entry in images], root)
+    for entry, place in zip(images, places, strict=True):
+        where = image_name(entry)
+        if place.path is None:
+            why = f" ({place.words})" if place.words else ""
+            report(Problem("missing image", f"{where} is missing from {root}{why}"))
+        elif place.words:
+            file = shown(os.path.relpath(place.path, root))
+            report(Problem("image name", f"{where} is found as {file} ({place.words})"))
     words = "reading the images" if decode else "looking for the images"
+    files: list[ImageFile | None] = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(partial(_look, root, decode), images)
-        for problems in tqdm(found, total=len(images), desc=f"{words} of {name}", delay=2):
-            yield from problems
+        found = pool.map(partial(_look, decode), images, [place.path for place in places])
+        for file, problems in tqdm(found, total=len(images), desc=f"{words} of {name}", delay=2):
+            files.append(file)
+            for problem in problems:
+                report(problem)
+    return files
 
 
-def _look(root: str, decode: bool, entry: dict[str, Any]) -> list[Problem]:
-    path = os.path.join(root, entry["file_name"])
-    where = f"image {entry['id']!r} ({entry['file_name']})"
-    if not os.path.isfile(path):
-        return [Problem("missing image", f"{where} is missing from {root}")]
+def _look(
+    decode: bool, entry: dict[str, Any], path: str | None
+) -> tuple[ImageFile | None, list[Problem]]:
+    if path is None:
+        return None, []
+    where = image_name(entry)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and large images, by the hundred
@@ -59,8 +107,10 @@ def _look(root: str, decode: bool, entry: dict[str, Any]) -> list[Problem]:
     # A damaged file is a random program of its format: it can fail with any exception.
     except Exception as error:
         reason = " ".join(str(error).replace(path, "the file").split()) or type(error).__name__
-        return [Problem("unreadable image", f"{where} cannot be read: {reason}")]
-    return list(_compare(entry, where, size, mode, orientation))
+        return None, [Problem("unreadable image", f"{where} cannot be read: {shown(reason)}")]
+    turned = orientation in _SIDEWAYS
+    width, height = size[::-1] if turned else size
+    return ImageFile(path, width, height, turned), list(_oddities(where, mode, orientation))
 
 
 def _orientation(image: Image.Image, decode: bool) -> int:
@@ -69,17 +119,7 @@ def _orientation(image: Image.Image, decode: bool) -> int:
     return image.getexif().get(_EXIF_ORIENTATION, 1)
 
 
-def _compare(
-    entry: dict[str, Any], where: str, size: tuple[int, int], mode: str, orientation: int
-) -> Iterator[Problem]:
-    turned = size[::-1] if orientation in _SIDEWAYS else size
-    if turned != (entry["width"], entry["height"]):
-        exif = ", as its EXIF orientation turns it" if turned != size else ""
-        yield Problem(
-            "image size",
-            f"{where} has {turned[0]} x {turned[1]} pixels{exif}, but the annotation file says "
-            f"{entry['width']} x {entry['height']}",
-        )
+def _oddities(where: str, mode: str, orientation: int) -> Iterator[Problem]:
     if is_deep(mode):
         yield Problem(
             "image depth",

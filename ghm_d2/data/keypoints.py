@@ -7,9 +7,10 @@ for all classes, and for each of a pair the name of the other.
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ghm_d2.data.fields import numbers
 from ghm_d2.errors import UserError
 
 __all__ = [
@@ -45,23 +46,25 @@ class Keypoints:
     Attributes:
         names: in their order; empty where the categories list none.
         number: of an object; 0: no object has any, or ``fault`` says why none can be used.
-        incomplete: whether an annotation has none, or no "num_keypoints", without which pycocotools
-            does not evaluate keypoints.
+        without: annotations without any, where others have some.
+        labelled: objects with a keypoint that is labelled.
+        incomplete: whether an annotation has none that pycocotools could evaluate as it stands.
         fault: a clause on why the file's keypoints cannot be trained on, or an empty string.
     """
 
     names: tuple[str, ...] = ()
     number: int = 0
+    without: int = 0
+    labelled: int = 0
     incomplete: bool = False
     fault: str = ""
 
 
-def find_keypoints(content: Mapping[str, Any], file: str) -> Keypoints:
+def find_keypoints(content: Mapping[str, Any]) -> Keypoints:
     """The keypoints of an annotation file, whether or not they will be used.
 
     Args:
         content: its tables, each of them checked.
-        file: its name, for messages.
     """
     lists: dict[tuple[str, ...], str] = {}  # the names, and the first category that has them
     for category in content["categories"]:
@@ -74,36 +77,47 @@ def find_keypoints(content: Mapping[str, Any], file: str) -> Keypoints:
     if len(lists) > 1:
         first, other = list(lists.values())[:2]
         return Keypoints(
-            fault=f"in {file} the categories {first!r} and {other!r} list different keypoints, of "
-            "which Detectron2 has one list for all"
+            fault=f"the categories {first!r} and {other!r} list different keypoints, of which "
+            "Detectron2 has one list for all"
         )
     names = next(iter(lists), ())
-    number = len(names) or len(found[0]["keypoints"]) // 3
+    first_values = numbers(found[0]["keypoints"])
+    number = len(names) or len(first_values or ()) // 3
     for annotation in found:
-        if len(annotation["keypoints"]) != 3 * number:
+        if not number or numbers(annotation["keypoints"], 3 * number) is None:
+            wanted = f"{3 * number} numbers" if number else "numbers"
             return Keypoints(
-                fault=f"in {file} the keypoints of annotation {annotation['id']!r} are "
-                f"{len(annotation['keypoints'])} numbers instead of {3 * number}, x, y and "
-                f"visibility of each of {number}"
+                fault=f"the keypoints of annotation {annotation['id']!r} are not {wanted}, x, y "
+                f"and visibility of each of {number or 'them'}"
             )
-    without = len(annotations) - len(found)
-    if without:
-        logger.info(
-            "%s: %d annotations have no keypoints; they count as not labelled.", file, without
-        )
-    incomplete = any(not a.get("keypoints") or "num_keypoints" not in a for a in annotations)
-    return Keypoints(names, number, incomplete)
+    return Keypoints(names, number, len(annotations) - len(found))
 
 
-def fill_in(records: Sequence[dict[str, Any]], number: int) -> None:
-    """Gives every annotation without keypoints ``number`` that are not labelled, in place.
+def fill_in(annotations: Sequence[dict[str, Any]], found: Keypoints) -> Keypoints:
+    """Gives every annotation keypoints, unlabelled ones where it has none, in place.
 
-    Detectron2 and pycocotools take what all of them have.
+    Detectron2 and pycocotools take what all of them have, and read how many are labelled.
+
+    Args:
+        annotations: those of the file.
+        found: what :func:`find_keypoints` returns.
+
+    Returns:
+        The same with ``labelled`` and ``incomplete``.
     """
-    for record in records:
-        for annotation in record["annotations"]:
-            if not annotation.get("keypoints"):
-                annotation["keypoints"] = [0.0] * (3 * number)
+    if not found.number:
+        return found
+    size, incomplete = 3 * found.number, False
+    for annotation in annotations:
+        values = annotation.get("keypoints")
+        points = numbers(values, size) if values else [0] * size
+        given = annotation.get("num_keypoints")
+        labelled = given if type(given) is int and given >= 0 else sum(v > 0 for v in points[2::3])
+        if not values or points is not values or labelled is not given:
+            incomplete = True
+            annotation.update(keypoints=points, num_keypoints=labelled)
+    labelled = sum(annotation["num_keypoints"] > 0 for annotation in annotations)
+    return replace(found, labelled=labelled, incomplete=incomplete)
 
 
 def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) -> None:
@@ -136,6 +150,11 @@ def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) ->
             f"the objects of the data set {name} have {found} keypoints but "
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}: give "
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {found}."
+        )
+    if not metadata.get("labelled_keypoints", 1):
+        raise UserError(
+            f"no object of the data set {name} has a keypoint that is labelled (visibility 1 or "
+            "2): label some, or give MODEL.KEYPOINT_ON False to train on boxes alone."
         )
     if not mirrored:
         return

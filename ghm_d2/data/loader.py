@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ghm_d2.data import workers
 from ghm_d2.data.anchor_check import log_anchor_fit
+from ghm_d2.data.readable import UnusableData
+from ghm_d2.errors import command
 from ghm_d2.randomness import numpy_state, preserved, seeded, set_numpy_state
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+_MOST_REFUSALS = 100  # one after the other
 
 
 def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
@@ -253,12 +257,25 @@ class _Samples(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         position, index = item
+        refused: set[int] = set()
         with seeded(self.seed, position):
             while (sample := self._mapper(self._records[index])) is None:
                 # As Detectron2 has it: a mapper may refuse an image, and another one replaces it.
+                refused.add(index)
+                if len(refused) >= min(_MOST_REFUSALS, len(self)):
+                    self._give_up(len(refused), index)
                 logger.warning("the mapper refused image %d: another one replaces it", index)
-                index = int(np.random.randint(len(self)))
+                while index in refused:
+                    index = int(np.random.randint(len(self)))
         return sample
+
+    def _give_up(self, refusals: int, index: int) -> None:
+        every = "all" if refusals == len(self) else "too many"
+        last = getattr(self._mapper, "last_failure", "") or self._records[index].get("file_name")
+        raise UnusableData(
+            f"{every} of the {len(self)} images cannot be used, the last {last}: "
+            f"{command('check-data')} lists every image that cannot be read."
+        )
 
 
 def _as_it_is(sample: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One image that cannot be read does not end a training, and many do."""
+"""One image that cannot be read does not end a training; many do, and wrong annotations."""
 
 import logging
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 from ghm_d2.errors import UserError, reason
 
-__all__ = ["ReadableMapper", "TooManyUnreadable"]
+__all__ = ["ReadableMapper", "TooManyUnreadable", "UnusableData"]
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +18,12 @@ Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
 # all did, the disk is the likelier cause.
 _FEW = 20
 _SHARE = 0.1
+# By chance so many follow each other in a training that goes on for days only where most fail.
+_IN_A_ROW = 50
 
 
-class TooManyUnreadable(UserError):
-    """More images than a few cannot be read."""
+class UnusableData(UserError):
+    """What the data of a training holds, and no check before it has found."""
 
     def __init__(self, message: str) -> None:
         """
@@ -31,25 +33,34 @@ class TooManyUnreadable(UserError):
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 
+class TooManyUnreadable(UnusableData):
+    """More images than a few cannot be read."""
+
+
 class ReadableMapper:
     """A mapper around another one, for images that break after the headers were checked.
 
     In training, an image that cannot be read gives None, for which the loaders of Detectron2 and of
     this project take another one. In a test it becomes a black image, on which nothing will be
     found: the evaluation counts its objects as missed, as long as every image has its place.
+
+    Attributes:
+        last_failure: file and reason of the last image that could not be read.
     """
 
     def __init__(self, mapper: Mapper, is_train: bool) -> None:
         """
         Args:
-            mapper: from a dataset dict to a sample; whatever it raises is taken for the image's
-                fault.
+            mapper: from a dataset dict to a sample; what it raises without the annotations too is
+                the image's fault.
             is_train: whether another image may take its place.
         """
         self._mapper = mapper
         self._is_train = is_train
         self._seen = 0
+        self._in_a_row = 0
         self._failed: dict[str, int] = {}
+        self.last_failure = ""
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """
@@ -57,27 +68,49 @@ class ReadableMapper:
             The sample, or None.
 
         Raises:
-            TooManyUnreadable: more than 20 images failed, and more than a tenth of all, in this
-                worker of the loader.
+            TooManyUnreadable: more than 20 images failed, and more than a tenth of all, or 50 one
+                after the other, in this worker of the loader.
+            UnusableData: the image can be used, but not its annotations.
         """
         self._seen += 1
         try:
-            return self._mapper(record)
+            sample = self._mapper(record)
         except UserError:
             raise
         # A damaged file is a random program of its format: it can fail with any exception.
         except Exception as error:
+            if self._is_train and self._can_read(record):
+                raise UnusableData(
+                    f"the annotations of {record.get('file_name')} cannot be used "
+                    f"({reason(error)}): correct or remove those of this image."
+                ) from error
             self._count(record, error)
+        else:
+            self._in_a_row = 0
+            return sample
         return None if self._is_train else self._black(record)
+
+    def _can_read(self, record: dict[str, Any]) -> bool:
+        """Whether the image alone goes through the mapper."""
+        if "annotations" not in record:
+            return False
+        try:
+            self._mapper({k: v for k, v in record.items() if k != "annotations"})
+        except Exception:
+            return False
+        return True
 
     def _count(self, record: dict[str, Any], error: Exception) -> None:
         name = str(record.get("file_name"))
         self._failed[name] = self._failed.get(name, 0) + 1
+        self.last_failure = f"{name} ({reason(error)})"
+        self._in_a_row += 1
         times = sum(self._failed.values())
-        if len(self._failed) > _FEW and times > _SHARE * self._seen:
+        many = len(self._failed) > _FEW and times > _SHARE * self._seen
+        if many or self._in_a_row >= _IN_A_ROW:
             raise TooManyUnreadable(
-                f"{times} of {self._seen} images could not be read, the last {name} "
-                f"({reason(error)}): check the disk, or list all of them with ghm-d2 check-data."
+                f"{times} of {self._seen} images could not be read, the last {self.last_failure}: "
+                "check the disk, or list all of them with ghm-d2 check-data."
             )
         logger.warning(
             "%s cannot be used (%s): %s; %d of %d images so far, in this worker of the loader",

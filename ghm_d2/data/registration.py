@@ -2,11 +2,11 @@
 
 The checks read the annotation file and the headers of the images once, before any process is
 launched, so that a mistake in the data costs a second and one sentence instead of a traceback after
-an hour.
+an hour. What they leave is what training and evaluation see.
 """
 
+import functools
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,21 +14,26 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-from ghm_d2.data.checks import KINDS, Findings, annotation_problems, row_problems
-from ghm_d2.data.image_checks import image_problems
-from ghm_d2.data.keypoints import Keypoints, fill_in, find_keypoints, mirrored_pairs
-from ghm_d2.errors import UserError, cannot
+from ghm_d2.data.annotations import Uses
+from ghm_d2.data.checks import KINDS, Findings
+from ghm_d2.data.coco import CocoData, check_content
+from ghm_d2.data.image_checks import ImageFile
+from ghm_d2.data.keypoints import Keypoints, mirrored_pairs
+from ghm_d2.data.overlap import log_shared_images
+from ghm_d2.data.tables import is_plain, read_annotations
+from ghm_d2.errors import UserError, command
 
 __all__ = [
     "CocoDataset",
     "check_coco_dataset",
     "check_same_classes",
     "data_fingerprint",
+    "log_more_objects_than",
+    "log_repairs",
     "parse_dataset",
-    "read_annotations",
+    "refuse",
     "register_coco_dataset",
     "register_datasets",
 ]
@@ -37,11 +42,7 @@ logger = logging.getLogger(__name__)
 
 _registered_here: set[str] = set()
 
-_IDENTITY = (
-    ("id", "name"),
-    ("id", "file_name"),
-    ("image_id", "category_id", "bbox", "iscrowd"),
-)  # of a category, an image and an annotation
+_LEVELS = {"repaired": logging.WARNING, "doubtful": logging.WARNING, "note": logging.INFO}
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,43 @@ class CocoDataset:
         name: the name for `DATASETS.TRAIN` and `DATASETS.TEST`.
         json_file: path of the annotation file.
         image_root: folder that the file names in `json_file` are relative to.
+        uses: what the config takes of the annotations.
+        labelled: False: a file without annotations will do.
         classes: category names by ascending category id; empty until the file has been checked.
-        evaluable: whether pycocotools can evaluate the file as it is. If not, Detectron2 converts
-            the loaded data into a file that it can.
-        without_mask: number of objects, crowd regions left out, that have no segmentation.
-        keypoints: what the file holds of them; None: it has no annotations.
-        fingerprint: what :func:`data_fingerprint` returns; empty until the file has been checked.
+        files: the image of each entry of the file; empty until then.
+        fingerprint: what :func:`data_fingerprint` returns; empty until then.
+        data: what the file holds; stays in the process that has checked it, because another one
+            reads the file faster than it receives all of that. None until then.
     """
 
     name: str
     json_file: str
     image_root: str
+    uses: Uses = Uses()
+    labelled: bool = True
     classes: tuple[str, ...] = ()
-    evaluable: bool = True
-    without_mask: int = 0
-    keypoints: Keypoints | None = Keypoints()
+    files: tuple[ImageFile | None, ...] = ()
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    data: CocoData | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "data": None}
+
+    @property
+    def evaluable(self) -> bool:
+        """Whether pycocotools reads in the file itself what is trained on."""
+        return self.data is not None and self.data.as_written
+
+    @property
+    def keypoints(self) -> Keypoints | None:
+        """Those of the file in the process that has checked it; None: it has no annotations."""
+        return None if self.data is None else self.data.keypoints
+
+    def load(self) -> CocoData:
+        """What the file holds, read again in a process that has not checked it."""
+        if self.data is not None:
+            return self.data
+        return _read(self, files=self.files)
 
 
 def parse_dataset(text: str) -> CocoDataset:
@@ -86,15 +108,18 @@ def parse_dataset(text: str) -> CocoDataset:
     return CocoDataset(name, os.path.expanduser(json_file), os.path.expanduser(image_root))
 
 
-def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDataset:
-    """Check the annotation file and every image's header; log what training will leave out.
+def check_coco_dataset(
+    dataset: CocoDataset, *, labelled: bool = True, uses: Uses | None = None
+) -> CocoDataset:
+    """Check the annotation file and every image's header; log what is repaired or left out.
 
     Args:
         dataset: one `--dataset`.
-        labelled: False: a file without the key "annotations" will do, as a test set's has none.
+        labelled: False: a file without annotations will do, as a test set's has none.
+        uses: what the config takes of the annotations; by default everything.
 
     Returns:
-        The data set with `classes`, `evaluable`, `without_mask` and `fingerprint` filled in.
+        The data set with all its attributes.
 
     Raises:
         UserError: the data cannot be trained on; the message names the file and the reason.
@@ -106,41 +131,25 @@ def check_coco_dataset(dataset: CocoDataset, *, labelled: bool = True) -> CocoDa
             + (" (what follows the last comma)." if "," in dataset.json_file else ".")
         )
     logger.info("Checking data set %s (%s)", dataset.name, file)
-    content = read_annotations(file)
-    labelled = labelled or "annotations" in content
-    _refuse(file, Findings(1).add(row_problems(content, labelled=labelled)))
-    images, annotations = content["images"], content.get("annotations", [])
-    found = Findings(1).add(annotation_problems(content))
-    _refuse(file, found)
-    found.add(image_problems(images, dataset.image_root, decode=False, name=dataset.name))
-    _refuse(file, found)
-    if labelled:
-        _log_repairs(file, found)
-    else:
+    dataset = replace(dataset, labelled=labelled, uses=uses or dataset.uses)
+    data = _read(dataset)
+    refuse(file, data.found)
+    log_repairs(file, data.found)
+    if "annotations" not in data.content:
         logger.warning("%s has no annotations: predictions are written, no AP is computed.", file)
-    ordered = sorted(content["categories"], key=lambda category: category["id"])
+    if data.keypoints and data.keypoints.without:
+        logger.info(
+            "%s: %d annotations have no keypoints; they count as not labelled.",
+            file,
+            data.keypoints.without,
+        )
     return replace(
         dataset,
-        classes=tuple(category["name"] for category in ordered),
-        evaluable=all(map(_evaluable, annotations)),
-        without_mask=sum(not (a.get("segmentation") or a.get("iscrowd", 0)) for a in annotations),
-        keypoints=find_keypoints(content, file) if labelled else None,
-        fingerprint=_fingerprint(ordered, images, annotations),
+        classes=data.classes,
+        files=data.files,
+        fingerprint=data.fingerprint,
+        data=data,
     )
-
-
-def _fingerprint(*tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of categories, images and annotations, whatever their order and the spaces between them."""
-    digest = hashlib.sha256()
-    for table, keys in zip(tables, _IDENTITY, strict=True):
-        rows = sorted(json.dumps([row.get(key) for key in keys]) for row in table)
-        digest.update("\n".join(rows).encode())
-    _, images, annotations = tables
-    return {
-        "images": len(images),
-        "annotations": len(annotations),
-        "sha256": digest.hexdigest()[:16],
-    }
 
 
 def data_fingerprint(name: str) -> dict[str, Any]:
@@ -162,51 +171,33 @@ def data_fingerprint(name: str) -> dict[str, Any]:
     return {"sha256": digest.hexdigest()[:16]}
 
 
-def read_annotations(file: str) -> dict[str, Any]:
-    """Reads an annotation file.
-
-    Raises:
-        UserError: it cannot be read, or holds something else than one JSON object.
-    """
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except OSError as error:
-        raise cannot("read", f"the annotation file {file}", error) from error
-    except (ValueError, RecursionError) as error:  # broken JSON or not UTF-8
-        raise UserError(f"{file} is not a complete JSON file ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{file} is not in COCO format: it holds a {type(content).__name__} where an object "
-            'with "images", "annotations" and "categories" is expected.'
-        )
-    return content
+def _read(dataset: CocoDataset, files: tuple[ImageFile | None, ...] | None = None) -> CocoData:
+    file = dataset.json_file
+    data = check_content(
+        read_annotations(file),
+        labelled=dataset.labelled,
+        uses=dataset.uses,
+        name=dataset.name,
+        root=dataset.image_root,
+        files=files,
+    )
+    data.as_written &= is_plain(file)
+    return data
 
 
-def _refuse(file: str, found: Findings) -> None:
-    """Raises UserError for the first kind that stops a training, and counts the others."""
-    kinds = found.kinds("stops")
-    if not kinds:
-        return
-    number = found.counts[kinds[0]]
-    more = f" (the first of {number} such entries)" if number > 1 else ""
-    text = found.examples[kinds[0]][0]
-    colon = "" if text.startswith("holds ") else ":"  # of the file as a whole
-    raise UserError(f"{file}{colon} {text}{more}. ghm-d2 check-data lists everything.")
+def refuse(file: str, found: Findings) -> None:
+    """Raises UserError for the first kind that stops a training."""
+    if text := found.refusal():
+        colon = "" if text.startswith("holds ") else ":"  # of the file as a whole
+        raise UserError(f"{file}{colon} {text}; {command('check-data')} lists everything.")
 
 
-def _log_repairs(file: str, found: Findings) -> None:
-    for kind in (*found.kinds("repaired"), *found.kinds("note")):
-        severity, meaning = KINDS[kind]
-        level = logging.WARNING if severity == "repaired" else logging.INFO
-        count, first = found.counts[kind], found.examples[kind][0]
-        logger.log(level, "%s: %d %s; the first: %s.", file, count, meaning, first)
-
-
-def _evaluable(annotation: dict[str, Any]) -> bool:
-    """pycocotools needs both fields, and takes the id 0 (or one that is no number) for none."""
-    number = annotation["id"]
-    return "area" in annotation and "iscrowd" in annotation and type(number) is int and number > 0
+def log_repairs(file: str, found: Findings) -> None:
+    """Logs how often each kind was met that does not stop a training."""
+    for severity, level in _LEVELS.items():
+        for kind in found.kinds(severity):
+            count, first = found.counts[kind], found.examples[kind][0]
+            logger.log(level, "%s: %d %s; the first: %s.", file, count, KINDS[kind][1], first)
 
 
 def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
@@ -239,19 +230,31 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
             )
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: _load(dataset))
+    load = functools.cache(dataset.load)
+    data = load()
+
+    def records() -> list[dict[str, Any]]:
+        found = load().records(dataset.uses)
+        logger.info("Loaded %d images in COCO format from %s", len(found), dataset.json_file)
+        return found
+
+    DatasetCatalog.register(name, records)
     metadata = MetadataCatalog.get(name)
     metadata.set(
         image_root=dataset.image_root,
         evaluator_type="coco",
-        thing_classes=list(dataset.classes),
-        without_mask=dataset.without_mask,
+        thing_classes=list(data.classes),
+        thing_dataset_id_to_contiguous_id={i: k for k, i in enumerate(data.category_ids)},
+        without_mask=data.without_mask,
+        most_objects=data.most_objects,
         fingerprint=dict(dataset.fingerprint),
+        # What an evaluator writes where there is no json_file; see AllThresholdsCOCOEvaluator.
+        evaluated_content=lambda: load().evaluated(dataset.uses),
     )
-    keypoints = dataset.keypoints
+    keypoints = data.keypoints
     metadata.num_keypoints = None if keypoints is None else keypoints.number
-    if keypoints is not None:
-        metadata.keypoint_fault = keypoints.fault
+    if keypoints is not None and keypoints.fault:
+        metadata.keypoint_fault = f"in {dataset.json_file} {keypoints.fault}"
     if keypoints is not None and keypoints.number:
         # Detectron2's mapper asks for names whether or not it mirrors images.
         numbers = map(str, range(1, keypoints.number + 1))
@@ -259,17 +262,39 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
         metadata.keypoint_flip_map = mirrored_pairs(keypoints.names)
         metadata.keypoints_named = bool(keypoints.names)
         metadata.keypoints_incomplete = keypoints.incomplete
-    if dataset.evaluable:  # without json_file, COCOEvaluator converts what `_load` returns
+        metadata.labelled_keypoints = keypoints.labelled
+    if data.as_written:
         metadata.json_file = dataset.json_file
     _registered_here.add(name)
 
 
-def register_datasets(texts: Sequence[str], *, labelled: bool = True) -> list[CocoDataset]:
+def log_more_objects_than(limit: int, name: str) -> None:
+    """Warns of a test set in which images hold more objects than a detector may find.
+
+    Args:
+        limit: TEST.DETECTIONS_PER_IMAGE.
+        name: of a registered data set.
+    """
+    most = MetadataCatalog.get(name).get("most_objects", 0)
+    if most > limit:
+        logger.warning(
+            "an image of %s has %d objects, and a detector may find %d in one: the others count "
+            "as missed; give TEST.DETECTIONS_PER_IMAGE %d, which the evaluation follows",
+            name,
+            most,
+            limit,
+            most,
+        )
+
+
+def register_datasets(
+    texts: Sequence[str], *, labelled: bool = True, uses: Uses | None = None
+) -> list[CocoDataset]:
     """Parse, check and register all that a command line gives by `--dataset`.
 
     Args:
         texts: NAME=annotations.json,image_dir, each.
-        labelled: see :func:`check_coco_dataset`.
+        labelled, uses: see :func:`check_coco_dataset`.
 
     Returns:
         The checked data sets, which every other process registers too.
@@ -281,18 +306,9 @@ def register_datasets(texts: Sequence[str], *, labelled: bool = True) -> list[Co
     names = [dataset.name for dataset in datasets]
     if len(set(names)) < len(names):
         raise UserError(f"--dataset gives the same name twice: {', '.join(names)}.")
-    datasets = [check_coco_dataset(dataset, labelled=labelled) for dataset in datasets]
+    datasets = [check_coco_dataset(d, labelled=labelled, uses=uses) for d in datasets]
     check_same_classes(datasets)
+    log_shared_images({dataset.name: dataset.files for dataset in datasets})
     for dataset in datasets:
         register_coco_dataset(dataset)
     return datasets
-
-
-def _load(dataset: CocoDataset) -> list[dict[str, Any]]:
-    records = load_coco_json(dataset.json_file, dataset.image_root, dataset.name)
-    for record in records:
-        # Detectron2's mapper drops boxes without area, but turns negative sizes into positive ones.
-        record["annotations"] = [a for a in record["annotations"] if min(a["bbox"][2:]) > 0]
-    if dataset.keypoints and dataset.keypoints.number:
-        fill_in(records, dataset.keypoints.number)
-    return records

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import Any
 
 from ghm_d2.errors import UserError, cannot
 
-__all__ = ["choose", "describe", "read_coco", "split_coco", "write_coco"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["choose", "describe", "split_coco", "write_coco"]
 
 
 def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
@@ -32,7 +29,9 @@ def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
     if len(unique) < 2:
         raise UserError(f"two images or more are needed for a split, here are {len(unique)}.")
     # By hash: the same on every Python, and images added later leave most of the choice as it is.
-    unique.sort(key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    unique.sort(
+        key=lambda name: hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
+    )
     number = min(max(round(fraction * len(unique)), 1), len(unique) - 1)
     return set(unique[:number])
 
@@ -43,7 +42,7 @@ def split_coco(
     """Split COCO-format content into two by image; all other keys go into both.
 
     Args:
-        content: what :func:`read_coco` returns.
+        content: the checked content of a file.
         fraction: of the images, for the second part.
         seed: another one gives another split.
 
@@ -60,8 +59,6 @@ def split_coco(
         ids = {row["id"] for row in images}
         annotations = [row for row in content["annotations"] if row["image_id"] in ids]
         parts.append({**content, "images": images, "annotations": annotations})
-    if stray := len(content["annotations"]) - sum(len(part["annotations"]) for part in parts):
-        logger.warning("%d annotations belong to no listed image and are left out", stray)
     return parts[0], parts[1]
 
 
@@ -78,33 +75,6 @@ def describe(name: str, content: Mapping[str, Any]) -> str:
         f"{name}: {len(content['images'])} images, {len(content['annotations'])} objects "
         f"({shown}{more}){missing}"
     )
-
-
-def read_coco(file: Path) -> dict[str, Any]:
-    """Read a COCO-format file.
-
-    Raises:
-        UserError: it is missing, not JSON, or lacks what a split needs.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise cannot("read", file, error) from error
-    except ValueError as error:
-        raise UserError(f"{file} is not a complete JSON file ({error}).") from error
-    needed = {
-        "images": ("id", "file_name"),
-        "annotations": ("image_id", "category_id"),
-        "categories": ("id", "name"),
-    }
-    for table, fields in needed.items():
-        rows = content.get(table) if isinstance(content, dict) else None
-        if not isinstance(rows, list):
-            raise UserError(f'{file} is not in COCO format: it has no list "{table}".')
-        for number, row in enumerate(rows):
-            if not isinstance(row, dict) or any(row.get(key) is None for key in fields):
-                raise UserError(f"{file}: entry {number} of {table} lacks {' or '.join(fields)}.")
-    return content
 
 
 def write_coco(parts: Mapping[Path, Mapping[str, Any]]) -> None:

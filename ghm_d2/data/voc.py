@@ -6,17 +6,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers import expat
+from xml.etree.ElementTree import Element
 
 from PIL import Image
 
-__all__ = ["DIFFICULT", "LabelledImage", "VocObject", "read_annotation", "read_xml", "to_coco"]
+from ghm_d2.data.fields import flag, number
+
+__all__ = [
+    "DIFFICULT",
+    "LabelledImage",
+    "VocObject",
+    "image_size",
+    "polygon_corners",
+    "read_annotation",
+    "to_coco",
+]
 
 DIFFICULT = ("crowd", "keep", "drop")
-_LARGEST_XML = 1 << 24  # bytes; the XML of an image has a few thousand
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _ORIENTATION = 0x0112
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 @dataclass(frozen=True)
@@ -27,11 +36,15 @@ class VocObject:
         name: of the class.
         corners: xmin, ymin, xmax, ymax in pixels, as written.
         difficult: whether the annotator marked it as hard to recognise.
+        outline: whether the corners are those of a polygon or rotated box.
+        from_zero: whether the corners count from 0 and are no pixels, whatever the others do.
     """
 
     name: str
     corners: tuple[float, float, float, float]
     difficult: bool = False
+    outline: bool = False
+    from_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,75 +55,58 @@ class LabelledImage:
         file: the image.
         width, height: in pixels, turned as the EXIF data says, which is how Detectron2 reads it.
         objects: may be empty.
+        split: the part of the data set that its folder or file says; empty where neither does.
+        lost: for each object that cannot be used, what is wrong with it.
     """
 
     file: Path
     width: int
     height: int
     objects: tuple[VocObject, ...] = ()
+    split: str = ""
+    lost: tuple[str, ...] = ()
 
 
-def read_xml(file: Path) -> Element:
-    """Parse an XML file that may come from anywhere.
-
-    A document type is refused: without one there are no entities, neither external ones nor those
-    that grow to gigabytes.
-
-    Raises:
-        ValueError: the file is not well-formed XML, has a document type, or is larger than 16 MiB.
-        OSError: it cannot be read.
-    """
-    if file.stat().st_size > _LARGEST_XML:
-        raise ValueError(f"is larger than {_LARGEST_XML >> 20} MiB")
-    builder = TreeBuilder()
-    parser = expat.ParserCreate()
-    parser.StartElementHandler = builder.start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.StartDoctypeDeclHandler = _refuse
-    try:
-        parser.Parse(file.read_bytes(), True)
-    except expat.ExpatError as error:
-        raise ValueError(f"is not well-formed XML ({error})") from error
-    return builder.close()
-
-
-def _refuse(*_: object) -> None:
-    raise ValueError("has a document type (<!DOCTYPE ...>), which could hide entities: remove it")
-
-
-def read_annotation(xml: Path, images: dict[str, list[Path]]) -> LabelledImage:
-    """Read one XML file and find its image.
+def read_annotation(root: Element, xml: Path, images: dict[str, list[Path]]) -> LabelledImage:
+    """The image that one XML file is for, and its objects.
 
     The image is the one with the name of the XML file; only where there is none, the one that
-    ``<filename>`` names (which annotation tools do not keep up to date).
+    ``<filename>`` names (which annotation tools do not keep up to date). Of several in different
+    folders, the one whose folder is called as that of the XML file.
 
     Args:
+        root: of the file.
         xml: the file.
         images: the image files that may be meant, by their names without extension.
 
     Raises:
         ValueError: something is missing or wrong; the message follows the name of the file.
-        OSError: the XML file cannot be read.
     """
-    root = read_xml(xml)
     if root.tag != "annotation":
         raise ValueError(f"is not a VOC annotation: it begins with <{root.tag}>")
     name = _file_name(root.findtext("filename", ""))
     found = images.get(xml.stem) or images.get(Path(name).stem) or []
-    file = next((f for f in found if f.name == name), found[0] if found else None)
+    near = [f for f in found if f.parent.name == xml.parent.name] or found
+    file = next((f for f in near if f.name == name), near[0] if near else None)
     if file is None:
         raise ValueError(f"has no image: neither {xml.stem}.* nor its <filename> {name!r} exists")
-    width, height = _image_size(file)
-    written = tuple(_number(root, f"size/{side}", 0) for side in ("width", "height"))
+    width, height = image_size(file)
+    written = tuple(number(root.findtext(f"size/{side}")) for side in ("width", "height"))
     # Some tools write 0 where they do not know.
     if all(written) and written != (width, height):
         raise ValueError(
             f"is for an image of {written[0]:g} x {written[1]:g} pixels, but {file.name} has "
             f"{width} x {height}: the boxes would be wrong"
         )
-    objects = tuple(_object(node) for node in root.findall("object"))
-    return LabelledImage(file, width, height, objects)
+    objects, lost = [], []
+    for node in root.findall("object"):
+        try:
+            objects.append(_object(node))
+        except ValueError as error:
+            lost.append(str(error))
+    if lost and not objects:  # it would train as an image of background
+        raise ValueError(lost[0])
+    return LabelledImage(file, width, height, tuple(objects), lost=tuple(lost))
 
 
 def _file_name(text: str) -> str:
@@ -118,7 +114,12 @@ def _file_name(text: str) -> str:
     return text.strip().replace("\\", "/").rpartition("/")[2]
 
 
-def _image_size(file: Path) -> tuple[int, int]:
+def image_size(file: Path) -> tuple[int, int]:
+    """Width and height in pixels after the EXIF orientation.
+
+    Raises:
+        ValueError: it is no image that can be read.
+    """
     try:
         with Image.open(file) as image:
             width, height = image.size
@@ -129,24 +130,50 @@ def _image_size(file: Path) -> tuple[int, int]:
 
 
 def _object(node: Element) -> VocObject:
-    name = node.findtext("name", "").strip()
+    name = (node.findtext("name") or "").strip()
     if not name:
         raise ValueError("holds an object without a <name>")
-    corners = tuple(_number(node, f"bndbox/{c}") for c in ("xmin", "ymin", "xmax", "ymax"))
-    return VocObject(name, corners, node.findtext("difficult", "0").strip() == "1")
+    difficult = bool(flag(node.findtext("difficult")))
+    texts = [node.findtext(f"bndbox/{corner}") for corner in _CORNERS]
+    corners = tuple(number(text) for text in texts)
+    if None not in corners:
+        return VocObject(name, corners, difficult)
+    if outline := _rotated(node) or _polygon(node):
+        return VocObject(name, outline, difficult, outline=True, from_zero=True)
+    corner, text = next(
+        (c, t) for c, t, v in zip(_CORNERS, texts, corners, strict=True) if v is None
+    )
+    raise ValueError(f"holds an <object> with the bndbox/{corner} {text!r}, which is not a number")
 
 
-def _number(node: Element, path: str, default: float | None = None) -> float:
-    text = node.findtext(path)
-    if text is None and default is not None:
-        return default
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"holds an <{node.tag}> with the {path} {text!r}, which is not a number")
-    return value
+def _polygon(node: Element) -> tuple[float, float, float, float] | None:
+    """The box around <polygon>: <x1>, <y1>, <x2>, ..., or a <pt> for each point."""
+    polygon = node.find("polygon")
+    if polygon is None:
+        return None
+    x = [number(child.text) for child in polygon.iter() if child.tag.rstrip("0123456789") == "x"]
+    y = [number(child.text) for child in polygon.iter() if child.tag.rstrip("0123456789") == "y"]
+    return polygon_corners(x, y)
+
+
+def polygon_corners(
+    x: Sequence[float | None], y: Sequence[float | None]
+) -> tuple[float, float, float, float] | None:
+    """The box around points; None where one of them is no number or there are fewer than three."""
+    if len(x) != len(y) or len(x) < 3 or None in x or None in y:
+        return None
+    return min(x), min(y), max(x), max(y)
+
+
+def _rotated(node: Element) -> tuple[float, float, float, float] | None:
+    """The box around <robndbox>, a rotated one: centre, sides and an angle in radians."""
+    values = [number(node.findtext(f"robndbox/{key}")) for key in ("cx", "cy", "w", "h", "angle")]
+    if None in values:
+        return None
+    cx, cy, w, h, angle = values
+    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    half = ((w * cos + h * sin) / 2, (w * sin + h * cos) / 2)
+    return cx - half[0], cy - half[1], cx + half[0], cy + half[1]
 
 
 def to_coco(
@@ -175,8 +202,9 @@ def to_coco(
     Returns:
         The content, and how many objects were treated in other than the plain way: "difficult",
         "empty" (no area inside the image, left out), "clipped" (reached out of the image),
-        "from 0" (began at 0, where VOC begins at 1), and ``("class", name)`` for objects of other
-        classes, left out.
+        "swapped" (xmin was larger than xmax, or ymin than ymax), "outline" (the box around a
+        polygon or rotated box), "from 0" (began at 0, where VOC begins at 1), and
+        ``("class", name)`` for objects of other classes, left out.
     """
     shift = 0 if zero_based else 1
     ids = {name: number for number, name in enumerate(classes, start=1)}
@@ -196,13 +224,18 @@ def to_coco(
                 if difficult == "drop":
                     continue
             x0, y0, x1, y1 = item.corners
-            notes["from 0"] += bool(shift) and min(x0, y0) == 0
-            x0, y0 = max(x0 - shift, 0), max(y0 - shift, 0)
+            notes["swapped"] += x0 > x1 or y0 > y1
+            (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
+            notes["outline"] += item.outline
+            inside = 0 if item.from_zero else shift
+            notes["from 0"] += bool(inside) and min(x0, y0) == 0
+            low = min(x0, y0)
+            x0, y0 = max(x0 - inside, 0), max(y0 - inside, 0)
             right, bottom = min(x1, image.width), min(y1, image.height)
             if right <= x0 or bottom <= y0:
                 notes["empty"] += 1
                 continue
-            notes["clipped"] += min(item.corners[:2]) < 0 or (right, bottom) != (x1, y1)
+            notes["clipped"] += low < 0 or (right, bottom) != (x1, y1)
             box = [_plain(v) for v in (x0, y0, right - x0, bottom - y0)]
             annotations.append(
                 {

@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.modeling import FCOS, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import Tensor, nn
 
@@ -29,30 +28,33 @@ class Detections(NamedTuple):
 def check_detector(model: nn.Module) -> None:
     """
     Raises:
-        UserError: the model is neither a RetinaNet nor a Faster R-CNN.
+        UserError: the model is none of those that can be exported.
     """
-    if isinstance(model, RetinaNet):
+    if isinstance(model, RetinaNet | FCOS):
         return
     heads = getattr(model, "roi_heads", None)
-    predictor = getattr(heads, "box_predictor", None)
-    if not isinstance(model, GeneralizedRCNN) or not isinstance(predictor, FastRCNNOutputLayers):
+    predictors = getattr(heads, "box_predictor", None)
+    predictors = predictors if isinstance(predictors, nn.ModuleList) else [predictors]
+    known = all(isinstance(predictor, FastRCNNOutputLayers) for predictor in predictors)
+    if not isinstance(model, GeneralizedRCNN) or not known:
         raise UserError(
-            f"MODEL.META_ARCHITECTURE {type(model).__name__} with MODEL.ROI_HEADS.NAME "
-            f"{type(heads).__name__} is neither a RetinaNet nor a Faster R-CNN: only these two "
-            "detectors are supported."
+            f"the model {type(model).__name__} with the heads {type(heads).__name__} is neither a "
+            "RetinaNet, FCOS, Faster R-CNN nor Cascade R-CNN: only these can be exported."
         )
-    if heads.mask_on or heads.keypoint_on:
+    if any(getattr(heads, name, False) for name in ("mask_on", "keypoint_on")):
         raise UserError(
-            "masks and keypoints are not supported: give MODEL.MASK_ON False MODEL.KEYPOINT_ON "
-            "False to use the boxes alone."
+            "masks and keypoints are not exported: give MODEL.MASK_ON False MODEL.KEYPOINT_ON "
+            "False to export the boxes alone."
         )
 
 
 def limits(model: nn.Module) -> tuple[float, int]:
     """The score below which the model drops detections, and how many it keeps of an image."""
-    if isinstance(model, RetinaNet):
+    if not isinstance(model, GeneralizedRCNN):
         return model.test_score_thresh, model.max_detections_per_image
     predictor = model.roi_heads.box_predictor
+    if isinstance(predictor, nn.ModuleList):  # of a cascade; the last one decides
+        predictor = predictor[-1]
     return predictor.test_score_thresh, predictor.test_topk_per_image
 
 

@@ -2,17 +2,19 @@
 
 All three take one image of any size: (C, H, W) float32, 0 .. 255, its channels in the order of
 ``INPUT.FORMAT``, resized already as for the test (``INPUT.MIN_SIZE_TEST``, ``MAX_SIZE_TEST``) but
-neither normalised nor padded. The boxes are in pixels of that image. The file holds these facts and
-the class names as JSON under :data:`METADATA_KEY`.
+neither normalised nor padded; or, with a batch, N such images of one size. The boxes are in pixels
+of that image. The file holds these facts and the class names as JSON under :data:`METADATA_KEY`.
 """
 
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.export import TracingAdapter
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from ghm_d2.errors import UserError
 __all__ = [
     "FORMATS",
     "METADATA_KEY",
+    "Options",
     "describe",
     "example_image",
     "export_detector",
@@ -35,21 +38,61 @@ __all__ = [
 
 METADATA_KEY = "ghm_d2.json"
 _OUTPUTS = ("boxes", "scores", "classes")
-_OPSET = 17  # RoiAlign knows Detectron2's alignment from 16 on
+_COUNT = "count"  # of the rows that are no padding
+_OPSETS = range(16, 21)  # RoiAlign knows Detectron2's alignment from 16; the exporter ends at 20
 
 
-def describe(cfg: Config, model: nn.Module, class_names: list[str] | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options:
+    """
+    Attributes:
+        fixed_size: whether the outputs have a fixed number of rows, with the count of the real ones
+            as the fourth, as runtimes and converters want it that follow no sizes which depend on
+            values. torch_export always has.
+        batch: number of images at once that the file is made and tried with; 0: one image without
+            that axis. The file takes other numbers too. A batch has a fixed size.
+        half: whether the layers compute in float16; images, boxes and scores stay float32. Has a
+            fixed size.
+        opset: of ONNX.
+    """
+
+    fixed_size: bool = False
+    batch: int = 0
+    half: bool = False
+    opset: int = 17
+
+    def __post_init__(self) -> None:
+        if self.batch < 0:
+            raise UserError(f"--batch must be at least 1, got {self.batch}.")
+        if self.opset not in _OPSETS:
+            raise UserError(
+                f"--opset must lie between {_OPSETS[0]} and {_OPSETS[-1]}, got {self.opset}."
+            )
+
+    @property
+    def padded(self) -> bool:
+        """Whether a count stands beside the outputs."""
+        return self.fixed_size or self.batch > 0 or self.half
+
+
+def describe(
+    cfg: Config, model: nn.Module, class_names: list[str] | None, options: Options = Options()
+) -> dict[str, Any]:
     """What somebody who has the file alone must know."""
     channels, shortest, longest = images_of_test(cfg)
+    image = "images: (N, C, H, W)" if options.batch else "image: (C, H, W)"
     return {
         "architecture": type(model).__name__,
-        "input": "image: (C, H, W) float32, 0 .. 255, resized, neither normalised nor padded",
+        "input": f"{image} float32, 0 .. 255, resized, neither normalised nor padded",
         "input_format": channels,
         "min_size_test": shortest,
         "max_size_test": longest,
         "smallest_side_torch_export": smallest_side(model),
-        "output": "boxes (x1, y1, x2, y2 in pixels of the image), scores, classes; torch_export: "
-        "padded to a fixed number of rows, and the count of the real ones",
+        "output": "boxes (x1, y1, x2, y2 in pixels of the image), scores, classes; with fixed_size "
+        "and in torch_export padded to a fixed number of rows, and the count of the real ones",
+        "fixed_size": options.padded,
+        "batch": options.batch > 0,
+        "half": options.half,
         "class_names": class_names,
     }
 
@@ -75,15 +118,20 @@ def example_image(model: nn.Module) -> Tensor:
 
 
 def export_detector(
-    model: nn.Module, file: str | Path, format: str, metadata: dict[str, Any] | None = None
+    model: nn.Module,
+    file: str | Path,
+    format: str,
+    metadata: dict[str, Any] | None = None,
+    options: Options = Options(),
 ) -> None:
     """Writes a detector to a file that needs neither Detectron2 nor this package.
 
     Args:
-        model: RetinaNet or Faster R-CNN; it is put into eval mode.
+        model: RetinaNet, FCOS, Faster R-CNN or Cascade R-CNN; it is put into eval mode.
         file: what to write; a file that is there is replaced once the new one is complete.
         format: a key of :data:`FORMATS`.
         metadata: stored in the file as JSON.
+        options: what the file takes and gives.
 
     Raises:
         UserError: the model is of another kind, or something that the format needs is not there.
@@ -105,61 +153,85 @@ def export_detector(
             # are not among them is what the tests and --check look at.
             warnings.simplefilter("ignore")
             _write, _ = FORMATS[format]
-            _write(model, partial, json.dumps(metadata or {}))
+            _write(model, partial, json.dumps(metadata or {}), options)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load_exported(file: str | Path, format: str) -> Callable[[Tensor], Detections]:
+def load_exported(
+    file: str | Path, format: str, options: Options = Options()
+) -> Callable[[Tensor], Detections]:
     """Opens a file of :func:`export_detector` in the runtime that it is for.
 
     Args:
         file: path.
         format: a key of :data:`FORMATS`.
+        options: what the file was written with.
 
     Returns:
-        A function of an image, (C, H, W) float32.
+        A function of an image, (C, H, W) float32. A file with a batch is given the image as often
+        as ``options.batch`` says, and what it finds in the last of them is returned.
 
     Raises:
         UserError: ONNX Runtime is not installed.
     """
     _, load = FORMATS[format]
-    return load(file)
+    run = load(file)
+
+    def find(image: Tensor) -> Detections:
+        if options.batch:
+            image = image.expand(options.batch, *image.shape).contiguous()
+        found = list(run(image))
+        if options.batch:
+            found = [x[-1] for x in found]
+        if len(found) == len(_OUTPUTS) + 1:
+            count = int(found.pop())
+            found = [x[:count] for x in found]
+        return Detections(*found)
+
+    return find
 
 
-def _adapter(model: nn.Module, image: Tensor) -> nn.Module:
+def _module(model: nn.Module, image: Tensor, options: Options) -> nn.Module:
+    """What is traced."""
+    if options.padded:
+        return fixed_size_detector(model, batch=options.batch > 0, half=options.half)
     adapter = TracingAdapter(model, image, lambda model, image: tuple(detect(model, image)))
     return adapter.eval()  # the ONNX exporter gives the whole model the mode of its outermost part
 
 
-def _write_torchscript(model: nn.Module, file: Path, metadata: str) -> None:
+def _example(model: nn.Module, options: Options) -> Tensor:
     image = example_image(model)
+    return image.repeat(options.batch, 1, 1, 1) if options.batch else image
+
+
+def _write_torchscript(model: nn.Module, file: Path, metadata: str, options: Options) -> None:
+    image = _example(model, options)
     # The trace is checked by running it beside the model on other sizes, not by tracing it twice.
-    traced = torch.jit.trace(_adapter(model, image), (image,), check_trace=False)
+    traced = torch.jit.trace(_module(model, image, options), (image,), check_trace=False)
     torch.jit.save(traced, str(file), _extra_files={METADATA_KEY: metadata})
 
 
-def _load_torchscript(file: str | Path) -> Callable[[Tensor], Detections]:
-    traced = torch.jit.load(str(file))
-    return lambda image: Detections(*traced(image))
+def _load_torchscript(file: str | Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    return torch.jit.load(str(file))
 
 
-def _write_onnx(model: nn.Module, file: Path, metadata: str) -> None:
+def _write_onnx(model: nn.Module, file: Path, metadata: str, options: Options) -> None:
     onnx = _import("onnx")
-    image = example_image(model)
+    image = _example(model, options)
+    names = [*_OUTPUTS, *([_COUNT] if options.padded else [])]
+    axes = {0: "batch", 2: "height", 3: "width"} if options.batch else {1: "height", 2: "width"}
+    of_outputs = {0: "batch"} if options.batch else {} if options.padded else {0: "detections"}
     torch.onnx.export(
-        _adapter(model, image),
+        _module(model, image, options),
         (image,),
         str(file),
         dynamo=False,  # torch.export, the newer exporter's base, stops at Detectron2's inference
-        opset_version=_OPSET,
-        input_names=["image"],
-        output_names=list(_OUTPUTS),
-        dynamic_axes={
-            "image": {1: "height", 2: "width"},
-            **{name: {0: "detections"} for name in _OUTPUTS},
-        },
+        opset_version=options.opset,
+        input_names=[_input_name(options)],
+        output_names=names,
+        dynamic_axes={_input_name(options): axes, **dict.fromkeys(names, of_outputs)},
     )
     content = onnx.load(str(file))
     onnx.helper.set_model_props(content, {METADATA_KEY: metadata})
@@ -167,14 +239,18 @@ def _write_onnx(model: nn.Module, file: Path, metadata: str) -> None:
     onnx.save(content, str(file))
 
 
-def _load_onnx(file: str | Path) -> Callable[[Tensor], Detections]:
+def _input_name(options: Options) -> str:
+    return "images" if options.batch else "image"
+
+
+def _load_onnx(file: str | Path) -> Callable[[Tensor], Sequence[Tensor]]:
     session = _import("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (image,) = session.get_inputs()
+    return lambda x: [torch.from_numpy(y) for y in _arrays(session, image.name, x)]
 
-    def run(image: Tensor) -> Detections:
-        found = session.run(list(_OUTPUTS), {"image": image.cpu().numpy()})
-        return Detections(*(torch.from_numpy(array) for array in found))
 
-    return run
+def _arrays(session: Any, name: str, image: Tensor) -> list[Any]:
+    return [np.asarray(x) for x in session.run(None, {name: image.cpu().numpy()})]
 
 
 def _import(package: str) -> Any:
@@ -186,12 +262,20 @@ def _import(package: str) -> Any:
         ) from error
 
 
-def _write_torch_export(model: nn.Module, file: Path, metadata: str) -> None:
+def _write_torch_export(model: nn.Module, file: Path, metadata: str, options: Options) -> None:
     smallest = smallest_side(model)
-    sides = {i + 1: torch.export.Dim(s, min=smallest) for i, s in enumerate(("height", "width"))}
+    sides = {i: torch.export.Dim(s, min=smallest) for i, s in ((-2, "height"), (-1, "width"))}
+    image = _example(model, options)
+    if options.batch == 1:  # torch.export takes a size of 1 for a constant
+        image = image.repeat(2, 1, 1, 1)
+    shapes = {image.dim() + i: dim for i, dim in sides.items()}
+    if options.batch:
+        shapes[0] = torch.export.Dim("batch", min=1, max=1024)
     try:
         program = torch.export.export(
-            fixed_size_detector(model), (example_image(model),), dynamic_shapes={"image": sides}
+            fixed_size_detector(model, batch=options.batch > 0, half=options.half),
+            (image,),
+            dynamic_shapes=(shapes,),
         )
     except Exception as error:  # torch.export has no common type for what it cannot follow
         reason = " ".join(str(error).split()[:60])
@@ -203,15 +287,9 @@ def _write_torch_export(model: nn.Module, file: Path, metadata: str) -> None:
         torch.export.save(program, stream, extra_files={METADATA_KEY: metadata})
 
 
-def _load_torch_export(file: str | Path) -> Callable[[Tensor], Detections]:
+def _load_torch_export(file: str | Path) -> Callable[[Tensor], Sequence[Tensor]]:
     with open(file, "rb") as stream:
-        program = torch.export.load(stream).module()
-
-    def run(image: Tensor) -> Detections:
-        boxes, scores, classes, count = program(image)
-        return Detections(*(x[: int(count)] for x in (boxes, scores, classes)))
-
-    return run
+        return torch.export.load(stream).module()
 
 
 FORMATS = {

@@ -1,134 +1,180 @@
-"""Detectors whose every tensor but the image has a fixed size, for :func:`torch.export.export`.
+"""Detectors whose every tensor but the images has a fixed size: what other runtimes can follow.
 
-Detectron2's own inference keeps what passes a threshold, so its sizes depend on values, and
-torch.export stops at the first decision about such a size. Here everything is kept, with a mask
-beside it: what the mask excludes comes last and never suppresses anything. The detections are
-those of Detectron2's inference.
+Detectron2's own inference keeps what passes a threshold, so its sizes depend on values:
+torch.export stops at the first decision about such a size, and many a runtime takes no batch of
+them. Here everything is kept, with a mask beside it: what the mask excludes comes last and never
+suppresses anything. The detections are those of Detectron2's inference.
 """
 
 import copy
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import FCOS, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes, Instances
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-__all__ = ["FixedSizeRCNN", "FixedSizeRetinaNet", "fixed_size_detector"]
+__all__ = ["FixedSizeDense", "FixedSizeRCNN", "SingleImage", "fixed_size_detector"]
 
-Candidates = tuple[Tensor, Tensor, Tensor, Tensor]  # boxes, scores, classes, mask
+Size = tuple[int, int]
+# Of N images and R candidates each: boxes, (N, R, 4), scores, classes, mask, (N, R).
+Candidates = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def fixed_size_detector(model: nn.Module) -> nn.Module:
-    """Wraps a RetinaNet or a Faster R-CNN.
+def fixed_size_detector(model: nn.Module, *, batch: bool = False, half: bool = False) -> nn.Module:
+    """Wraps a detector.
 
     Args:
         model: passes :func:`~ghm_d2.deploy.detections.check_detector`.
+        batch: whether it takes N images of one size at once.
+        half: whether convolutions and linear layers compute in float16. Images, boxes and scores
+            stay float32: a coordinate above 2048 has no fraction, nor the half of it, in float16.
 
     Returns:
-        A module in eval mode that takes an image, (C, H, W), and returns ``boxes``, (D, 4),
-        ``scores``, (D,), ``classes``, (D,), and ``count``, () int64. D is
-        ``TEST.DETECTIONS_PER_IMAGE``; rows from ``count`` on are padding: 0, 0 and -1.
+        A module in eval mode that takes images, (N, C, H, W), and returns ``boxes``, (N, D, 4),
+        ``scores``, (N, D), ``classes``, (N, D), and ``count``, (N,) int64. D is
+        ``TEST.DETECTIONS_PER_IMAGE``; rows from ``count`` on are padding: 0, 0 and -1. Without
+        ``batch``, it takes one image, (C, H, W), and its outputs lack the first axis too.
     """
-    if isinstance(getattr(model.backbone, "top_block", None), LastLevelMaxPool):
+    subsample = isinstance(getattr(model.backbone, "top_block", None), LastLevelMaxPool)
+    if subsample or half:
         model = copy.deepcopy(model)
+    if subsample:
         model.backbone.top_block = _Subsample()
-    wrapper = FixedSizeRetinaNet if isinstance(model, RetinaNet) else FixedSizeRCNN
-    return wrapper(model).eval()
+    if half:
+        for part in _layers(model):
+            _halve(part)
+    wrapper = FixedSizeRCNN if isinstance(model, GeneralizedRCNN) else FixedSizeDense
+    fixed = wrapper(model)
+    return (fixed if batch else SingleImage(fixed)).eval()
 
 
-class FixedSizeRetinaNet(nn.Module):
-    """See :func:`fixed_size_detector`."""
+class SingleImage(nn.Module):
+    """A batched detector for one image."""
 
-    def __init__(self, model: RetinaNet) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        model, size = self.model, image.shape[-2:]
-        features = model.backbone(_normalize_and_pad(model, image))
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x[0] for x in self.model(image[None]))
+
+
+class FixedSizeDense(nn.Module):
+    """RetinaNet and FCOS; see :func:`fixed_size_detector`."""
+
+    def __init__(self, model: RetinaNet | FCOS) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        model, size = self.model, images.shape[-2:]
+        features = model.backbone(_normalize_and_pad(model, images))
         features = [features[name] for name in model.head_in_features]
-        logits, deltas = model._transpose_dense_predictions(
-            model.head(features), [model.num_classes, 4]
-        )
+        outputs = [[x.float() for x in levels] for levels in model.head(features)]
+        dims = [model.num_classes, 4, 1][: len(outputs)]  # FCOS has its centerness besides
+        logits, deltas, *centerness = model._transpose_dense_predictions(outputs, dims)
         levels = []
-        for anchors, level_logits, level_deltas in zip(
-            model.anchor_generator(features), logits, deltas, strict=True
-        ):
-            scores, index = _top(level_logits[0].sigmoid().flatten(), model.test_topk_candidates)
+        anchors = model.anchor_generator([f.float() for f in features])
+        for level, level_anchors in enumerate(anchors):
+            scores = logits[level].sigmoid()
+            if centerness:
+                scores = torch.sqrt(scores * centerness[0][level].sigmoid())
+            scores, index = _top(scores.flatten(1), model.test_topk_candidates)
             anchor = index // model.num_classes
             boxes = model.box2box_transform.apply_deltas(
-                level_deltas[0][anchor], anchors.tensor[anchor]
-            )
+                _rows(deltas[level], anchor).reshape(-1, 4),
+                level_anchors.tensor[anchor.flatten()],
+            ).view(*index.shape, 4)
             valid = scores > model.test_score_thresh
             levels.append((boxes, scores, index % model.num_classes, valid))
-        boxes, scores, classes, valid = (torch.cat(x) for x in zip(*levels, strict=True))
+        boxes, scores, classes, valid = (torch.cat(x, dim=1) for x in zip(*levels, strict=True))
         if getattr(model, "clip_before_nms", False):
             boxes = _clip(boxes, size)
-            valid = valid & Boxes(boxes).nonempty()
+            valid = valid & _nonempty(boxes)
         candidates = (boxes, scores, classes, valid)
-        kept = _nms(candidates, model.test_nms_thresh, model.max_detections_per_image)
-        return _finish(kept, size)
+        groups = model.num_classes
+        kept = _nms(candidates, model.test_nms_thresh, model.max_detections_per_image, groups)
+        return _finish(kept, size, model.max_detections_per_image)
 
 
 class FixedSizeRCNN(nn.Module):
-    """See :func:`fixed_size_detector`."""
+    """Faster R-CNN and Cascade R-CNN; see :func:`fixed_size_detector`."""
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        model, size = self.model, image.shape[-2:]
-        features = model.backbone(_normalize_and_pad(model, image))
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        heads, size = self.model.roi_heads, images.shape[-2:]
+        features = self.model.backbone(_normalize_and_pad(self.model, images))
         boxes, real = self._proposals(features, size)
-        proposals = [Instances(size, proposal_boxes=Boxes(boxes))]
-        heads = model.roi_heads
-        predictor = heads.box_predictor
-        pooled = heads.box_pooler(
-            [features[name] for name in heads.box_in_features], [Boxes(boxes)]
-        )
-        predictions = predictor(heads.box_head(pooled))
-        boxes = predictor.predict_boxes(predictions, proposals)[0]
-        scores = predictor.predict_probs(predictions, proposals)[0]
-        real = real & boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
+        number, rows = real.shape
+        if isinstance(heads, CascadeROIHeads):
+            stages = list(zip(heads.box_head, heads.box_predictor, strict=True))
+        else:
+            stages = [(getattr(heads, "box_head", None), heads.box_predictor)]
+        probabilities = []
+        for stage, (head, predictor) in enumerate(stages):
+            if stage > 0:
+                boxes = _clip(boxes, size)
+            # Not predict_boxes and predict_probs, which split their results by image.
+            logits, deltas = (x.float() for x in predictor(self._pooled(features, boxes, head)))
+            boxes = predictor.box2box_transform.apply_deltas(deltas, boxes.reshape(-1, 4))
+            sigmoid = predictor.use_sigmoid_ce
+            probabilities.append(logits.sigmoid() if sigmoid else logits.softmax(dim=-1))
+            if stage + 1 < len(stages):
+                boxes = boxes.view(number, rows, 4)
+        scores = sum(probabilities) * (1.0 / len(stages)) if len(stages) > 1 else probabilities[0]
+        finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
+        real = real & finite.view(number, rows)
 
         scores = scores[:, :-1]
-        rows, num_classes = scores.shape
-        boxes = boxes.view(rows, -1, 4).expand(rows, num_classes, 4).reshape(-1, 4)
-        classes = torch.arange(num_classes, device=scores.device).expand(rows, -1)
-        valid = (scores > predictor.test_score_thresh) & real[:, None]
-        candidates = (_clip(boxes, size), scores.flatten(), classes.flatten(), valid.flatten())
-        return _finish(
-            _nms(candidates, predictor.test_nms_thresh, predictor.test_topk_per_image), size
-        )
+        num_classes = scores.shape[1]
+        boxes = boxes.view(number, rows, -1, 4).expand(-1, -1, num_classes, -1).flatten(1, 2)
+        scores = scores.view(number, rows, num_classes)
+        classes = torch.arange(num_classes, device=scores.device).expand_as(scores).flatten(1)
+        valid = (scores > predictor.test_score_thresh) & real[:, :, None]
+        candidates = (_clip(boxes, size), scores.flatten(1), classes, valid.flatten(1))
+        most = predictor.test_topk_per_image
+        return _finish(_nms(candidates, predictor.test_nms_thresh, most, num_classes), size, most)
 
-    def _proposals(
-        self, features: dict[str, Tensor], size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
+    def _pooled(self, features: dict[str, Tensor], boxes: Tensor, head: nn.Module) -> Tensor:
+        """What the predictor takes, (N * R, ...)."""
+        heads = self.model.roi_heads
+        if isinstance(heads, Res5ROIHeads):
+            x = _pool(heads.pooler, [features[name] for name in heads.in_features], boxes)
+            return heads.res5(x).mean(dim=[2, 3])
+        return head(_pool(heads.box_pooler, [features[n] for n in heads.box_in_features], boxes))
+
+    def _proposals(self, features: dict[str, Tensor], size: Size) -> tuple[Tensor, Tensor]:
         rpn = self.model.proposal_generator
         features = [features[name] for name in rpn.in_features]
-        logits, deltas = rpn.rpn_head(features)
+        logits, deltas = ([x.float() for x in levels] for levels in rpn.rpn_head(features))
+        anchors = rpn.anchor_generator([f.float() for f in features])
         levels = []
-        for level, (anchors, level_logits, level_deltas) in enumerate(
-            zip(rpn.anchor_generator(features), logits, deltas, strict=True)
-        ):
-            scores = level_logits[0].permute(1, 2, 0).flatten()
+        for level, level_anchors in enumerate(anchors):
+            scores = logits[level].permute(0, 2, 3, 1).flatten(1)
             scores, index = _top(scores, rpn.pre_nms_topk[False])
-            # (A * 4, H, W) -> (H * W * A, 4)
-            per_anchor = level_deltas[0].unflatten(0, (-1, 4)).permute(2, 3, 0, 1).reshape(-1, 4)
-            boxes = rpn.box2box_transform.apply_deltas(per_anchor[index], anchors.tensor[index])
-            valid = boxes.isfinite().all(dim=1) & scores.isfinite()
+            # (N, A * 4, H, W) -> (N, H * W * A, 4)
+            per_anchor = deltas[level].unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+            boxes = rpn.box2box_transform.apply_deltas(
+                _rows(per_anchor, index).reshape(-1, 4), level_anchors.tensor[index.flatten()]
+            ).view(*index.shape, 4)
+            valid = boxes.isfinite().all(dim=2) & scores.isfinite()
             boxes = _clip(boxes, size)
-            valid = valid & Boxes(boxes).nonempty(threshold=rpn.min_box_size)
-            # Detectron2 suppresses level by level; in float64, offsets between levels are exact.
-            levels.append((boxes.double(), scores, torch.full_like(index, level), valid))
-        candidates = tuple(torch.cat(x) for x in zip(*levels, strict=True))
-        boxes, _, _, real = _nms(candidates, rpn.nms_thresh, rpn.post_nms_topk[False])
-        return boxes.float(), real
+            valid = valid & _nonempty(boxes, rpn.min_box_size)
+            levels.append((boxes, scores, torch.full_like(index, level), valid))
+        # Detectron2 suppresses level by level.
+        candidates = tuple(torch.cat(x, dim=1) for x in zip(*levels, strict=True))
+        kept = _nms(candidates, rpn.nms_thresh, rpn.post_nms_topk[False], len(levels))
+        return kept[0], kept[3]
 
 
 class _Subsample(LastLevelMaxPool):
@@ -138,59 +184,148 @@ class _Subsample(LastLevelMaxPool):
         return [x[:, :, ::2, ::2]]
 
 
-def _normalize_and_pad(model: nn.Module, image: Tensor) -> Tensor:
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The parts of a detector whose numbers need no precision of coordinates."""
+    if not isinstance(model, GeneralizedRCNN):
+        return [model.backbone, model.head]
+    heads = model.roi_heads
+    own = heads.res5 if isinstance(heads, Res5ROIHeads) else heads.box_head
+    predictors = heads.box_predictor
+    several = predictors if isinstance(predictors, nn.ModuleList) else [predictors]
+    return [model.backbone, model.proposal_generator.rpn_head, own, *several]
+
+
+def _halve(part: nn.Module) -> None:
+    part.half().register_forward_pre_hook(_to_half)
+
+
+def _to_half(_: nn.Module, inputs: tuple) -> tuple:
+    (x,) = inputs
+    if isinstance(x, Tensor):
+        return (x.half(),)
+    return ([y.half() for y in x],)
+
+
+def _normalize_and_pad(model: nn.Module, images: Tensor) -> Tensor:
     """As Detectron2's ``preprocess_image`` does, but for tensors that hold the padding."""
-    image = (image.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
-    height, width = image.shape[-2:]
+    images = (images.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
+    height, width = images.shape[-2:]
     step = model.backbone.size_divisibility
     if step > 1:
         right, below = ((x + step - 1) // step * step - x for x in (width, height))
-        image = F.pad(image, (0, right, 0, below))
-    return image.unsqueeze(0)
+        images = F.pad(images, (0, right, 0, below))
+    return images
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """Of each image its own rows: (N, R, C) and (N, k) give (N, k, C)."""
+    return table.gather(1, index[:, :, None].expand(-1, -1, table.shape[2]))
 
 
 def _top(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The ``number`` highest scores, (number,), and where they stand; -inf, 0 beyond the last."""
+    """The ``number`` highest of each row and where they stand; -inf, 0 beyond the last."""
     scores, index = F.pad(scores, (0, number), value=-float("inf")).topk(number)
     return scores, torch.where(scores == -float("inf"), 0, index)
 
 
-def _clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def _clip(boxes: Tensor, size: Size) -> Tensor:
     height, width = size
-    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    x1, y1, x2, y2 = boxes.unbind(dim=-1)
     xs = [x.clamp(0, width) for x in (x1, x2)]
     ys = [y.clamp(0, height) for y in (y1, y2)]
-    return torch.stack((xs[0], ys[0], xs[1], ys[1]), dim=1)
+    return torch.stack((xs[0], ys[0], xs[1], ys[1]), dim=-1)
 
 
-def _nms(candidates: Candidates, threshold: float, number: int) -> Candidates:
-    """Per-class NMS as torchvision's ``batched_nms``; the ``number`` best survivors, padded."""
-    # Two more that touch nothing: torch.export takes the number that NMS keeps for 2 at least.
-    boxes, scores, classes, valid = (F.pad(x, (0, 0) * (x.dim() - 1) + (0, 2)) for x in candidates)
+def _nonempty(boxes: Tensor, threshold: float = 0.0) -> Tensor:
+    return Boxes(boxes.flatten(0, 1)).nonempty(threshold).view(boxes.shape[:2])
+
+
+def _pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+    """As the pooler does, but without sorting the boxes by level, whose numbers are not known.
+
+    On all levels but its own, a box has no area, which costs nothing and gives zeros.
+
+    Returns:
+        (N * R, C, P, P) for boxes of (N, R, 4).
+    """
+    number, rows = boxes.shape[:2]
+    flat = boxes.reshape(-1, 4)
+    image = torch.arange(number, device=boxes.device, dtype=boxes.dtype)
+    image = image[:, None, None].expand(-1, rows, 1).reshape(-1, 1)
+    levels = len(pooler.level_poolers)
+    if levels > 1:
+        # The levels of Detectron2 are counted from the finest.
+        level = assign_boxes_to_levels(
+            [Boxes(flat)],
+            pooler.min_level,
+            pooler.max_level,
+            pooler.canonical_box_size,
+            pooler.canonical_level,
+        )
+    pooled = []
+    for k, (level_pooler, feature) in enumerate(zip(pooler.level_poolers, features, strict=True)):
+        here = flat if levels == 1 else torch.where((level == k)[:, None], flat, 0.0)
+        x = level_pooler(feature.float(), torch.cat((image, here), dim=1))
+        pooled.append(x if levels == 1 else torch.where((level == k)[:, None, None, None], x, 0.0))
+    return sum(pooled[1:], start=pooled[0])
+
+
+def _nms(candidates: Candidates, threshold: float, number: int, groups: int) -> Candidates:
+    """NMS within each class of each image; the ``number`` best survivors of each, padded.
+
+    All are moved apart and go through one NMS, so that the number of images may be anything.
+    """
+    boxes, scores, classes, valid = candidates
+    images, rows = scores.shape
+    exact = boxes if torch.onnx.is_in_onnx_export() else boxes.double()  # ONNX's NMS has float32
+    placed = torch.where(valid[:, :, None], exact, 0.0)
+    # Image by image, the squares of the classes stand in rows: far fewer pixels from the origin
+    # than one after the other, so that float32 keeps the fractions.
+    step = placed.max() - placed.min() + 1
+    side = math.ceil(math.sqrt(groups))
+    image = torch.arange(images, device=boxes.device)[:, None]
+    across = (classes % side) * step
+    down = (classes // side + image * side) * step
+    corner = placed.min() - 2
+    placed = placed + torch.stack((across, down, across, down), dim=2)
+    # The invalid ones become one box that touches no other: the first suppresses the rest, so that
+    # they cost no time.
+    nowhere = torch.stack((corner, corner, corner + 1, corner + 1))
+    placed = torch.where(valid[:, :, None], placed, nowhere)
     scores = torch.where(valid, scores, -float("inf"))
-    placed = torch.where(valid[:, None], boxes, 0.0)
-    offset = classes * (placed.max() + 1)
-    # The invalid ones, but for the last, become one box that touches no other: the first of them
-    # suppresses the rest, so that they cost no time.
-    corner = placed.min() - 2 - F.pad(placed.new_zeros(len(boxes) - 1), (0, 1), value=2.0)
-    nowhere = torch.stack((corner, corner, corner + 1, corner + 1), dim=1)
-    placed = torch.where(valid[:, None], placed + offset[:, None], nowhere)
-    keep = nms(placed, scores.to(placed.dtype), threshold)
-    real = F.pad(valid[keep], (0, number))[:number]
-    keep = F.pad(keep, (0, number))[:number]
-    return boxes[keep], scores[keep], classes[keep], real
+    # Two more that touch nothing: torch.export takes the number that NMS keeps for 2 at least.
+    further = torch.stack((nowhere, nowhere - 2))
+    flat = torch.cat((placed.flatten(0, 1), further))
+    flat_scores = F.pad(scores.flatten(), (0, 2), value=-float("inf")).to(flat.dtype)
+    keep = nms(flat, flat_scores, threshold)
+    # Where a runtime pads the indices by -1, it marks one of the two.
+    kept = torch.zeros_like(flat_scores).index_fill(0, keep, 1.0)[:-2].view(images, rows) > 0
+    scores, order = _best(torch.where(kept & valid, scores, -float("inf")), number)
+    # The padding of the order points at a row that is none.
+    boxes, classes = F.pad(boxes, (0, 0, 0, number)), F.pad(classes, (0, number))
+    return _rows(boxes, order), scores, classes.gather(1, order), scores > -float("inf")
 
 
-def _finish(kept: Candidates, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The ``number`` highest of each row, padded by -inf, and their places; of equals the first."""
+    scores = F.pad(scores, (0, number), value=-float("inf"))
+    if torch.onnx.is_in_onnx_export():  # it has no stable sort, but ONNX's TopK is one
+        return scores.topk(number)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :number], order[:, :number]
+
+
+def _finish(kept: Candidates, size: Size, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Clips, drops boxes without area and moves the rest to the front, as Detectron2 does."""
     boxes, scores, classes, real = kept
     boxes = _clip(boxes, size)
-    real = real & Boxes(boxes).nonempty()
-    order = (~real).int().argsort(stable=True)
-    boxes, scores, classes, real = boxes[order], scores[order], classes[order], real[order]
+    real = real & _nonempty(boxes)
+    scores, order = _best(torch.where(real, scores, -float("inf")), number)
+    real = scores > -float("inf")
+    boxes, classes = F.pad(boxes, (0, 0, 0, number)), F.pad(classes, (0, number))
     return (
-        torch.where(real[:, None], boxes, 0.0),
+        torch.where(real[:, :, None], _rows(boxes, order), 0.0),
         torch.where(real, scores, 0.0),
-        torch.where(real, classes, -1),
-        real.sum(),
+        torch.where(real, classes.gather(1, order), -1),
+        real.sum(1),
     )

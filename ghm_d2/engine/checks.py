@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 
 from ghm_d2.checkpoint.files import fetch
 from ghm_d2.data.keypoints import check_keypoints
+from ghm_d2.data.registration import log_more_objects_than
 from ghm_d2.engine.clipping import CLIP_TYPES
 from ghm_d2.engine.processes import Processes, started_by_torchrun
 from ghm_d2.engine.settings import Config, class_counts, key_of, pair, read_settings, typed
@@ -196,6 +197,8 @@ def _check_datasets(cfg: Config, eval_only: bool) -> None:
         _check_keypoints(cfg, train, test)
     for name in test:
         _check_evaluator(name)
+        if isinstance(cfg, CfgNode):
+            log_more_objects_than(cfg.TEST.DETECTIONS_PER_IMAGE, name)
     _check_class_names(cfg, dict.fromkeys(train + test))
     if not test:
         logger.info("%s is empty: no evaluation will run", key_of(cfg, "test"))

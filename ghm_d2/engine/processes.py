@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -249,6 +250,11 @@ def _passes_signals_on() -> Iterator[None]:
             child.terminate()
 
     before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    # The helper that cleans up after the others ignores two of these signals by itself. Killed by
+    # the third, it would be started anew and complain of what it does not know.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    resource_tracker.ensure_running()
+    signal.signal(signal.SIGHUP, before[signal.SIGHUP])
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, pass_on)

@@ -5,13 +5,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.config import LazyConfig
+from detectron2.data import DatasetMapper
+from detectron2.utils.registry import locate
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, similar_names
 
-__all__ = ["load_config"]
+__all__ = ["load_config", "read_uses"]
 
 _NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
@@ -41,6 +44,16 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
     for override in overrides:
         _override(cfg, override)
     return cfg
+
+
+def read_uses(cfg: DictConfig) -> Uses:
+    """What Detectron2's mapper, or everything that another one, may take of annotations."""
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
+    target = mapper.get("_target_") if isinstance(mapper, DictConfig) else None
+    if (locate(target) if isinstance(target, str) else target) is not DatasetMapper:
+        return Uses()
+    masks = mapper.get("instance_mask_format", "polygon") if mapper.get("use_instance_mask") else ""
+    return Uses(masks, bool(mapper.get("use_keypoint")))
 
 
 def _where(error: Exception) -> str:

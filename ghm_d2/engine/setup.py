@@ -15,7 +15,9 @@ from ghm_d2 import data, model_zoo, modeling  # noqa: F401  (they register what 
 from ghm_d2.config import add_ghm_config
 from ghm_d2.config_files import find_config, similar_configs
 from ghm_d2.data import CocoDataset, register_datasets
+from ghm_d2.data.annotations import Uses
 from ghm_d2.engine.python_config import load_config as load_python_config
+from ghm_d2.engine.python_config import read_uses
 from ghm_d2.engine.settings import (
     Config,
     change,
@@ -85,7 +87,8 @@ def build_config(
         raise cannot("written", folder, error) from error
     choose_device(cfg)
 
-    checked = register_datasets(datasets, labelled=not eval_only)
+    uses = Uses.of(cfg) if isinstance(cfg, CfgNode) else read_uses(cfg)
+    checked = register_datasets(datasets, labelled=not eval_only, uses=uses)
     if checked:
         given = given_keys(config_file, overrides)
         choose_splits(cfg, [dataset.name for dataset in checked], given, eval_only)

@@ -309,6 +309,7 @@ class GHMTrainer(DefaultTrainer):
                 dataset_name,
                 output_dir=folder,
                 allow_cached_coco=False,
+                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
                 kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             )
         if kind == "lvis":

@@ -65,7 +65,7 @@ class HarmonizedLoss(nn.Module):
 
     acc_sum: Tensor
     num_updates: Tensor
-    # What messages call the two arguments of a subclass, and what they say of a NaN in them.
+    # What a subclass calls its two arguments, and what messages say of a NaN in them.
     argument_names: tuple[str, str]
     not_finite_message: str
 
@@ -182,7 +182,7 @@ class HarmonizedLoss(nn.Module):
     ) -> Tensor:
         weights = [None] * len(predictions) if weights is None else weights
         if not len(predictions) == len(targets) == len(weights):
-            prediction, target = self.argument_names
+            prediction, target = (name.removesuffix("s") + "s" for name in self.argument_names)
             raise ValueError(
                 f"{target} and weights must be as many as {prediction} ({len(predictions)}), "
                 f"got {len(targets)} and {len(weights)}"
@@ -197,7 +197,7 @@ class HarmonizedLoss(nn.Module):
             raw = []
             for each in zip(predictions, targets, weights, strict=True):
                 for name, value in zip((*self.argument_names, "weight"), each, strict=True):
-                    check_plain(name, value)
+                    check_plain(name, value, self.acc_sum.device)
                 raw.append(self._layout(*each))
             return self._loss(raw, pooled)
 

@@ -88,8 +88,8 @@ def check_floating(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be a floating-point tensor, got {got}")
 
 
-def check_plain(name: str, value: Tensor | None) -> None:
-    """Raises ValueError inside torch.jit.trace and the transforms of torch.func.
+def check_plain(name: str, value: Tensor | None, device: torch.device) -> None:
+    """Raises ValueError inside torch.jit.trace and torch.func, and on another device than the loss.
 
     A trace would hold the weights of its one call for ever, and a transform sees one example where
     the density needs all of them.
@@ -105,6 +105,11 @@ def check_plain(name: str, value: Tensor | None) -> None:
         raise ValueError(
             f"{name} must be a plain tensor, got one inside a transform of torch.func (vmap, grad, "
             f"jvp, ...): differentiate with torch.autograd"
+        )
+    if isinstance(value, Tensor) and value.device != device:
+        raise ValueError(
+            f"{name} must be on the device of the loss, {device}, got {value.device}: move the "
+            f"loss with the model"
         )
 
 

@@ -27,7 +27,7 @@ class GHMRLoss(HarmonizedLoss):
     One example is one coordinate of one positive.
     """
 
-    argument_names = ("preds", "targets")
+    argument_names = ("pred", "target")
     not_finite_message = (
         "pred and target must be finite; they hold NaN or infinite values "
         "(a zero-size ground-truth box gives an infinite target)"
