@@ -161,6 +161,38 @@ def test_other_classes_and_regions(blank, tmp_path, caplog, monkeypatch, name):
         resumed.load(str(path))
 
 
+HOSTILE = [
+    {"model": {"head.cls_score.weight\x1b[2J\n": torch.ones(1)}},
+    {"model": {"x" * 100_000: torch.ones(1)}},
+    {"model": {"": torch.ones(1)}},
+    {"model": {5: torch.ones(1)}},
+    {"model": {None: torch.ones(1)}},
+    {"model": {"head.cls_score.bias": np.array(["a"])}},
+    {"model": {"head.cls_score.bias": np.array(1.0, np.longdouble)}},
+    {"model": {"head.cls_score.bias\u202e": torch.ones(1)}, "matching_heuristics": True},
+    {"model": [torch.ones(1)], "__author__": "\x1b[2J"},
+    {"model": None},
+    {"state": {"\x1b[2J": torch.ones(1)}},
+]
+
+
+@pytest.mark.parametrize("content", HOSTILE)
+@pytest.mark.parametrize("name", ["x.pth", "x.pkl", "x.pyth"])
+def test_hostile_names_and_values(model, tmp_path, caplog, content, name):
+    path = tmp_path / name
+    content = {**content, "model_state": content.get("model")}
+    if name == "x.pkl":
+        path.write_bytes(pickle.dumps({"__author__": "me", **content}))
+    else:
+        torch.save(content, path)
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        RestrictedCheckpointer(model).load(str(path))
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+    assert "\x1b" not in caplog.text and "\u202e" not in caplog.text
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
 def test_weights_of_another_architecture_are_named(tmp_path, caplog, monkeypatch):
     """What both have is taken, as a start; the rest is listed."""
     monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
