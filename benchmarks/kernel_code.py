@@ -160,7 +160,7 @@ def compile_kernel(kernel: Any, spec: Specialisation, arch: int) -> bytes:
 
 
 def measure(spec: Specialisation, arch: int, folder: Path) -> dict[str, Any]:
-    """Compiles one specialisation into ``folder`` and reads its machine code."""
+    """Compiles one specialisation into `folder` and reads its machine code."""
     from ghm_d2.losses.kernels import triton as kernels
 
     kernel = getattr(kernels, f"{spec.kernel}_kernel")

@@ -236,7 +236,7 @@ def count_kernel(
     MARKED: tl.constexpr, MU: tl.constexpr, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr,
     WIDTH: tl.constexpr, ITERATIONS: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to ``counts`` (LEVELS, BINS) the number of examples in each unit region.
+    """Adds to `counts` (LEVELS, BINS) the number of examples in each unit region.
 
     MARKED: 0 takes every tile, else those whose mark is MARKED - 1.
     """
@@ -297,7 +297,7 @@ def loss_kernel(
 ):  # fmt: skip
     """The sum of each program's weighted losses (LOSS), the gradient of each example (GRADIENT).
 
-    Without LOSS, the gradient has the factor at ``factor_ptr`` in its weights.
+    Without LOSS, the gradient has the factor at `factor_ptr` in its weights.
     """
     x_ptr, y_ptr, w_ptr, out_ptr, size, level, begin, before = _tensor(
         xs, ys, ws, outs, sizes, ITERATIONS, TILE, LEVELS

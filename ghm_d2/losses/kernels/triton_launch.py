@@ -193,7 +193,7 @@ class TritonExamples(FusedExamples):
     def _weigh(
         self, weights: Tensor, factor: Tensor, partial: Tensor | None, outs: list[Tensor] | None
     ) -> int:
-        """Sums of losses into ``partial``, their number returned, and gradients into ``outs``."""
+        """Sums of losses into `partial`, their number returned, and gradients into `outs`."""
         number = 0
         weights = weights if weights.stride(1) == 1 else weights.contiguous()
         for settings in self._passes() if self.tiles else []:
