@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from ghm_d2.errors import exits_with_one_sentence
 from ghm_d2.files import write_json
-from ghm_d2.losses.kernels import sigmoid_kernel
+from ghm_d2.losses.kernels import device_examples, sigmoid_kernel
 from ghm_d2.provenance import describe
 
 __all__ = ["build_cases", "main", "measure_bandwidth", "run_case"]
@@ -199,9 +199,13 @@ def measure_bandwidth(size: int, device: torch.device, args: argparse.Namespace)
         inputs = Logits([max(size // CLASSES, 1)], device, dtype)
         x, labels = inputs.x[0], inputs.labels[0]
         target = torch.empty_like(x)
-        kernel = sigmoid_kernel([(x, labels, None)], BINS_C, None)  # no second derivative
+        arguments = [(x, labels, None)], BINS_C, None  # no second derivative
+        kernel = device_examples(*arguments, ignored=-1) or sigmoid_kernel(*arguments)
         if kernel is None:  # too small for one, or a GPU without Triton
             return []
+        if kernel.concludes:  # CUDA only
+            state = {"acc_sum": torch.ones(BINS_C, device=device)}
+            kernel.conclude_with(state, None, torch.zeros(1, dtype=torch.int64, device=device))
         weights, one = torch.ones(1, BINS_C, device=device), torch.ones((), device=device)
 
         def pair(kernel=kernel, weights=weights, one=one) -> None:

@@ -6,6 +6,7 @@ A call is forward and backward: it returns the gradient with respect to the pred
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -187,16 +188,15 @@ def _focal(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _eagerly(call: Call) -> Call:
     """`call` with the kernels of both losses out of reach."""
 
-    def none(*_: object) -> None:
+    def none(*_: object, **__: object) -> None:
         return None
 
     def eager() -> object:
-        kernels = ghm_c.sigmoid_kernel, ghm_r.regression_kernel
-        ghm_c.sigmoid_kernel = ghm_r.regression_kernel = none
-        try:
+        with (
+            mock.patch.multiple(ghm_c, sigmoid_kernel=none, device_examples=none),
+            mock.patch.multiple(ghm_r, regression_kernel=none, device_examples=none),
+        ):
             return call()
-        finally:
-            ghm_c.sigmoid_kernel, ghm_r.regression_kernel = kernels
 
     return eager
 

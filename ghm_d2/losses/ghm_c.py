@@ -271,7 +271,7 @@ class GHMCLoss(HarmonizedLoss):
         if not logits.numel():
             return EagerPart.empty(logits)
         softmax = self.activation == "softmax"
-        valid = keep
+        valid, given = keep, logits
         if labels.dim() == 1:
             counted = labels >= 0 if softmax else (labels >= 0).unsqueeze(1)
             valid = counted if keep is None else counted & (keep.flatten() if softmax else keep)
@@ -284,7 +284,7 @@ class GHMCLoss(HarmonizedLoss):
             loss = loss * torch.cat([self.class_weight, background])[labels.clamp(min=0)]
         elif self.class_weight is not None:
             loss = loss * self.class_weight
-        return EagerPart(loss, norm, valid)
+        return EagerPart(loss, norm, valid, given)
 
 
 def _to_rows(x: Tensor, axis: int) -> Tensor:

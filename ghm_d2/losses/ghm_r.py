@@ -132,6 +132,7 @@ class GHMRLoss(HarmonizedLoss):
     def _eager(self, pred: Tensor, target: Tensor, keep: Tensor | None) -> EagerPart:
         if not pred.numel():
             return EagerPart.empty(pred)
+        given = pred
         if keep is not None:
             pred, target = pred.masked_fill(~keep, 0), target.masked_fill(~keep, 0)
-        return EagerPart(*regression_examples(pred, target, self.mu), keep)
+        return EagerPart(*regression_examples(pred, target, self.mu), keep, given)

@@ -62,7 +62,7 @@ def no_download(monkeypatch):
 
 
 def options(tmp_path: Path, *more: str) -> list[str]:
-    words = "--device cpu --min-repeats 2 --max-repeats 2 --budget-s 0 --sizes 1600 3200 "
+    words = "--device cpu --min-repeats 2 --max-repeats 2 --budget-s 0 --sizes 1600 16000 "
     words += "--regions 1 30 --region-size 1600 --coordinates 400 --images 1"
     return [*words.split(), "--output", str(tmp_path / "out" / "losses.json"), *more]
 

@@ -31,6 +31,11 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _kernels_take_any_size(monkeypatch):
+    monkeypatch.setattr(kernels, "FEWEST", 0)
+
+
 def classification(shape, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(shape, generator=g) * 4).to(dtype)
@@ -194,6 +199,15 @@ def test_modules_use_the_kernels(monkeypatch):
     assert len(used) == 2
     GHMCLoss()(classification((10, 3))[0].double(), classification((10, 3))[1])
     assert len(used) == 2  # float64 takes the eager path
+
+
+def test_few_examples_are_left_to_whole_tensor_operations(monkeypatch):
+    monkeypatch.undo()
+    few, enough = (classification((rows, 8)) for rows in (1023, 1024))
+    assert sigmoid_kernel(*few, None, 30) is None
+    assert sigmoid_kernel(*enough, None, 30) is not None
+    halves = [(x[::2], y[::2], None) for x, y in [enough] * 2]  # together they are enough
+    assert kernels.sigmoid_kernel(halves, 30, None) is not None
 
 
 def test_backward_scales_and_a_retained_graph_can_be_walked_again():

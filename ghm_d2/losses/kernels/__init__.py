@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # On the CPU, fewer examples than this are done sooner by whole-tensor operations.
-FEWEST = 0
+FEWEST = 1 << 13
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

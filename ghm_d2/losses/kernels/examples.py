@@ -35,17 +35,20 @@ class EagerPart(NamedTuple):
         loss: loss of each example, any shape, on the graph.
         gradient_norm: of the same shape, in [0, 1].
         valid: bool, broadcastable to it, False drops an example; None keeps all.
+        prediction: what they were made of; that it is overwritten before the backward pass is an
+            error here too, whether or not a copy would have saved the gradient.
     """
 
     loss: Tensor
     gradient_norm: Tensor
     valid: Tensor | None
+    prediction: Tensor
 
     @classmethod
     def empty(cls, prediction: Tensor) -> "EagerPart":
         """No examples; their sum is 0 on the graph of `prediction`: DDP waits for all of it."""
         x = at_least_float32(prediction)
-        return cls(x, x.detach(), None)
+        return cls(x, x.detach(), None, prediction)
 
 
 class EagerExamples:
@@ -67,13 +70,15 @@ class EagerExamples:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`Examples`."""
-        add_up: Callable[..., Tensor] = _HarmonizedSum.apply
-        if torch.compiler.is_compiling():
-            add_up = harmonized_sum
+        terms: list[Tensor] = []
         columns = self.parts, self._regions, weights.unbind()
-        terms = [add_up(part.loss, region, w) for part, region, w in zip(*columns, strict=True)]
-        total: Tensor = sum(terms[1:], start=terms[0])
-        return total
+        for part, region, own in zip(*columns, strict=True):
+            if torch.compiler.is_compiling():
+                terms.append(harmonized_sum(part.loss, region, own))
+            else:
+                apply = _HarmonizedSum.apply
+                terms.append(apply(part.loss, region, own, part.prediction.detach()))  # type: ignore[no-untyped-call]
+        return sum(terms[1:], start=terms[0])
 
 
 class _HarmonizedSum(torch.autograd.Function):
@@ -84,16 +89,18 @@ class _HarmonizedSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, region: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(region)
+    def forward(
+        ctx: Any, loss: Tensor, region: Tensor, weights: Tensor, prediction: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(region, prediction)
         ctx.weights = F.pad(weights.to(loss.dtype), (0, 1))
         total: Tensor = (loss * ctx.weights[region]).sum()
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        (region,) = ctx.saved_tensors
-        return grad_output * ctx.weights[region], None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        region, _ = ctx.saved_tensors
+        return grad_output * ctx.weights[region], None, None, None
 
 
 class FusedExamples:
