@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """The cases that ``args`` ask for, each suite from small to large."""
+    """The cases that `args` ask for, each suite from small to large."""
     dtype = getattr(torch, args.dtype)
 
     def logits(rows: Sequence[int]) -> Any:

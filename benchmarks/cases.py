@@ -185,7 +185,7 @@ def _focal(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _eagerly(call: Call) -> Call:
-    """``call`` with the kernels of both losses out of reach."""
+    """`call` with the kernels of both losses out of reach."""
 
     def none(*_: object) -> None:
         return None

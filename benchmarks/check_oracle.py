@@ -44,13 +44,13 @@ def check(
     dtype: torch.dtype,
     rng: np.random.Generator,
 ) -> dict[str, float | bool]:
-    """Three training calls of ``module`` and of the oracle on the same inputs.
+    """Three training calls of `module` and of the oracle on the same inputs.
 
     Args:
         make: draws (predictions, labels or targets).
         examples: the oracle's.
         module: GHMCLoss or GHMRLoss.
-        device: where ``module`` runs.
+        device: where `module` runs.
         dtype: of the predictions.
         rng: what to draw from.
 

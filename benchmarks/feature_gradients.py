@@ -91,7 +91,7 @@ def noisy_instances(inputs: dict[str, Any], num_classes: int) -> Instances:
 
 
 def predict(model: nn.Module, inputs: Inputs, features: list[Tensor]) -> Predictions:
-    """What the head makes of ``features``, with labels."""
+    """What the head makes of `features`, with labels."""
     logits, deltas = model._transpose_dense_predictions(
         model.head(features), [model.num_classes, 4]
     )
@@ -163,7 +163,7 @@ def snapshot(
 def run(
     dataset: str, steps: Sequence[int], num_batches: int, options: Sequence[Any] = ()
 ) -> Iterator[dict[str, Any]]:
-    """Trains to the last of ``steps``; yields a snapshot before each of them."""
+    """Trains to the last of `steps`; yields a snapshot before each of them."""
     cfg, model = build_detector(dataset, options)
     loader = iter(build_detection_train_loader(cfg))
     batches = [next(loader) for _ in range(num_batches)]

@@ -118,7 +118,7 @@ _PANELS = [
 
 
 def write_figure(result: Summary, stem: Path) -> list[Path]:
-    """Draws the main losses over the steps, as ``<stem>.png`` and ``<stem>.svg``."""
+    """Draws the main losses over the steps, as `<stem>.png` and `<stem>.svg`."""
     snapshots = [s for s in result["snapshots"] if s["prior"] is None]
     figure = Figure(figsize=(16, 9.6), layout="constrained")
     figure.suptitle(

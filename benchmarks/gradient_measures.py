@@ -18,10 +18,10 @@ __all__ = ["measure_gradient", "summarize"]
 def measure_gradient(
     variant: Variant, p: Predictions, outputs: list[Tensor], features: list[Tensor], head: nn.Module
 ) -> dict[str, Any]:
-    """One loss on one batch; ``outputs`` are the logits or deltas of ``p``, ``head`` made them.
+    """One loss on one batch; `outputs` are the logits or deltas of `p`, `head` made them.
 
     Returns:
-        Scalars and lists with one number a level or a call of the loss; ``direction`` is the
+        Scalars and lists with one number a level or a call of the loss; `direction` is the
         gradient of the last convolution's weights.
     """
     trial = copy.deepcopy(variant)  # its counts end with this batch

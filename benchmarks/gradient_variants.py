@@ -140,7 +140,7 @@ class CrossEntropy(Variant):
 
 
 class GHMC(Variant):
-    """GHM-C over levels or the batch; ``separate``: one density for the positives' own logits and
+    """GHM-C over levels or the batch; `separate`: one density for the positives' own logits and
     one for all others, the two losses added."""
 
     def __init__(

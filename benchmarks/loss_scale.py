@@ -76,13 +76,13 @@ def _norm(loss: Tensor, predictions: Sequence[Tensor]) -> float:
 
 
 def record(module: nn.Module, stock: type, norms: Norms, split) -> None:
-    """Replaces ``module.losses`` by one that records both kinds and returns the stock losses.
+    """Replaces `module.losses` by one that records both kinds and returns the stock losses.
 
     Args:
         module: a GHM module.
-        stock: the Detectron2 class whose ``losses`` it overrides.
-        norms: ``{loss name: [GHM norm / stock norm of each step]}``, appended to.
-        split: arguments of ``losses`` -> {loss name: the predictions it depends on}.
+        stock: the Detectron2 class whose `losses` it overrides.
+        norms: `{loss name: [GHM norm / stock norm of each step]}`, appended to.
+        split: arguments of `losses` -> {loss name: the predictions it depends on}.
     """
     ghm_losses = module.losses
 

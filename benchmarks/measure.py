@@ -99,7 +99,7 @@ def bootstrap_ratio(
 
 
 def peak_extra_bytes(call: Call, device: torch.device) -> int:
-    """The most memory that was held at one time during ``call`` beyond what was held before it.
+    """The most memory that was held at one time during `call` beyond what was held before it.
 
     On the CPU this adds up what PyTorch's allocator reports to the profiler, to the byte. The
     profiler hears the calling thread alone, so the call runs on one thread; a loss that deals
@@ -139,7 +139,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def host_sync(call: Call) -> str | None:
-    """What in ``call`` made the host wait for the CUDA device; None if nothing did."""
+    """What in `call` made the host wait for the CUDA device; None if nothing did."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -154,7 +154,7 @@ def host_sync(call: Call) -> str | None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on ``device``, with what PyTorch has cached there."""
+    """Memory that is free on `device`, with what PyTorch has cached there."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

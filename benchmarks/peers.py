@@ -35,7 +35,7 @@ def default_cache() -> Path:
 
 
 def fetch_wheel(folder: Path) -> Path:
-    """The checked wheel in ``folder``, downloaded there unless it is there already.
+    """The checked wheel in `folder`, downloaded there unless it is there already.
 
     Raises:
         PeerUnavailable: it cannot be downloaded, or its checksum is wrong.
@@ -61,13 +61,13 @@ def fetch_wheel(folder: Path) -> Path:
 
 
 def mmdet_losses(folder: Path) -> types.ModuleType:
-    """mmdetection's module with ``GHMC`` and ``GHMR``; raises PeerUnavailable."""
+    """mmdetection's module with `GHMC` and `GHMR`; raises PeerUnavailable."""
     with zipfile.ZipFile(fetch_wheel(folder)) as archive:
         return load_ghm_losses(archive.read(MEMBER).decode())
 
 
 def load_ghm_losses(source: str) -> types.ModuleType:
-    """Runs the text of ``ghm_loss.py`` as a module of a stand-in package."""
+    """Runs the text of `ghm_loss.py` as a module of a stand-in package."""
     module = types.ModuleType("mmdet.models.losses.ghm_loss")
     module.__package__ = "mmdet.models.losses"
     with _stand_ins():
@@ -109,7 +109,7 @@ class _Registry:
 def _weight_reduce_loss(
     loss: Tensor, weight: Tensor | None = None, reduction: str = "mean", avg_factor: float = 1.0
 ) -> Tensor:
-    """The weighted sum over ``avg_factor``: the one reduction that the GHM losses ask for."""
+    """The weighted sum over `avg_factor`: the one reduction that the GHM losses ask for."""
     if reduction != "mean":
         raise NotImplementedError(reduction)
     return (loss if weight is None else loss * weight).sum() / avg_factor

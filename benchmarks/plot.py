@@ -31,7 +31,7 @@ STYLES = {
 
 
 def draw(result: dict[str, Any], stem: Path) -> list[Path]:
-    """Writes ``<stem>.png`` and ``<stem>.svg``; returns the files, none where nothing fits.
+    """Writes `<stem>.png` and `<stem>.svg`; returns the files, none where nothing fits.
 
     Args:
         result: what bench_losses.py writes.

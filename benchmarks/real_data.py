@@ -5,7 +5,7 @@
 
 From random weights, on narrow backbones and small images, for a CPU: what it shows is that the
 commands work together on real data, not how good a detector gets. Each model trains for half of
-its steps, is stopped, resumes to the end, and is evaluated again by ``--eval-only``.
+its steps, is stopped, resumes to the end, and is evaluated again by `--eval-only`.
 """
 
 import argparse
@@ -51,7 +51,7 @@ MODELS = {
 
 
 def run(words: list[str], log: Path) -> float:
-    """Runs a command; returns its minutes. Its output goes to ``log``."""
+    """Runs a command; returns its minutes. Its output goes to `log`."""
     start = time.perf_counter()
     with open(log, "a") as stream:
         subprocess.run(words, check=True, stdout=stream, stderr=subprocess.STDOUT)

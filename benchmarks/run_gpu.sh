@@ -29,7 +29,7 @@ step() { # NAME LIMIT_S COMMAND...: runs it, keeps its output, goes on after a f
 }
 
 : >"$out/summary.txt"
-step tests 150 "$python" -m pytest -q tests/test_fused.py
+step tests 150 "$python" -m pytest -q tests/losses/test_fused.py
 step oracle 60 "$python" benchmarks/check_oracle.py --device "$GHM_DEVICE" --output "$out/oracle.json"
 step bench_losses 180 "$python" benchmarks/bench_losses.py --device "$GHM_DEVICE" --budget-s 0.5 \
     --output "$out/bench_losses.json" "$@"

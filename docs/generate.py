@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 def write_all(folder: Path) -> None:
-    """Writes every generated part into ``folder``."""
+    """Writes every generated part into `folder`."""
     parts = {
         "configuration": configuration(),
         "performance": performance(RESULTS),
@@ -33,7 +33,7 @@ def write_all(folder: Path) -> None:
 
 
 def configuration() -> str:
-    """Every key of ``ghm_d2/config.py`` with its default and the comment that stands above it.
+    """Every key of `ghm_d2/config.py` with its default and the comment that stands above it.
 
     Raises:
         ValueError: a key has no comment.
@@ -111,7 +111,7 @@ def comment_of(key: str, comments: dict[str, str]) -> str:
 
 
 def performance(folder: Path) -> str:
-    """Tables of every measurement of speed and memory in ``folder``."""
+    """Tables of every measurement of speed and memory in `folder`."""
     renderers = {
         "bench_losses": losses_section,
         "bench_train_step": train_step_section,
@@ -207,7 +207,7 @@ def duration(seconds: float) -> str:
 
 
 def small_data(folder: Path) -> str:
-    """The report of every ``small_data_*`` ablation in ``folder``, with its picture."""
+    """The report of every `small_data_*` ablation in `folder`, with its picture."""
     text = ""
     for report in sorted(folder.glob("small_data*/*.md")):
         title, _, rest = report.read_text(encoding="utf-8").partition("\n")

@@ -1,4 +1,4 @@
-"""``python -m ghm_d2 COMMAND``."""
+"""`python -m ghm_d2 COMMAND`."""
 
 from ghm_d2.cli import main
 

@@ -42,9 +42,9 @@ def _pair_node(cls: CN, reg: CN) -> CN:
 
 
 def add_ghm_config(cfg: CN) -> None:
-    """Adds ``MODEL.GHM`` to ``cfg``.
+    """Adds `MODEL.GHM` to `cfg`.
 
-    Importing it from ``ghm_d2`` also registers every architecture and the default data set.
+    Importing it from `ghm_d2` also registers every architecture and the default data set.
 
     Args:
         cfg: a config from :func:`detectron2.config.get_cfg`; changed in place.

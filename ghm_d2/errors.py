@@ -55,7 +55,7 @@ def shown(text: object, limit: int = 300) -> str:
     """Text from a file as a terminal, log or page may show it.
 
     A control character could move the cursor or reverse the line, and a lone surrogate cannot be
-    encoded: both, and everything else that is not printable, become escapes such as ``\\x1b``.
+    encoded: both, and everything else that is not printable, become escapes such as `\\x1b`.
 
     Args:
         text: anything with a text form.
@@ -86,9 +86,9 @@ def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:
 
 
 def command(name: str) -> str:
-    """How the reader of a message runs a command of the ``ghm-d2`` program.
+    """How the reader of a message runs a command of the `ghm-d2` program.
 
-    In a checkout that is not installed there is ``python -m ghm_d2`` alone; whoever ran
+    In a checkout that is not installed there is `python -m ghm_d2` alone; whoever ran
     train_net.py is told to go on with it.
     """
     started = Path(sys.argv[0])

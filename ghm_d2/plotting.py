@@ -11,7 +11,7 @@ __all__ = ["save_figure"]
 
 
 def save_figure(figure: Figure, stem: Path, dpi: int) -> list[Path]:
-    """Writes ``<stem>.png`` and ``<stem>.svg``; returns both.
+    """Writes `<stem>.png` and `<stem>.svg`; returns both.
 
     Args:
         figure: what to save.

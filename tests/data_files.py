@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_util
-from tiny import coco_content, write_coco
+
+from tests.tiny import coco_content, write_coco
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectors import TWO_IMAGES, batch, calibrated, small_config, small_model
 from PIL import Image
 from torch import nn
+
+from tests.detectors import TWO_IMAGES, batch, calibrated, small_config, small_model
 
 RETINANET = "ghm_retinanet_R_50"
 FASTER_RCNN = "ghm_faster_rcnn_R_50"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny import PYTHON_CONFIG, RETINANET, tiny_pairs
+from tests.tiny import PYTHON_CONFIG, RETINANET, tiny_pairs
 
 __all__ = ["KINDS", "Kind", "metrics"]
 

@@ -6,9 +6,9 @@ import sys
 from importlib import import_module
 
 import pytest
-from tiny import ROOT
 
 from ghm_d2 import __version__, cli
+from tests.tiny import ROOT
 
 
 def fails(capsys, *words):

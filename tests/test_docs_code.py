@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 from detectron2.config import get_cfg
-from tiny import RETINANET, ROOT, TINY, unregister_all, write_coco
 
 from ghm_d2 import add_ghm_config
 from ghm_d2.data import register_datasets
 from ghm_d2.modeling import GHMRetinaNet
+from tests.tiny import RETINANET, ROOT, TINY, unregister_all, write_coco
 
 
 def blocks(page):

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ghm_d2 import __file__ as _package
-from ghm_d2.ablation.plan import Run
-from ghm_d2.ablation.results import Store
 from ghm_d2.errors import UserError
+
+from .plan import Run
+from .results import Store
 
 if TYPE_CHECKING:
     import submitit
@@ -73,8 +74,8 @@ def execute(
         jobs: runs side by side.
         threads: CPU threads of each.
         gpus_each: GPUs of each; where this machine has more, the runs side by side share them out.
-        cluster: one of ``CLUSTERS``.
-        parameters: more for submitit's AutoExecutor, such as ``slurm_partition``.
+        cluster: one of `CLUSTERS`.
+        parameters: more for submitit's AutoExecutor, such as `slurm_partition`.
 
     Raises:
         UserError: submitit or the cluster is missing, or submitit refuses a parameter.
@@ -125,7 +126,7 @@ def _conclude(item: _Active, outcome: Outcome, store: Store, total: int) -> None
     """Note and tell what became of a run."""
     from submitit.core.utils import UncompletedJobError
 
-    from ghm_d2.ablation.job import ELSEWHERE
+    from .job import ELSEWHERE
 
     run = item.run
     try:
@@ -196,7 +197,7 @@ class _Submitter:
         """Start a run; slots number those side by side, from 0."""
         from submitit.helpers import environment_variables
 
-        from ghm_d2.ablation.job import Job
+        from .job import Job
 
         gpus = self._gpus(slot) if self._cluster == "local" else None
         job = Job(self._store.folder.resolve(), gpus)

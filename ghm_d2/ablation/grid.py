@@ -74,8 +74,8 @@ def load_grid(file: str | Path) -> Grid:
     """Read and check a grid.
 
     Args:
-        file: YAML with the fields of :class:`Grid` (without ``name``), its ``rows`` with those of
-            :class:`Row`; every ``config_file`` is relative to this file.
+        file: YAML with the fields of :class:`Grid` (without `name`), its `rows` with those of
+            :class:`Row`; every `config_file` is relative to this file.
 
     Raises:
         UserError: the file cannot be read, or what it holds is not a grid.

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from submitit.helpers import DelayedSubmission
 
-from ghm_d2.ablation.plan import Run
-from ghm_d2.ablation.results import Store
 from ghm_d2.engine import main
 from ghm_d2.errors import UserError
 from ghm_d2.provenance import machine
 from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
+
+from .plan import Run
+from .results import Store
 
 __all__ = ["ELSEWHERE", "Job"]
 

@@ -14,13 +14,14 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 
-from ghm_d2.ablation.grid import Grid, Row
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.processes import Processes
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError
+
+from .grid import Grid, Row
 
 __all__ = ["Run", "effective", "plan_runs"]
 
@@ -42,8 +43,8 @@ class Run:
         seed: value of SEED.
         argv: arguments of train_net.py, without OUTPUT_DIR and --resume.
         overrides: what the grid, the row and the command line changed in the config file.
-        config: the merged config, keys to plain values, without what is said in ``data``,
-            ``weights``, machine-dependent paths and settings of disabled losses.
+        config: the merged config, keys to plain values, without what is said in `data`,
+            `weights`, machine-dependent paths and settings of disabled losses.
         data: split ("train", "test") to data set name to hash of its files.
         weights: name and SHA-256 of MODEL.WEIGHTS where that is a file here.
         iterations: SOLVER.MAX_ITER.

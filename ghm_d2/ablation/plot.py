@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ghm_d2.ablation.grid import SPEED
 from ghm_d2.plotting import save_figure
+
+from .grid import SPEED
 
 __all__ = ["draw_summary"]
 
@@ -18,7 +19,7 @@ _SEED, _MEAN, _PUBLISHED, _REFERENCE = "#56B4E9", "#0072B2", "#D55E00", "#999999
 
 
 def draw_summary(summary: Mapping[str, Any], stem: Path) -> list[Path]:
-    """Write ``<stem>.png`` and ``<stem>.svg``; returns the files.
+    """Write `<stem>.png` and `<stem>.svg`; returns the files.
 
     Args:
         summary: what :func:`~ghm_d2.ablation.report.summarize` returns.

@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ghm_d2.ablation.grid import SPEED, Grid, Row
-from ghm_d2.ablation.plan import Run
-from ghm_d2.ablation.plot import draw_summary
-from ghm_d2.ablation.results import Store
-from ghm_d2.ablation.stats import mean_and_deviation, paired_difference
 from ghm_d2.markdown import markdown_table
+
+from .grid import SPEED, Grid, Row
+from .plan import Run
+from .plot import draw_summary
+from .results import Store
+from .stats import mean_and_deviation, paired_difference
 
 __all__ = ["render_markdown", "summarize", "write_report"]
 

@@ -14,11 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ghm_d2.ablation.plan import SPLITS, Run, effective
 from ghm_d2.errors import UserError
 from ghm_d2.files import read_json, write_json, write_text
 from ghm_d2.provenance import commit, versions
 from ghm_d2.run_folder import RunFolder
+
+from .plan import SPLITS, Run, effective
 
 __all__ = ["Store", "read_study"]
 
@@ -30,9 +31,9 @@ Result = dict[str, Any]
 class Store:
     """The folder of an ablation.
 
-    ``<grid>.json`` is the study: the figures of the report and every finished run; a copy of the
+    `<grid>.json` is the study: the figures of the report and every finished run; a copy of the
     folder with this file alone knows all its runs. While the grid runs, each process writes its
-    result to ``runs/<id>.json``; ``work/<id>/`` is its OUTPUT_DIR and ``work/logs/<id>/`` holds
+    result to `runs/<id>.json`; `work/<id>/` is its OUTPUT_DIR and `work/logs/<id>/` holds
     its output. Both may be deleted once the study is written.
     """
 
@@ -150,7 +151,7 @@ class Store:
             file.unlink()  # model_final.pth stays
 
     def write_study(self, summary: Mapping[str, Any], results: Mapping[str, Result]) -> Path:
-        """Write ``<grid>.json``: the summary, these runs, and those that it holds already.
+        """Write `<grid>.json`: the summary, these runs, and those that it holds already.
 
         Args:
             summary: what :func:`~ghm_d2.ablation.report.summarize` returns.

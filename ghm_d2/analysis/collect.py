@@ -19,12 +19,13 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ghm_d2.analysis.distributions import ClassificationDistribution, RegressionDistribution
 from ghm_d2.data.loader import build_test_mapper
 from ghm_d2.errors import UserError
 from ghm_d2.losses import GHMCLoss, GHMRLoss
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.modeling.targets import anchor_deltas, proposal_deltas
+
+from .distributions import ClassificationDistribution, RegressionDistribution
 
 __all__ = ["PartDistributions", "collect", "detector_parts"]
 
@@ -64,7 +65,7 @@ class PartDistributions:
 
 
 def detector_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose ``losses`` see the examples, by the name of their node in ``MODEL.GHM``.
+    """The modules whose `losses` see the examples, by the name of their node in `MODEL.GHM`.
 
     Raises:
         UserError: this model has none.
@@ -177,7 +178,7 @@ def _record_dense(
     pred_anchor_deltas: list[Tensor],
     gt_boxes: list[Tensor],
 ) -> dict[str, Tensor]:
-    """Stands in for ``RetinaNet.losses`` and ``RPN.losses``."""
+    """Stands in for `RetinaNet.losses` and `RPN.losses`."""
     labels, logits = torch.stack(gt_labels), torch.cat(pred_logits, dim=1)
     if isinstance(module, RPN):
         # Objectness: 1 = object becomes class 0, 0 = background becomes class 1, "background".
@@ -201,7 +202,7 @@ def _record_box_head(
     predictions: tuple[Tensor, Tensor],
     proposals: list[Instances],
 ) -> dict[str, Tensor]:
-    """Stands in for ``FastRCNNOutputLayers.losses``."""
+    """Stands in for `FastRCNNOutputLayers.losses`."""
     scores, deltas = predictions
     labels = torch.cat([x.gt_classes for x in proposals])
     part.classification.add(scores[:, :-1] if module.use_sigmoid_ce else scores, labels)

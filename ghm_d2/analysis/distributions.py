@@ -1,13 +1,12 @@
 """The numbers behind the paper's figures, summed by unit region.
 
-Densities here are the paper's: one histogram of all examples, ``GD = R_j M``, no moving average.
+Densities here are the paper's: one histogram of all examples, `GD = R_j M`, no moving average.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ghm_d2.analysis.statistics import positives
 from ghm_d2.losses import (
     count_unit_regions,
     regression_examples,
@@ -15,6 +14,8 @@ from ghm_d2.losses import (
     softmax_examples,
 )
 from ghm_d2.losses.functional import unit_region_index
+
+from .statistics import positives
 
 __all__ = [
     "ClassificationDistribution",
@@ -25,7 +26,7 @@ __all__ = [
 
 
 def harmonizing_parameters(counts: np.ndarray) -> np.ndarray:
-    """``beta_j = N / GD_j`` with ``GD_j = R_j M`` (paper, eq. 9), float64 (M,).
+    """`beta_j = N / GD_j` with `GD_j = R_j M` (paper, eq. 9), float64 (M,).
 
     Args:
         counts: (M,), R_j.
@@ -42,9 +43,9 @@ def harmonizing_parameters(counts: np.ndarray) -> np.ndarray:
 class ClassificationDistribution:
     """Counts and summed gradient norms of cross entropy and focal loss in each unit region.
 
-    The reformulated gradient norm of an example is ``g`` for cross entropy, ``beta g`` for GHM-C
-    and ``alpha_t g^gamma (g - gamma (1 - g) ln(1 - g))`` for focal loss, the derivative of
-    ``-alpha_t (1 - p_t)^gamma ln p_t`` by the logit, with ``g = 1 - p_t``.
+    The reformulated gradient norm of an example is `g` for cross entropy, `beta g` for GHM-C
+    and `alpha_t g^gamma (g - gamma (1 - g) ln(1 - g))` for focal loss, the derivative of
+    `-alpha_t (1 - p_t)^gamma ln p_t` by the logit, with `g = 1 - p_t`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ClassificationDistribution:
         """
         Args:
             bins: number M of unit regions.
-            alpha: weight of the positives in the focal loss; negatives have ``1 - alpha``. Below
+            alpha: weight of the positives in the focal loss; negatives have `1 - alpha`. Below
                 0: no weights, as in Detectron2.
             gamma: its focusing parameter.
             activation: "sigmoid": an example is a logit; "softmax": a row.
@@ -105,7 +106,7 @@ class ClassificationDistribution:
 
 
 class RegressionDistribution:
-    """Counts of the gradient norms ``g_r = |d| / sqrt(d^2 + mu^2)`` of box coordinates."""
+    """Counts of the gradient norms `g_r = |d| / sqrt(d^2 + mu^2)` of box coordinates."""
 
     def __init__(self, bins: int, mu: float) -> None:
         """
@@ -118,7 +119,7 @@ class RegressionDistribution:
 
     @torch.no_grad()
     def add(self, pred: Tensor, target: Tensor) -> None:
-        """Adds the coordinates of positives: ``pred`` and ``target`` of one shape."""
+        """Adds the coordinates of positives: `pred` and `target` of one shape."""
         _, norm = regression_examples(pred, target, self.mu)
         region = unit_region_index(norm, None, self.bins)
         self.counts += count_unit_regions(region, self.bins).cpu().numpy()
@@ -131,16 +132,16 @@ class RegressionDistribution:
 def regression_gradients(
     d: np.ndarray, counts: np.ndarray, mu: float, delta: float
 ) -> dict[str, np.ndarray]:
-    """Reformulated gradient norm of three losses at box errors ``d >= 0`` (float64, any shape).
+    """Reformulated gradient norm of three losses at box errors `d >= 0` (float64, any shape).
 
     Args:
-        d: ``|pred - target|``.
+        d: `|pred - target|`.
         counts: (M,), the distribution that GHM-R meets.
         mu: of authentic smooth L1.
-        delta: where smooth L1 turns linear; ``d / delta`` below.
+        delta: where smooth L1 turns linear; `d / delta` below.
 
     Returns:
-        "SL1", "ASL1" and "GHM-R" (``beta g_r``, NaN in a region without examples), of d's shape.
+        "SL1", "ASL1" and "GHM-R" (`beta g_r`, NaN in a region without examples), of d's shape.
     """
     norm = d / np.sqrt(d * d + mu * mu)
     region = unit_region_index(torch.from_numpy(norm), None, len(counts)).numpy()

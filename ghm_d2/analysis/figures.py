@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from ghm_d2.analysis.collect import PartDistributions
-from ghm_d2.analysis.distributions import ClassificationDistribution, regression_gradients
 from ghm_d2.plotting import save_figure
+
+from .collect import PartDistributions
+from .distributions import ClassificationDistribution, regression_gradients
 
 __all__ = ["write_figures"]
 
@@ -59,9 +60,9 @@ def write_figures(part: PartDistributions, folder: Path, caption: str) -> list[P
 
     Args:
         part: has at least one example of each kind.
-        folder: created where it does not exist; gets ``example_counts``, ``gradient_norm``,
-            ``gradient_contribution``, ``regression_fraction``, ``regression_gradient``, each as
-            .png, .svg and .csv, and ``overview.png`` and ``.svg``.
+        folder: created where it does not exist; gets `example_counts`, `gradient_norm`,
+            `gradient_contribution`, `regression_fraction`, `regression_gradient`, each as
+            .png, .svg and .csv, and `overview.png` and `.svg`.
         caption: one line on where the numbers come from.
 
     Returns:

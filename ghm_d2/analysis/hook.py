@@ -12,9 +12,10 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ghm_d2.analysis.statistics import SHARES, CallStatistics, measure, summarize
 from ghm_d2.losses.base import HarmonizedLoss, observed
 from ghm_d2.run_folder import STATISTICS as FILE
+
+from .statistics import SHARES, CallStatistics, measure, summarize
 
 __all__ = ["GradientStatistics", "build_gradient_statistics"]
 
@@ -43,10 +44,10 @@ def build_gradient_statistics(
 
 
 class GradientStatistics(HookBase):
-    """Observes every harmonised loss of a model at each ``period``-th iteration and the last one.
+    """Observes every harmonised loss of a model at each `period`-th iteration and the last one.
 
     It must run before the hook that writes the logs. Between observed steps the losses run as they
-    would without it. The statistics are those of the main process; with ``MODEL.GHM.SYNC`` its
+    would without it. The statistics are those of the main process; with `MODEL.GHM.SYNC` its
     counts are those of all processes.
     """
 
@@ -103,7 +104,7 @@ class GradientStatistics(HookBase):
 
 
 def put(storage: EventStorage, name: str, summary: dict[str, Any]) -> None:
-    """Hands the result of :func:`summarize` to Detectron2's writers as ``NAME/...``.
+    """Hands the result of :func:`summarize` to Detectron2's writers as `NAME/...`.
 
     The two histograms over the gradient norm show log10(1 + R_j), without which the first region
     would dwarf all others, and the share of the gradient.
@@ -118,7 +119,7 @@ def put(storage: EventStorage, name: str, summary: dict[str, Any]) -> None:
 
 
 def _put_histogram(storage: EventStorage, name: str, heights: torch.Tensor) -> None:
-    """A histogram over [0, 1] of the given heights; ``put_histogram`` counts values itself.
+    """A histogram over [0, 1] of the given heights; `put_histogram` counts values itself.
 
     As it does, this appends to the list that Detectron2's TensorBoard writer reads.
     """

@@ -38,14 +38,14 @@ class CallStatistics:
 
     Attributes:
         counts: int64 (bins,), R_j, the examples in each unit region.
-        gradient: float64 (bins, 3), ``sum_i w_i g_i`` by region and by easy, medium, hard.
+        gradient: float64 (bins, 3), `sum_i w_i g_i` by region and by easy, medium, hard.
         num_examples: int64 scalar.
-        plain_sum: float64 scalar, ``sum_i loss_i``.
+        plain_sum: float64 scalar, `sum_i loss_i`.
         num_positives: int64 scalar, the examples with a target of at least 1/2 or, for softmax, of
             a foreground class; 0 for boxes.
-        positive_sum: float64 scalar, ``sum_i loss_i`` over these.
-        harmonized_sum: float64 scalar, ``sum_i w_i loss_i``: the loss without ``loss_weight``.
-        largest_weight: float64 scalar, the largest ``beta_i = N w_i`` (paper, eq. 9); 1 is the
+        positive_sum: float64 scalar, `sum_i loss_i` over these.
+        harmonized_sum: float64 scalar, `sum_i w_i loss_i`: the loss without `loss_weight`.
+        largest_weight: float64 scalar, the largest `beta_i = N w_i` (paper, eq. 9); 1 is the
             weight of every example in a plain mean.
     """
 
@@ -69,10 +69,10 @@ def kept_examples(
 
     Args:
         loss: the module; its type and settings say what an example is.
-        predictions, targets, weights: as for ``loss.forward_pooled``.
+        predictions, targets, weights: as for `loss.forward_pooled`.
 
     Yields:
-        ``(loss_i, g_i, positive_i)``, three tensors (n,), the first two float32 at least, the last
+        `(loss_i, g_i, positive_i)`, three tensors (n,), the first two float32 at least, the last
         bool (False for boxes), in the order of the examples.
     """
     weights = [None] * len(predictions) if weights is None else weights
@@ -165,22 +165,22 @@ def summarize(copies: Sequence[Sequence[CallStatistics]]) -> dict[str, Any]:
     """Everything about one loss in one step, as numbers that JSON holds.
 
     Args:
-        copies: for each copy of the loss (``IMAGES_PER_HISTOGRAM`` makes several), its calls, as
+        copies: for each copy of the loss (`IMAGES_PER_HISTOGRAM` makes several), its calls, as
             many as any other copy's: one for each FPN level, or one for all.
 
     Returns:
         A dictionary of
 
-        - ``examples``: how many counted.
-        - ``plain_loss``: their mean binary cross entropy, cross entropy or authentic smooth L1.
-        - ``plain_loss_positives``: the mean over positives alone. Most examples are easy negatives,
+        - `examples`: how many counted.
+        - `plain_loss`: their mean binary cross entropy, cross entropy or authentic smooth L1.
+        - `plain_loss_positives`: the mean over positives alone. Most examples are easy negatives,
           whose loss GHM-C may well let grow while the detector gets better.
-        - ``harmonized_loss``: the loss without its weight: summed over calls, averaged over copies.
-        - ``gradient_share_easy``, ``..._medium``, ``..._hard``: of ``sum_i w_i g_i``; they add up
+        - `harmonized_loss`: the loss without its weight: summed over calls, averaged over copies.
+        - `gradient_share_easy`, `..._medium`, `..._hard`: of `sum_i w_i g_i`; they add up
           to 1.
-        - ``non_empty_regions``: mean over the calls that saw an example.
-        - ``largest_weight``: the largest beta of any example.
-        - ``calls``: for each call, over all copies, ``counts`` (bins,) and ``gradient_share``
+        - `non_empty_regions`: mean over the calls that saw an example.
+        - `largest_weight`: the largest beta of any example.
+        - `calls`: for each call, over all copies, `counts` (bins,) and `gradient_share`
           (bins,), the part of the total gradient that this region of this call has.
 
         Without any example, figures that would be 0 / 0 are None.

@@ -107,7 +107,7 @@ def check_name(name: Any) -> None:
 
 
 def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> None:
-    """Writes `checkpoint` with ``torch.save``, or where the name ends in .pkl as a pickle.
+    """Writes `checkpoint` with `torch.save`, or where the name ends in .pkl as a pickle.
 
     The pickle has NumPy arrays in place of tensors, as Detectron2's have.
 

@@ -1,6 +1,6 @@
 """The one way in which this project opens a checkpoint: nothing that the file names is run.
 
-A file of ``torch.save`` is opened by ``torch.load(weights_only=True)``. That bounds neither work
+A file of `torch.save` is opened by `torch.load(weights_only=True)`. That bounds neither work
 nor memory, so :mod:`.unpickler` goes through it first, under the rules that it has for a .pkl.
 """
 
@@ -226,7 +226,7 @@ def _weigh_array(array: torch.Tensor | np.ndarray) -> int:
 
 
 def load_file(path: str | os.PathLike, *, trusted: bool = False) -> Any:
-    """Opens a checkpoint: a pickle where the name ends in .pkl, else a file of ``torch.save``.
+    """Opens a checkpoint: a pickle where the name ends in .pkl, else a file of `torch.save`.
 
     Args:
         path: a local file.

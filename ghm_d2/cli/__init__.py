@@ -1,6 +1,6 @@
-"""``ghm-d2 COMMAND``, the same as ``python -m ghm_d2 COMMAND``: one file a command.
+"""`ghm-d2 COMMAND`, the same as `python -m ghm_d2 COMMAND`: one file a command.
 
-A command's file has a ``main(argv)``; nothing outside this folder imports it.
+A command's file has a `main(argv)`; nothing outside this folder imports it.
 """
 
 import sys

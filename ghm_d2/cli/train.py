@@ -1,4 +1,4 @@
-"""``ghm-d2 train`` is train_net.py."""
+"""`ghm-d2 train` is train_net.py."""
 
 from ghm_d2.engine import main
 

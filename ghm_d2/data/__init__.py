@@ -1,6 +1,6 @@
 """Data sets: the synthetic default, and COCO-format files named on the command line."""
 
-from ghm_d2.data.registration import (
+from .registration import (
     CocoDataset,
     check_coco_dataset,
     check_same_classes,
@@ -8,7 +8,7 @@ from ghm_d2.data.registration import (
     register_coco_dataset,
     register_datasets,
 )
-from ghm_d2.data.synthetic import register_synthetic
+from .synthetic import register_synthetic
 
 __all__ = [
     "CocoDataset",

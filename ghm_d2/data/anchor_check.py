@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.structures import BoxMode
 
-from ghm_d2.data.anchors import ENOUGH_IOU, Anchors, InputSize, best_shape_iou, suggest
+from .anchors import ENOUGH_IOU, Anchors, InputSize, best_shape_iou, suggest
 
 __all__ = ["anchor_report", "configured_anchors", "input_size", "log_anchor_fit"]
 

@@ -48,7 +48,7 @@ class Anchors:
         )
 
     def scaled(self, factor: float) -> "Anchors":
-        """With all sizes times ``factor``, rounded to what one would write into a config."""
+        """With all sizes times `factor`, rounded to what one would write into a config."""
         sizes = tuple(tuple(_round(size * factor) for size in level) for level in self.sizes)
         return replace(self, sizes=sizes)
 
@@ -64,7 +64,7 @@ class Anchors:
 
 @dataclass(frozen=True)
 class InputSize:
-    """How images are resized: the shorter side to one of ``shortest``, the longer to ``longest``.
+    """How images are resized: the shorter side to one of `shortest`, the longer to `longest`.
 
     Attributes:
         shortest: pixels; a box is looked at with one of them in turn. (0,): no resize.
@@ -91,7 +91,7 @@ class InputSize:
         return boxes * scale[:, None]
 
     def enlarged(self, factor: float) -> "InputSize":
-        """Both sides times ``factor``."""
+        """Both sides times `factor`."""
         shortest = tuple(round(side * factor) for side in self.shortest)
         return InputSize(shortest, round(self.longest * factor))
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from ghm_d2.data.fields import number
-from ghm_d2.data.image_files import find_images
-from ghm_d2.data.voc import LabelledImage, VocObject, image_size, polygon_corners
+from .fields import number
+from .image_files import find_images
+from .voc import LabelledImage, VocObject, image_size, polygon_corners
 
 __all__ = ["read_cvat"]
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ghm_d2.data.fields import numbers
 from ghm_d2.errors import UserError
+
+from .fields import numbers
 
 __all__ = [
     "Keypoints",
@@ -45,7 +46,7 @@ class Keypoints:
 
     Attributes:
         names: in their order; empty where the categories list none.
-        number: of an object; 0: no object has any, or ``fault`` says why none can be used.
+        number: of an object; 0: no object has any, or `fault` says why none can be used.
         without: annotations without any, where others have some.
         labelled: objects with a keypoint that is labelled.
         incomplete: whether an annotation has none that pycocotools could evaluate as it stands.
@@ -103,7 +104,7 @@ def fill_in(annotations: Sequence[dict[str, Any]], found: Keypoints) -> Keypoint
         found: what :func:`find_keypoints` returns.
 
     Returns:
-        The same with ``labelled`` and ``incomplete``.
+        The same with `labelled` and `incomplete`.
     """
     if not found.number:
         return found

@@ -9,10 +9,11 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from ghm_d2.data.cvat import read_cvat
-from ghm_d2.data.voc import LabelledImage, read_annotation
-from ghm_d2.data.xml_files import read_xml
 from ghm_d2.errors import UserError
+
+from .cvat import read_cvat
+from .voc import LabelledImage, read_annotation
+from .xml_files import read_xml
 
 __all__ = ["LabelFolder", "Images", "find_folder", "members", "read_images", "split_of_folder"]
 

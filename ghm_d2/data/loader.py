@@ -20,11 +20,12 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ghm_d2.data import workers
-from ghm_d2.data.anchor_check import log_anchor_fit
-from ghm_d2.data.readable import UnusableData
 from ghm_d2.errors import command
 from ghm_d2.randomness import numpy_state, preserved, seeded, set_numpy_state
+
+from . import workers
+from .anchor_check import log_anchor_fit
+from .readable import UnusableData
 
 __all__ = [
     "TrainLoader",
@@ -43,7 +44,7 @@ _MOST_REFUSALS = 100  # one after the other
 def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
     """Detectron2's mapper for evaluation, which needs no data set to train on.
 
-    Detectron2's asks ``DATASETS.TRAIN`` for the names of keypoints, to mirror those of images that
+    Detectron2's asks `DATASETS.TRAIN` for the names of keypoints, to mirror those of images that
     evaluation never mirrors.
     """
     plain = cfg.clone()
@@ -53,20 +54,20 @@ def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
 
 
 def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[list[dict]]:
-    """Detectron2's ``build_detection_train_loader`` with batches that a resumed run finds again.
+    """Detectron2's `build_detection_train_loader` with batches that a resumed run finds again.
 
-    With ``DATALOADER.NUM_WORKERS`` 0 or 1 the images come in Detectron2's order, with more also
-    where ``DATALOADER.ASPECT_RATIO_GROUPING`` is off (with it Detectron2's order depends on the
+    With `DATALOADER.NUM_WORKERS` 0 or 1 the images come in Detectron2's order, with more also
+    where `DATALOADER.ASPECT_RATIO_GROUPING` is off (with it Detectron2's order depends on the
     number of workers).
 
     Args:
         cfg: every key that Detectron2's loader reads.
-        mapper: from a dataset dict to a sample; None: Detectron2's ``DatasetMapper``. Its random
+        mapper: from a dataset dict to a sample; None: Detectron2's `DatasetMapper`. Its random
             numbers must come from Python's, NumPy's or PyTorch's global generators.
 
     Returns:
         A :class:`TrainLoader`; Detectron2's own loader, after a warning, where a data set is a
-        ``torch.utils.data.Dataset`` instead of a list.
+        `torch.utils.data.Dataset` instead of a list.
     """
     # With a sampler given, Detectron2 builds none: its seeds must be drawn where they are noted.
     parts = _train_loader_from_config(cfg, mapper, sampler=())
@@ -83,10 +84,10 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
 def build_train_loader_from_parts(
     parts: dict[str, Any], build_sampler: Callable[[], Sampler]
 ) -> Iterable[list[dict]]:
-    """As :func:`build_train_loader`, from the arguments of ``build_detection_train_loader``.
+    """As :func:`build_train_loader`, from the arguments of `build_detection_train_loader`.
 
     Args:
-        parts: those arguments without ``sampler``.
+        parts: those arguments without `sampler`.
         build_sampler: see :class:`TrainLoader`.
     """
     if not isinstance(parts["dataset"], list):

@@ -15,8 +15,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ghm_d2.data.look_statistics import DataStatistics
-from ghm_d2.data.pictures import UnreadableError, draw_boxes, read_image
+from .look_statistics import DataStatistics
+from .pictures import UnreadableError, draw_boxes, read_image
 
 __all__ = ["draw_grid", "draw_histograms", "spread"]
 
@@ -27,7 +27,7 @@ _MOST_BARS = 24
 
 
 def spread(records: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """At most ``number`` records spread evenly over those with objects, or over all of them."""
+    """At most `number` records spread evenly over those with objects, or over all of them."""
     having = [record for record in records if record.get("annotations")] or list(records)
     number = min(number, len(having))
     return [having[i * len(having) // number] for i in range(number)]

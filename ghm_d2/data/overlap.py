@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
-from ghm_d2.data.image_checks import ImageFile
 from ghm_d2.errors import command, shown
+
+from .image_checks import ImageFile
 
 __all__ = ["copies", "log_shared_images"]
 

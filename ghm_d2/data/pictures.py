@@ -9,8 +9,9 @@ from detectron2.data import Metadata, detection_utils
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from ghm_d2.data.image_checks import is_deep
 from ghm_d2.errors import UserError, reason, shown
+
+from .image_checks import is_deep
 
 __all__ = ["TILE", "UnreadableError", "draw", "draw_boxes", "read_image"]
 

@@ -16,14 +16,15 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ghm_d2.data.annotations import Uses
-from ghm_d2.data.checks import KINDS, Findings
-from ghm_d2.data.coco import CocoData, check_content
-from ghm_d2.data.image_checks import ImageFile
-from ghm_d2.data.keypoints import Keypoints, mirrored_pairs
-from ghm_d2.data.overlap import log_shared_images
-from ghm_d2.data.tables import is_plain, read_annotations
 from ghm_d2.errors import UserError, command
+
+from .annotations import Uses
+from .checks import KINDS, Findings
+from .coco import CocoData, check_content
+from .image_checks import ImageFile
+from .keypoints import Keypoints, mirrored_pairs
+from .overlap import log_shared_images
+from .tables import is_plain, read_annotations
 
 __all__ = [
     "CocoDataset",

@@ -15,8 +15,9 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from tqdm import tqdm
 
-from ghm_d2.data.synthetic_images import CLASSES, IMAGE_SIZE, SEED, SPLITS, VERSION, make_image
 from ghm_d2.errors import UserError, reason
+
+from .synthetic_images import CLASSES, IMAGE_SIZE, SEED, SPLITS, VERSION, make_image
 
 __all__ = ["ensure_synthetic", "register_synthetic"]
 

@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 
 from PIL import Image
 
-from ghm_d2.data.fields import flag, number
+from .fields import flag, number
 
 __all__ = [
     "DIFFICULT",
@@ -71,7 +71,7 @@ def read_annotation(root: Element, xml: Path, images: dict[str, list[Path]]) -> 
     """The image that one XML file is for, and its objects.
 
     The image is the one with the name of the XML file; only where there is none, the one that
-    ``<filename>`` names (which annotation tools do not keep up to date). Of several in different
+    `<filename>` names (which annotation tools do not keep up to date). Of several in different
     folders, the one whose folder is called as that of the XML file.
 
     Args:
@@ -193,7 +193,7 @@ def to_coco(
         images: in the order of their ids, from 1.
         classes: the categories, whose ids are 1, 2, ...
         root: folder that the file names are relative to.
-        difficult: what becomes of difficult objects: "crowd" (``iscrowd`` 1: training leaves them
+        difficult: what becomes of difficult objects: "crowd" (`iscrowd` 1: training leaves them
             out, evaluation counts them neither as found nor as missed, as VOC's does), "keep" (as
             any other) or "drop".
         zero_based: xmin and ymin count from 0 and xmax, ymax are the first pixels outside:
@@ -204,7 +204,7 @@ def to_coco(
         "empty" (no area inside the image, left out), "clipped" (reached out of the image),
         "swapped" (xmin was larger than xmax, or ymin than ymax), "outline" (the box around a
         polygon or rotated box), "from 0" (began at 0, where VOC begins at 1), and
-        ``("class", name)`` for objects of other classes, left out.
+        `("class", name)` for objects of other classes, left out.
     """
     shift = 0 if zero_based else 1
     ids = {name: number for number, name in enumerate(classes, start=1)}

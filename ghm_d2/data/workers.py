@@ -45,7 +45,7 @@ def watch(loader: DataLoader) -> DataLoader:
 
 
 class _Both:
-    """A ``worker_init_fn`` after which a worker also outlives signals; it can be pickled."""
+    """A `worker_init_fn` after which a worker also outlives signals; it can be pickled."""
 
     def __init__(self, first: Any) -> None:
         self._first = first

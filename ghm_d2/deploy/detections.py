@@ -59,7 +59,7 @@ def limits(model: nn.Module) -> tuple[float, int]:
 
 
 def detect(model: nn.Module, image: Tensor) -> Detections:
-    """Runs the model's own inference on one image, (C, H, W), 0 .. 255 in ``INPUT.FORMAT``."""
+    """Runs the model's own inference on one image, (C, H, W), 0 .. 255 in `INPUT.FORMAT`."""
     found = model([{"image": image}])[0]["instances"]
     return Detections(found.pred_boxes.tensor, found.scores, found.pred_classes)
 
@@ -91,9 +91,9 @@ def compare_detections(
 ) -> Comparison:
     """Pairs the detections of two runs of a detector on one image.
 
-    Two detections are partners if they have the same class, scores within ``score_tolerance`` and
-    coordinates within ``box_tolerance`` pixels; their order may differ, as that of equal scores
-    does. One that stands within ``score_tolerance`` of the score below which detections are dropped
+    Two detections are partners if they have the same class, scores within `score_tolerance` and
+    coordinates within `box_tolerance` pixels; their order may differ, as that of equal scores
+    does. One that stands within `score_tolerance` of the score below which detections are dropped
     may be there in one run alone: it is not counted as missing.
 
     Args:

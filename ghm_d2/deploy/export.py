@@ -1,7 +1,7 @@
 """A detector as one file, post-processing included: TorchScript, ONNX, torch.export.
 
 All three take one image of any size: (C, H, W) float32, 0 .. 255, its channels in the order of
-``INPUT.FORMAT``, resized already as for the test (``INPUT.MIN_SIZE_TEST``, ``MAX_SIZE_TEST``) but
+`INPUT.FORMAT`, resized already as for the test (`INPUT.MIN_SIZE_TEST`, `MAX_SIZE_TEST`) but
 neither normalised nor padded; or, with a batch, N such images of one size. The boxes are in pixels
 of that image. The file holds these facts and the class names as JSON under :data:`METADATA_KEY`.
 """
@@ -19,11 +19,12 @@ import torch
 from detectron2.export import TracingAdapter
 from torch import Tensor, nn
 
-from ghm_d2.deploy.detections import Detections, check_detector, detect
-from ghm_d2.deploy.fixed_size import fixed_size_detector
-from ghm_d2.deploy.setup import images_of_test
 from ghm_d2.engine.settings import Config
 from ghm_d2.errors import UserError
+
+from .detections import Detections, check_detector, detect
+from .fixed_size import fixed_size_detector
+from .setup import images_of_test
 
 __all__ = [
     "FORMATS",
@@ -135,7 +136,7 @@ def export_detector(
 
     Raises:
         UserError: the model is of another kind, or something that the format needs is not there.
-        ValueError: ``format`` is unknown.
+        ValueError: `format` is unknown.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {tuple(FORMATS)}, got {format!r}")
@@ -171,7 +172,7 @@ def load_exported(
 
     Returns:
         A function of an image, (C, H, W) float32. A file with a batch is given the image as often
-        as ``options.batch`` says, and what it finds in the last of them is returned.
+        as `options.batch` says, and what it finds in the last of them is returned.
 
     Raises:
         UserError: ONNX Runtime is not installed.

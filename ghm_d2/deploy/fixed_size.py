@@ -37,10 +37,10 @@ def fixed_size_detector(model: nn.Module, *, batch: bool = False, half: bool = F
             stay float32: a coordinate above 2048 has no fraction, nor the half of it, in float16.
 
     Returns:
-        A module in eval mode that takes images, (N, C, H, W), and returns ``boxes``, (N, D, 4),
-        ``scores``, (N, D), ``classes``, (N, D), and ``count``, (N,) int64. D is
-        ``TEST.DETECTIONS_PER_IMAGE``; rows from ``count`` on are padding: 0, 0 and -1. Without
-        ``batch``, it takes one image, (C, H, W), and its outputs lack the first axis too.
+        A module in eval mode that takes images, (N, C, H, W), and returns `boxes`, (N, D, 4),
+        `scores`, (N, D), `classes`, (N, D), and `count`, (N,) int64. D is
+        `TEST.DETECTIONS_PER_IMAGE`; rows from `count` on are padding: 0, 0 and -1. Without
+        `batch`, it takes one image, (C, H, W), and its outputs lack the first axis too.
     """
     subsample = isinstance(getattr(model.backbone, "top_block", None), LastLevelMaxPool)
     if subsample or half:
@@ -207,7 +207,7 @@ def _to_half(_: nn.Module, inputs: tuple) -> tuple:
 
 
 def _normalize_and_pad(model: nn.Module, images: Tensor) -> Tensor:
-    """As Detectron2's ``preprocess_image`` does, but for tensors that hold the padding."""
+    """As Detectron2's `preprocess_image` does, but for tensors that hold the padding."""
     images = (images.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
     height, width = images.shape[-2:]
     step = model.backbone.size_divisibility
@@ -223,7 +223,7 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _top(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The ``number`` highest of each row and where they stand; -inf, 0 beyond the last."""
+    """The `number` highest of each row and where they stand; -inf, 0 beyond the last."""
     scores, index = F.pad(scores, (0, number), value=-float("inf")).topk(number)
     return scores, torch.where(scores == -float("inf"), 0, index)
 
@@ -271,7 +271,7 @@ def _pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tenso
 
 
 def _nms(candidates: Candidates, threshold: float, number: int, groups: int) -> Candidates:
-    """NMS within each class of each image; the ``number`` best survivors of each, padded.
+    """NMS within each class of each image; the `number` best survivors of each, padded.
 
     All are moved apart and go through one NMS, so that the number of images may be anything.
     """
@@ -307,7 +307,7 @@ def _nms(candidates: Candidates, threshold: float, number: int, groups: int) -> 
 
 
 def _best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The ``number`` highest of each row, padded by -inf, and their places; of equals the first."""
+    """The `number` highest of each row, padded by -inf, and their places; of equals the first."""
     scores = F.pad(scores, (0, number), value=-float("inf"))
     if torch.onnx.is_in_onnx_export():  # it has no stable sort, but ONNX's TopK is one
         return scores.topk(number)

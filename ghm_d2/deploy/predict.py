@@ -17,10 +17,11 @@ from torch import nn
 from tqdm import tqdm
 
 from ghm_d2.data.pictures import UnreadableError, draw, read_image
-from ghm_d2.deploy.coco_ids import category_ids
-from ghm_d2.deploy.setup import VIDEO_SUFFIXES, image_preparer
 from ghm_d2.engine.settings import Config
 from ghm_d2.errors import UserError
+
+from .coco_ids import category_ids
+from .setup import VIDEO_SUFFIXES, image_preparer
 
 __all__ = ["Predictor"]
 

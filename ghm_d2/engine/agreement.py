@@ -10,7 +10,7 @@ __all__ = ["any_process", "of_main_process"]
 
 
 def any_process(flag: bool) -> bool:
-    """Whether ``flag`` is True in any process.
+    """Whether `flag` is True in any process.
 
     A process that acts on its own flag alone leaves the others waiting in their next collective
     call. Every process must ask, at the same point of the step.
@@ -30,7 +30,7 @@ def any_process(flag: bool) -> bool:
 
 
 def of_main_process(value: Any) -> Any:
-    """The main process' ``value``, in every process; each must call it at the same point.
+    """The main process' `value`, in every process; each must call it at the same point.
 
     Args:
         value: anything that can be pickled; that of the other processes is not used.

@@ -18,13 +18,14 @@ from detectron2.utils.file_io import PathManager
 from ghm_d2.checkpoint.files import fetch
 from ghm_d2.data.keypoints import check_keypoints
 from ghm_d2.data.registration import log_more_objects_than
-from ghm_d2.engine.clipping import CLIP_TYPES
-from ghm_d2.engine.processes import Processes, started_by_torchrun
-from ghm_d2.engine.settings import Config, class_counts, key_of, pair, read_settings, typed
-from ghm_d2.engine.trainer import EVALUATOR_TYPES
 from ghm_d2.errors import UserError, similar_names
 from ghm_d2.modeling import validate_ghm_config
 from ghm_d2.run_folder import RunFolder
+
+from .clipping import CLIP_TYPES
+from .processes import Processes, started_by_torchrun
+from .settings import Config, class_counts, key_of, pair, read_settings, typed
+from .trainer import EVALUATOR_TYPES
 
 __all__ = ["check_all", "check_inference"]
 

@@ -18,7 +18,7 @@ CLIP_TYPES = ("value", "norm", "full_model")  # the last one is ours
 def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build Detectron2's optimizer, with global-norm clipping where the config asks for it.
 
-    A trainer of your own whose ``build_optimizer`` returns this takes every config of this project.
+    A trainer of your own whose `build_optimizer` returns this takes every config of this project.
 
     Args:
         cfg: `SOLVER.CLIP_GRADIENTS` with CLIP_TYPE "full_model" limits the `NORM_TYPE`-norm of all
@@ -42,7 +42,7 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimiz
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float) -> None:
-    """Limits one norm over all gradients together at the start of every ``optimizer.step()``.
+    """Limits one norm over all gradients together at the start of every `optimizer.step()`.
 
     That is after mixed precision has unscaled them, and after DistributedDataParallel's average.
 

@@ -80,7 +80,7 @@ class Diagnosis:
 def diagnose(
     model: nn.Module, batch: Sequence[dict[str, Any]], backward: bool = False
 ) -> Diagnosis:
-    """Runs the training forward pass of ``batch`` once more and looks at everything on the way.
+    """Runs the training forward pass of `batch` once more and looks at everything on the way.
 
     Args:
         model: in training mode, not wrapped; its running counts change.

@@ -2,7 +2,7 @@
 
 Detectron2 looks at the losses on the main process alone and never at the gradients. Here every
 process looks, before the optimizer's step, so that the weights in memory are still good; all stop
-together, and the batch is saved for ``ghm-d2 replay``.
+together, and the batch is saved for `ghm-d2 replay`.
 """
 
 import contextlib
@@ -18,13 +18,14 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ghm_d2.engine.agreement import any_process
-from ghm_d2.engine.diagnosis import describe_images, diagnose
-from ghm_d2.engine.output_folder import is_disk_error
-from ghm_d2.engine.replay import ForwardState, Replay, save_replay
-from ghm_d2.engine.settings import Config, as_text, read_settings
 from ghm_d2.errors import UserError
 from ghm_d2.losses.base import HarmonizedLoss
+
+from .agreement import any_process
+from .diagnosis import describe_images, diagnose
+from .output_folder import is_disk_error
+from .replay import ForwardState, Replay, save_replay
+from .settings import Config, as_text, read_settings
 
 __all__ = [
     "FiniteCheck",

@@ -12,9 +12,10 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ghm_d2.data.workers import ENDING_SIGNALS
-from ghm_d2.engine.agreement import any_process
-from ghm_d2.engine.finite import require_finite_weights
-from ghm_d2.engine.process_states import ProcessStates
+
+from .agreement import any_process
+from .finite import require_finite_weights
+from .process_states import ProcessStates
 
 __all__ = ["PREEMPTED", "Preempted", "StopOnSignal"]
 

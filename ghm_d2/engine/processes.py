@@ -24,8 +24,9 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.multiprocessing import ProcessExitedException
 
 from ghm_d2.data.workers import ENDING_SIGNALS
-from ghm_d2.engine.agreement import any_process
 from ghm_d2.errors import UserError
+
+from .agreement import any_process
 
 __all__ = [
     "Processes",
@@ -209,7 +210,7 @@ def reported_once() -> Iterator[None]:
 
 
 def launch_processes(work: Callable[..., None], processes: Processes, *arguments: Any) -> None:
-    """Calls ``work(*arguments)`` in every process.
+    """Calls `work(*arguments)` in every process.
 
     The signals that end a job go on to them.
 

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from ghm_d2.data import workers
 from ghm_d2.data.loader import build_train_loader_from_parts
 from ghm_d2.data.readable import ReadableMapper
-from ghm_d2.engine.clipping import clip_gradients
 from ghm_d2.errors import UserError
+
+from .clipping import clip_gradients
 
 __all__ = [
     "build_evaluator",
@@ -32,12 +33,12 @@ __all__ = [
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The model, on ``train.device``."""
+    """The model, on `train.device`."""
     return _build(cfg.model, "model").to(cfg.train.device)
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, clipping as ``train.clip_gradients`` says."""
+    """The optimizer, clipping as `train.clip_gradients` says."""
     node = copy.deepcopy(cfg.optimizer)
     node.params.model = model
     optimizer = _build(node, "optimizer")

@@ -27,7 +27,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
         overrides: "key=value" each. A key must exist, or be a new argument of a call.
 
     Returns:
-        A config with ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and ``train``.
+        A config with `model`, `dataloader`, `optimizer`, `lr_multiplier` and `train`.
 
     Raises:
         UserError: the file or an override is wrong.

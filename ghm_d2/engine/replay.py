@@ -25,12 +25,13 @@ from ghm_d2 import modeling  # noqa: F401  (it registers what configs name)
 from ghm_d2.checkpoint import load_file
 from ghm_d2.checkpoint.files import write_checkpoint
 from ghm_d2.config import add_ghm_config
-from ghm_d2.engine import python_build
-from ghm_d2.engine.settings import Config, change
 from ghm_d2.errors import UserError, shown
 from ghm_d2.files import file_to_blame
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_parts import parse_settings
+
+from . import python_build
+from .settings import Config, change
 
 __all__ = ["ForwardState", "Replay", "load_replay", "save_replay"]
 
@@ -61,7 +62,7 @@ class ForwardState:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ForwardState":
-        """A copy of the state of ``model``; without any synchronisation."""
+        """A copy of the state of `model`; without any synchronisation."""
         buffers = {
             f"{name}.{key}": value.clone()
             for name, module in model.named_modules()
@@ -75,7 +76,7 @@ class ForwardState:
         return cls(buffers, _copied(normalizer), rng)
 
     def restore(self, model: nn.Module) -> None:
-        """Brings ``model`` and the generators back to this state."""
+        """Brings `model` and the generators back to this state."""
         buffers = dict(model.named_buffers())
         for name, value in self.buffers.items():
             buffers[name].copy_(value)
@@ -168,7 +169,7 @@ class Replay:
 
 
 def save_replay(path: str | os.PathLike, replay: Replay) -> None:
-    """Saves ``replay`` as plain containers and tensors, so that loading it runs no code.
+    """Saves `replay` as plain containers and tensors, so that loading it runs no code.
 
     Raises:
         UserError: the file cannot be written.
@@ -227,7 +228,7 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as containers, numbers, text, arrays and tensors."""
+    """`value` as containers, numbers, text, arrays and tensors."""
     if isinstance(value, Instances):
         fields = {name: _plain(x) for name, x in value.get_fields().items()}
         return {"type": "Instances", "size": list(value.image_size), "fields": fields}

@@ -20,16 +20,21 @@ from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import changed_data, check_datasets, origin_entry
 from ghm_d2.data import CocoDataset, register_coco_dataset
 from ghm_d2.data.registration import data_fingerprint
-from ghm_d2.engine.arguments import parse_arguments, train_program
-from ghm_d2.engine.checks import check_all
-from ghm_d2.engine.output_folder import (
+from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.files import write_text
+from ghm_d2.run_folder import CONFIG, FINAL_CHECKPOINT, RunFolder
+from ghm_d2.run_parts import Record
+
+from .arguments import parse_arguments, train_program
+from .checks import check_all
+from .output_folder import (
     disk_errors,
     exists_and_is_newer,
     locked,
     refuse_finished,
 )
-from ghm_d2.engine.pictures import draw_predictions
-from ghm_d2.engine.processes import (
+from .pictures import draw_predictions
+from .processes import (
     Processes,
     end_process,
     exit_code_of,
@@ -42,21 +47,17 @@ from ghm_d2.engine.processes import (
     reported_once,
     started_by_torchrun,
 )
-from ghm_d2.engine.settings import Config, Settings, as_text, key_of, pair, read_settings
-from ghm_d2.engine.setup import (
+from .settings import Config, Settings, as_text, key_of, pair, read_settings
+from .setup import (
     build_config,
     given_keys,
     load_config,
     locate_config_file,
     setup_ghm_logger,
 )
-from ghm_d2.engine.submission import report_submissions
-from ghm_d2.engine.summary import next_command, summarize_training
-from ghm_d2.engine.trainer import GHMTrainer, verify_expected
-from ghm_d2.errors import UserError, exits_with_one_sentence
-from ghm_d2.files import write_text
-from ghm_d2.run_folder import CONFIG, FINAL_CHECKPOINT, RunFolder
-from ghm_d2.run_parts import Record
+from .submission import report_submissions
+from .summary import next_command, summarize_training
+from .trainer import GHMTrainer, verify_expected
 
 __all__ = ["Command", "main"]
 

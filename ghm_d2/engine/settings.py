@@ -71,7 +71,7 @@ class Settings:
         log_period: iterations between two rows of metrics.json.
         statistics_period: iterations between two looks at the gradients; 0: never.
         expected_results: (task, metric, value, tolerance) each.
-        ddp: arguments for ``create_ddp_model``.
+        ddp: arguments for `create_ddp_model`.
         images_per_batch: over all processes.
         reference_world_size: processes that the schedule was written for; 0: any.
         learning_rate: of the optimizer, for messages.

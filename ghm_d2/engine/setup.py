@@ -16,9 +16,11 @@ from ghm_d2.config import add_ghm_config
 from ghm_d2.config_files import find_config, similar_configs
 from ghm_d2.data import CocoDataset, register_datasets
 from ghm_d2.data.annotations import Uses
-from ghm_d2.engine.python_config import load_config as load_python_config
-from ghm_d2.engine.python_config import read_uses
-from ghm_d2.engine.settings import (
+from ghm_d2.errors import UserError, cannot, reason, similar_names
+
+from .python_config import load_config as load_python_config
+from .python_config import read_uses
+from .settings import (
     Config,
     change,
     class_counts,
@@ -27,7 +29,6 @@ from ghm_d2.engine.settings import (
     read_settings,
     set_key,
 )
-from ghm_d2.errors import UserError, cannot, reason, similar_names
 
 __all__ = [
     "build_config",
@@ -100,7 +101,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
     """The config of a file, changed by the overrides alone.
 
     Args:
-        config_file: a .yaml or .py file, or the name of one in ``configs/``; a .py file is
+        config_file: a .yaml or .py file, or the name of one in `configs/`; a .py file is
             executed.
         overrides: KEY, VALUE, KEY, VALUE ... for YAML, KEY=VALUE each for Python.
 
@@ -118,7 +119,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def locate_config_file(file: str) -> str:
-    """The path of a config file: that file, or else the one of this name in ``configs/``.
+    """The path of a config file: that file, or else the one of this name in `configs/`.
 
     Raises:
         UserError: there is neither.

@@ -9,7 +9,7 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from ghm_d2.engine.finite import FiniteCheck
+from .finite import FiniteCheck
 
 __all__ = ["CheckedAMPTrainer", "CheckedTrainer"]
 

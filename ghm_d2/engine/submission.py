@@ -3,8 +3,9 @@
 import logging
 from typing import Any
 
-from ghm_d2.engine.settings import Settings
 from ghm_d2.run_folder import RunFolder
+
+from .settings import Settings
 
 __all__ = ["report_submissions"]
 
@@ -22,7 +23,7 @@ def report_submissions(settings: Settings, results: dict[str, Any]) -> bool:
 
     Args:
         settings: of the evaluation.
-        results: what ``GHMTrainer.test`` returned.
+        results: what `GHMTrainer.test` returned.
 
     Returns:
         Whether there was such a test set.

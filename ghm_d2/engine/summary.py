@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ghm_d2.data import CocoDataset
-from ghm_d2.engine.pictures import plot_training
 from ghm_d2.errors import reason, shown
 from ghm_d2.run_folder import CONFIG, FINAL_CHECKPOINT, METRICS, RunFolder
+
+from .pictures import plot_training
 
 __all__ = ["ap_table", "next_command", "summarize_training"]
 
@@ -69,7 +70,7 @@ def ap_table(results: Mapping[str, Any]) -> str:
     """The box AP of an evaluation, one row a figure: all classes first, then each class.
 
     Args:
-        results: what ``trainer.test`` returns: ``{"bbox": {name: percent}}``, or that for each
+        results: what `trainer.test` returns: `{"bbox": {name: percent}}`, or that for each
             data set.
     """
     sets = {"": results} if "bbox" in results else results

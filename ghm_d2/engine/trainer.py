@@ -39,19 +39,20 @@ from ghm_d2.data import workers
 from ghm_d2.data.keypoints import convert_incomplete
 from ghm_d2.data.loader import build_test_mapper, build_train_loader
 from ghm_d2.data.readable import ReadableMapper
-from ghm_d2.engine import python_build
-from ghm_d2.engine.agreement import of_main_process
-from ghm_d2.engine.clipping import build_optimizer
-from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator, costs_recorded
-from ghm_d2.engine.finite import FiniteCheck, FiniteWeights, WithoutTracebacks
-from ghm_d2.engine.output_folder import FolderIsThere
-from ghm_d2.engine.preemption import StopOnSignal
-from ghm_d2.engine.process_states import ProcessStates
-from ghm_d2.engine.settings import Config, Settings, read_settings
-from ghm_d2.engine.step import CheckedAMPTrainer, CheckedTrainer
 from ghm_d2.errors import UserError
 from ghm_d2.randomness import preserved
 from ghm_d2.run_folder import RunFolder
+
+from . import python_build
+from .agreement import of_main_process
+from .clipping import build_optimizer
+from .evaluation import AllThresholdsCOCOEvaluator, costs_recorded
+from .finite import FiniteCheck, FiniteWeights, WithoutTracebacks
+from .output_folder import FolderIsThere
+from .preemption import StopOnSignal
+from .process_states import ProcessStates
+from .settings import Config, Settings, read_settings
+from .step import CheckedAMPTrainer, CheckedTrainer
 
 __all__ = ["EVALUATOR_TYPES", "GHMTrainer", "verify_expected"]
 
@@ -323,7 +324,7 @@ class GHMTrainer(DefaultTrainer):
 
 
 def verify_expected(settings: Settings, results: dict[str, Any]) -> None:
-    """Detectron2's ``verify_results``.
+    """Detectron2's `verify_results`.
 
     Raises:
         SystemExit: code 1; the results are not those that the config expects.

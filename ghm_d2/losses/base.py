@@ -34,7 +34,7 @@ _observers: list[Callable[..., None]] = []
 
 @contextmanager
 def observed(observer: Callable[..., None]) -> Iterator[None]:
-    """Inside, every call of a harmonised loss also calls ``observer``.
+    """Inside, every call of a harmonised loss also calls `observer`.
 
     It stands outside the modules, so that a model can be copied and saved at any moment.
 
@@ -42,7 +42,7 @@ def observed(observer: Callable[..., None]) -> Iterator[None]:
         observer: called for each histogram, with ``(loss module, predictions, targets, masks,
             counts, region_weights)``: three lists with an entry for each of its tensors, in the
             layout (R, K) and (R,) of GHM-C whatever it was called with; its int64 (bins,) counts
-            R_j and float32 (bins,) weights w_j (without ``loss_weight``), both None with the exact
+            R_j and float32 (bins,) weights w_j (without `loss_weight`), both None with the exact
             density. A recomputation by activation checkpointing is not observed.
     """
     _observers.append(observer)
@@ -53,14 +53,14 @@ def observed(observer: Callable[..., None]) -> Iterator[None]:
 
 
 class HarmonizedLoss(nn.Module):
-    """``loss_weight * sum_i loss_i / GD(g_i)`` over the examples that a subclass provides.
+    """`loss_weight * sum_i loss_i / GD(g_i)` over the examples that a subclass provides.
 
     Attributes:
         acc_sum: float32 (bins,), the exponential moving average of the region counts,
-            ``S_j <- alpha * S_j + (1 - alpha) * R_j``. Saved with the model; written by training
+            `S_j <- alpha * S_j + (1 - alpha) * R_j`. Saved with the model; written by training
             steps alone: in training mode, with gradients enabled, and not once more where
             activation checkpointing repeats a forward pass.
-        num_updates: int64 (bins,), how often region j was averaged; with ``bias_correction`` alone.
+        num_updates: int64 (bins,), how often region j was averaged; with `bias_correction` alone.
     """
 
     acc_sum: Tensor
@@ -105,16 +105,16 @@ class HarmonizedLoss(nn.Module):
             self.register_buffer("num_updates", torch.zeros(self.bins, dtype=torch.int64))
         self._failures: dict[str, Tensor] = {}
         self._bits: Tensor | None = None
-        self._messages: list[str] = []
+        self._messages: dict[int, str] = {}
 
     def extra_repr(self) -> str:
-        """The settings, as ``print(model)`` shows them."""
+        """The settings, as `print(model)` shows them."""
         names = ["bins", "momentum", "loss_weight", "normalize_by", "decay_empty_bins"]
         names += ["bias_correction", "sync", "density"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def reset_parameters(self) -> None:
-        """Sets the running counts to 0, as in a new module; also after ``to_empty``."""
+        """Sets the running counts to 0, as in a new module; also after `to_empty`."""
         with torch.no_grad():
             self.acc_sum.zero_()
             if self.bias_correction:
@@ -128,7 +128,7 @@ class HarmonizedLoss(nn.Module):
         raise_first(self._failures)
         if self._bits is not None and (bits := int(self._bits)):
             self._bits.zero_()
-            raise ValueError(next(m for i, m in enumerate(self._messages) if bits >> i & 1))
+            raise ValueError(next(m for bit, m in self._messages.items() if bits & bit))
 
     def forward_pooled(
         self,
@@ -160,7 +160,7 @@ class HarmonizedLoss(nn.Module):
         """The sum of :meth:`forward` over several tensors (authors' code for FPN levels), at once.
 
         Each tensor has a histogram of its own; they take their turns at the running counts in the
-        order given. With ``sync`` the processes meet once for all of them.
+        order given. With `sync` the processes meet once for all of them.
 
         Args:
             predictions, targets, weights: see :meth:`forward_pooled`.
@@ -218,12 +218,9 @@ class HarmonizedLoss(nn.Module):
         """The examples of a device that checks values itself, made of what :meth:`_layout` gave."""
         raise NotImplementedError
 
-    def _refusals(self, raw: Sequence[Arguments]) -> list[str]:
-        """What the bits of such a device mean: bad targets, bad weights, not finite."""
-        return [self._target_message(*raw[0][:2]), WEIGHT_MESSAGE, self.not_finite_message]
-
-    def _target_message(self, prediction: Tensor, target: Tensor) -> str:
-        return self.not_finite_message
+    def _refusals(self, prediction: Tensor, target: Tensor) -> dict[int, str]:
+        """What the bits of such a device mean; see `conclude_with` of the kernels."""
+        return {2: WEIGHT_MESSAGE, 4: self.not_finite_message}
 
     def _examples(self, arguments: Sequence[Arguments]) -> Examples:
         """The examples of several tensors, some of which may hold none."""
@@ -275,7 +272,7 @@ class HarmonizedLoss(nn.Module):
         where = device.data[0].device
         if self._bits is None or self._bits.device != where:
             self._bits = torch.zeros(1, dtype=torch.int64, device=where)
-        self._messages = self._refusals(raw)
+        self._messages |= self._refusals(*raw[0][:2])
         return self._bits
 
     def _tell(
@@ -322,15 +319,15 @@ class HarmonizedLoss(nn.Module):
 
     @torch.no_grad()
     def _write(self, state: dict[str, Tensor], holds: Tensor | None) -> None:
-        """Keeps ``state``, unless a bad value was met: a refused call leaves nothing behind."""
+        """Keeps `state`, unless a bad value was met: a refused call leaves nothing behind."""
         for name, value in state.items():
             buffer = getattr(self, name)
             buffer.copy_(value if holds is None else torch.where(holds, value, buffer))
 
     def _pool(self, counts: Tensor, meet: bool) -> int:
-        """Adds up ``counts`` over all processes in place; returns how many there are.
+        """Adds up `counts` over all processes in place; returns how many there are.
 
-        Where processes do not ``meet``, as outside training steps, this one's counts stand for
+        Where processes do not `meet`, as outside training steps, this one's counts stand for
         those of each: one process may validate alone, and would wait for the others for ever.
         """
         if not (self.sync and dist.is_available() and dist.is_initialized()):
@@ -382,7 +379,7 @@ class HarmonizedLoss(nn.Module):
         missing_keys += [key for key in missing if key not in own]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HarmonizedLoss":
-        """Follows ``model.half()`` with everything but the counts, which pass 65504."""
+        """Follows `model.half()` with everything but the counts, which pass 65504."""
         before = {name: x for name, x in self._buffers.items() if x is not None}
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         for name, x in before.items():
@@ -392,7 +389,7 @@ class HarmonizedLoss(nn.Module):
 
 
 def check_weight(weight: Tensor | None, rows: torch.Size, examples: torch.Size) -> None:
-    """Raises ValueError unless ``weight`` is None or a tensor of one of these shapes."""
+    """Raises ValueError unless `weight` is None or a tensor of one of these shapes."""
     if weight is None:
         return
     if not isinstance(weight, Tensor):
@@ -403,7 +400,7 @@ def check_weight(weight: Tensor | None, rows: torch.Size, examples: torch.Size) 
 
 
 def example_mask(weight: Tensor | None, checks: ValueChecks) -> Tensor | None:
-    """``weight`` as a bool mask of its shape: a positive value keeps an example and 0 drops it.
+    """`weight` as a bool mask of its shape: a positive value keeps an example and 0 drops it.
 
     The published code uses its weights as a mask, so their size has no effect.
     """
@@ -414,7 +411,7 @@ def example_mask(weight: Tensor | None, checks: ValueChecks) -> Tensor | None:
 
 
 def raise_deferred_errors(model: nn.Module) -> None:
-    """Calls :meth:`HarmonizedLoss.raise_deferred_errors` of every loss inside ``model``."""
+    """Calls :meth:`HarmonizedLoss.raise_deferred_errors` of every loss inside `model`."""
     for module in model.modules():
         if isinstance(module, HarmonizedLoss):
             module.raise_deferred_errors()

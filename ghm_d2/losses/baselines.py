@@ -54,7 +54,7 @@ def ohem_loss(logits: Tensor, labels: Tensor, negatives_per_positive: int = 3) -
         On CUDA the host waits for the number of positives.
 
     Raises:
-        ValueError: a shape, type, (on the CPU) a label or ``negatives_per_positive`` is wrong.
+        ValueError: a shape, type, (on the CPU) a label or `negatives_per_positive` is wrong.
     """
     rows = _row_losses(logits, labels)
     ratio = check_bins(negatives_per_positive, "negatives_per_positive")
@@ -88,14 +88,14 @@ def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class CrossEntropyLoss(nn.Module):
-    """:func:`cross_entropy_loss` times ``loss_weight`` (20 in the paper's baseline)."""
+    """:func:`cross_entropy_loss` times `loss_weight` (20 in the paper's baseline)."""
 
     def __init__(self, loss_weight: float = 1.0) -> None:
         super().__init__()
         self.loss_weight = check_non_negative("loss_weight", loss_weight)
 
     def extra_repr(self) -> str:
-        """The settings, as ``print(model)`` shows them."""
+        """The settings, as `print(model)` shows them."""
         return f"loss_weight={self.loss_weight!r}"
 
     @torch.jit.unused
@@ -105,7 +105,7 @@ class CrossEntropyLoss(nn.Module):
 
 
 class OHEMLoss(nn.Module):
-    """:func:`ohem_loss` times ``loss_weight``."""
+    """:func:`ohem_loss` times `loss_weight`."""
 
     def __init__(self, loss_weight: float = 1.0, negatives_per_positive: int = 3) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class OHEMLoss(nn.Module):
         self.negatives_per_positive = check_bins(negatives_per_positive, "negatives_per_positive")
 
     def extra_repr(self) -> str:
-        """The settings, as ``print(model)`` shows them."""
+        """The settings, as `print(model)` shows them."""
         ratio = self.negatives_per_positive
         return f"loss_weight={self.loss_weight!r}, negatives_per_positive={ratio!r}"
 
@@ -124,7 +124,7 @@ class OHEMLoss(nn.Module):
 
 
 class ASL1Loss(nn.Module):
-    """Sum of :func:`~ghm_d2.losses.authentic_smooth_l1_loss`, times ``loss_weight``.
+    """Sum of :func:`~ghm_d2.losses.authentic_smooth_l1_loss`, times `loss_weight`.
 
     A detector divides it by what it divides its smooth L1 loss by.
     """
@@ -135,7 +135,7 @@ class ASL1Loss(nn.Module):
         self.loss_weight = check_non_negative("loss_weight", loss_weight)
 
     def extra_repr(self) -> str:
-        """The settings, as ``print(model)`` shows them."""
+        """The settings, as `print(model)` shows them."""
         return f"mu={self.mu!r}, loss_weight={self.loss_weight!r}"
 
     @torch.jit.unused

@@ -29,49 +29,49 @@ __all__ = [
 
 
 def check_bins(bins: int, name: str = "bins") -> int:
-    """Returns ``bins`` as a Python int; raises ValueError unless it is a whole number >= 1."""
+    """Returns `bins` as a Python int; raises ValueError unless it is a whole number >= 1."""
     if isinstance(bins, bool) or not isinstance(bins, numbers.Integral) or bins < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {bins!r}")
     return int(bins)
 
 
 def check_integer(name: str, value: int) -> int:
-    """Returns ``value`` as a Python int; raises ValueError unless it is a whole number."""
+    """Returns `value` as a Python int; raises ValueError unless it is a whole number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return int(value)
 
 
 def check_fraction(name: str, value: float) -> float:
-    """Returns ``value`` as a float; raises ValueError unless it lies in [0, 1)."""
+    """Returns `value` as a float; raises ValueError unless it lies in [0, 1)."""
     if not _is_real(value) or not 0 <= value < 1:
         raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
     return float(value)
 
 
 def check_positive(name: str, value: float) -> float:
-    """Returns ``value`` as a float; raises ValueError unless it is finite and above 0."""
+    """Returns `value` as a float; raises ValueError unless it is finite and above 0."""
     if not _is_real(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     return float(value)
 
 
 def check_non_negative(name: str, value: float) -> float:
-    """Returns ``value`` as a float; raises ValueError unless it is finite and at least 0."""
+    """Returns `value` as a float; raises ValueError unless it is finite and at least 0."""
     if not _is_real(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
     return float(value)
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Returns ``value``; raises ValueError unless it is one of ``allowed``."""
+    """Returns `value`; raises ValueError unless it is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
 
 
 def check_flag(name: str, value: bool) -> bool:
-    """Returns ``value``; raises ValueError unless it is True or False."""
+    """Returns `value`; raises ValueError unless it is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
@@ -82,7 +82,7 @@ def _is_real(value: object) -> bool:
 
 
 def check_floating(name: str, value: Tensor) -> None:
-    """Raises ValueError unless ``value`` is a floating-point tensor."""
+    """Raises ValueError unless `value` is a floating-point tensor."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must be a floating-point tensor, got {got}")
@@ -125,7 +125,7 @@ class ValueChecks:
         self._kept: list[tuple[Tensor, str]] = []
 
     def require(self, condition: Tensor, message: str) -> None:
-        """Raises ValueError(``message``) where the scalar bool tensor ``condition`` is False.
+        """Raises ValueError(`message`) where the scalar bool tensor `condition` is False.
 
         On the CPU now; on another device, or while torch.compile traces, the condition is kept.
         """
@@ -147,7 +147,7 @@ class ValueChecks:
         return holds
 
     def defer_to(self, failures: dict[str, Tensor]) -> None:
-        """Notes in ``failures``, for each message, whether it applies; see :func:`raise_first`."""
+        """Notes in `failures`, for each message, whether it applies; see :func:`raise_first`."""
         if torch.compiler.is_compiling():
             return  # a traced function keeps no tensors; its NaN loss must do
         for condition, message in self._kept:
@@ -156,7 +156,7 @@ class ValueChecks:
 
 
 def raise_first(failures: dict[str, Tensor]) -> None:
-    """Waits for the device, forgets ``failures``, raises the first message that applies."""
+    """Waits for the device, forgets `failures`, raises the first message that applies."""
     kept = list(failures.items())
     failures.clear()
     if kept and any(failed := torch.stack([flag for _, flag in kept]).tolist()):

@@ -15,9 +15,9 @@ _OUTSIDE = 4.0
 def exact_gradient_density(
     gradient_norm: Tensor, epsilon: float, valid: Tensor | None = None
 ) -> Tensor:
-    """``GD(g) = #{k: g - eps/2 <= g_k < g + eps/2} / l`` at every example (paper, eq. 6 to 8).
+    """`GD(g) = #{k: g - eps/2 <= g_k < g + eps/2} / l` at every example (paper, eq. 6 to 8).
 
-    ``l = min(g + eps/2, 1) - max(g - eps/2, 0)`` is the part of the window inside [0, 1].
+    `l = min(g + eps/2, 1) - max(g - eps/2, 0)` is the part of the window inside [0, 1].
 
     Args:
         gradient_norm: any shape, in [0, 1], floating point.
@@ -25,11 +25,11 @@ def exact_gradient_density(
         valid: bool of the same shape; False drops an example from every count. None: all count.
 
     Returns:
-        Density of ``gradient_norm``'s shape and dtype (float32 at least), at least 1 where valid;
+        Density of `gradient_norm`'s shape and dtype (float32 at least), at least 1 where valid;
         1 where not valid.
 
     Raises:
-        ValueError: ``epsilon`` is not in (0, 1], or a valid ``gradient_norm`` is NaN or outside
+        ValueError: `epsilon` is not in (0, 1], or a valid `gradient_norm` is NaN or outside
             [0, 1] (the latter checked on the CPU alone, elsewhere it would stop the device).
     """
     check_floating("gradient_norm", gradient_norm)
@@ -57,10 +57,10 @@ def _may_look(g: Tensor) -> bool:
 
 
 def _sorted_density(g: Tensor, half: float) -> Tensor:
-    """The density at each of ascending norms, of a window that reaches ``half`` to either side.
+    """The density at each of ascending norms, of a window that reaches `half` to either side.
 
     Most norms of a detector are tiny, and a binary search for each is what costs. Only the few
-    of at least ``half`` are searched for: no other has anything below its window, and no other
+    of at least `half` are searched for: no other has anything below its window, and no other
     lies above somebody's window.
     """
     # On another device the host would have to wait for their number; there all are searched for.

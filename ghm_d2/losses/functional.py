@@ -1,8 +1,8 @@
 """Pure functions of the harmonised losses.
 
-Every loss here is a sum over examples, ``sum_i loss_i / GD(g_i)`` (paper, eq. 9 and 11, where the
+Every loss here is a sum over examples, `sum_i loss_i / GD(g_i)` (paper, eq. 9 and 11, where the
 number of examples cancels). An *example* is one (anchor, class) logit, one softmax row, or one
-box coordinate. The three ``*_examples`` functions turn predictions into ``(loss_i, g_i)``;
+box coordinate. The three `*_examples` functions turn predictions into `(loss_i, g_i)`;
 :func:`count_unit_regions` and :func:`harmonized_sum` do the rest for all of them alike.
 
 Shape shorthand:
@@ -10,7 +10,7 @@ Shape shorthand:
     R: number of anchors or regions of interest
     K: number of foreground classes
     P: number of positive anchors or regions of interest
-    M: number of unit regions (``bins``)
+    M: number of unit regions (`bins`)
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def authentic_smooth_l1_loss(
     pred: Tensor, target: Tensor, mu: float = 0.02, reduction: str = "none"
 ) -> Tensor:
-    """Authentic smooth L1, ``sqrt(d^2 + mu^2) - mu`` with ``d = pred - target`` (paper, eq. 12).
+    """Authentic smooth L1, `sqrt(d^2 + mu^2) - mu` with `d = pred - target` (paper, eq. 12).
 
     Args:
         pred: predicted deltas, any shape, floating point.
@@ -51,11 +51,11 @@ def authentic_smooth_l1_loss(
         reduction: "none", "mean" or "sum".
 
     Returns:
-        Loss of ``pred``'s shape, or a scalar; float32, or float64 for float64 input. ``mean`` of
+        Loss of `pred`'s shape, or a scalar; float32, or float64 for float64 input. `mean` of
         no elements is 0, on the graph.
 
     Raises:
-        ValueError: shapes differ, ``mu`` is not above 0, or ``reduction`` is unknown.
+        ValueError: shapes differ, `mu` is not above 0, or `reduction` is unknown.
     """
     check_choice("reduction", reduction, ("none", "mean", "sum"))
     check_floating("pred", pred)
@@ -71,7 +71,7 @@ def authentic_smooth_l1_loss(
 
 
 def regression_examples(pred: Tensor, target: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """Authentic smooth L1 and its gradient norm ``|d| / sqrt(d^2 + mu^2)`` (paper, eq. 13).
+    """Authentic smooth L1 and its gradient norm `|d| / sqrt(d^2 + mu^2)` (paper, eq. 13).
 
     Args:
         pred: predicted deltas, any shape.
@@ -79,7 +79,7 @@ def regression_examples(pred: Tensor, target: Tensor, mu: float) -> tuple[Tensor
         mu: above 0.
 
     Returns:
-        ``(loss, gradient_norm)``, both of ``pred``'s shape; the norm in [0, 1] carries no gradient.
+        `(loss, gradient_norm)`, both of `pred`'s shape; the norm in [0, 1] carries no gradient.
     """
     d = at_least_float32(pred) - at_least_float32(target)
     root = torch.sqrt(mu * mu + d * d)
@@ -89,7 +89,7 @@ def regression_examples(pred: Tensor, target: Tensor, mu: float) -> tuple[Tensor
 
 
 def sigmoid_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Binary cross entropy of each logit and its gradient norm ``|sigmoid(x) - t|`` (paper, eq. 3).
+    """Binary cross entropy of each logit and its gradient norm `|sigmoid(x) - t|` (paper, eq. 3).
 
     Args:
         logits: (R, K).
@@ -97,7 +97,7 @@ def sigmoid_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             (R, K) targets in [0, 1].
 
     Returns:
-        ``(loss, gradient_norm)``, both (R, K); the norm in [0, 1] carries no gradient.
+        `(loss, gradient_norm)`, both (R, K); the norm in [0, 1] carries no gradient.
     """
     x = at_least_float32(logits)
     p = x.detach().sigmoid()
@@ -122,17 +122,17 @@ def sigmoid_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def softmax_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of each row and its gradient norm ``1 - p_target``.
+    """Cross entropy of each row and its gradient norm `1 - p_target`.
 
-    The paper never treats softmax. ``1 - p_target`` is half the L1 distance between the
-    probabilities and the one-hot target, so it equals ``|p - t|`` for two classes.
+    The paper never treats softmax. `1 - p_target` is half the L1 distance between the
+    probabilities and the one-hot target, so it equals `|p - t|` for two classes.
 
     Args:
         logits: (R, K + 1), the last column is background.
         labels: int64 (R,) in [0, K]; other values are clamped and the row must be dropped later.
 
     Returns:
-        ``(loss, gradient_norm)``, both (R,); the norm in [0, 1] carries no gradient.
+        `(loss, gradient_norm)`, both (R,); the norm in [0, 1] carries no gradient.
     """
     log_p = torch.log_softmax(at_least_float32(logits), dim=1)
     loss = -log_p.gather(1, labels.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
@@ -150,7 +150,7 @@ def unit_region_edges(bins: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def unit_region_index(gradient_norm: Tensor, valid: Tensor | None, bins: int) -> Tensor:
-    """The unit region of each example: j where ``j/M <= g < (j+1)/M``, the last region closed.
+    """The unit region of each example: j where `j/M <= g < (j+1)/M`, the last region closed.
 
     Args:
         gradient_norm: any shape, in [0, 1].
@@ -158,7 +158,7 @@ def unit_region_index(gradient_norm: Tensor, valid: Tensor | None, bins: int) ->
         bins: M.
 
     Returns:
-        int64 of ``gradient_norm``'s shape, in [0, M); M for examples that do not count.
+        int64 of `gradient_norm`'s shape, in [0, M); M for examples that do not count.
     """
     edges = unit_region_edges(bins, gradient_norm.device)[1:-1]
     region = torch.bucketize(gradient_norm, edges.to(gradient_norm.dtype), right=True)
@@ -184,15 +184,15 @@ def count_unit_regions(region: Tensor, bins: int) -> Tensor:
 
 
 def harmonized_sum(loss: Tensor, region: Tensor, region_weights: Tensor) -> Tensor:
-    """``sum_i w_{region(i)} * loss_i``, the harmonised loss.
+    """`sum_i w_{region(i)} * loss_i`, the harmonised loss.
 
     Args:
         loss: loss of each example, any shape.
         region: int64 of its shape, from :func:`unit_region_index`; M drops the example.
-        region_weights: float (M,), ``1 / (S_j * D)``.
+        region_weights: float (M,), `1 / (S_j * D)`.
 
     Returns:
-        A scalar of ``loss``'s dtype, on its graph.
+        A scalar of `loss`'s dtype, on its graph.
     """
     padded = F.pad(region_weights.to(loss.dtype), (0, 1))
     return (loss * padded[region]).sum()
@@ -211,7 +211,7 @@ def walk(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Takes the moving average over several histograms, one after the other (authors' code).
 
-    ``S_j <- alpha S_j + (1 - alpha) R_j`` for each histogram, and ``w_j = 1 / (S_j D)`` of each
+    `S_j <- alpha S_j + (1 - alpha) R_j` for each histogram, and `w_j = 1 / (S_j D)` of each
     after its own step.
 
     Args:
@@ -222,7 +222,7 @@ def walk(
         averaging: the settings.
 
     Returns:
-        ``(weights, state)``: float32 (L, M), 0 where a histogram has no example, and the buffers
+        `(weights, state)`: float32 (L, M), 0 where a histogram has no example, and the buffers
         after the last, by name.
     """
     filled = counts > 0

@@ -66,7 +66,7 @@ class GHMCLoss(HarmonizedLoss):
                 example of this call (authors' code), or "all_bins", M (paper).
             decay_empty_bins: whether the average of a region without examples decays (paper) or
                 stays as it was (authors' code).
-            bias_correction: divide the average by ``1 - alpha^n``, n its number of updates. The
+            bias_correction: divide the average by `1 - alpha^n`, n its number of updates. The
                 authors start from 0 without it, so their first loss is 1 / (1 - alpha) too large.
             sync: pool the counts of all processes and return world_size times this process's
                 share, so that the mean over processes is the loss of all examples together.
@@ -106,12 +106,12 @@ class GHMCLoss(HarmonizedLoss):
             self.class_weight = torch.tensor(self._class_weight, device=device)
 
     def reset_parameters(self) -> None:
-        """Sets the running counts to 0, as in a new module; also after ``to_empty``."""
+        """Sets the running counts to 0, as in a new module; also after `to_empty`."""
         super().reset_parameters()
         self._set_class_weight(self.acc_sum.device)
 
     def extra_repr(self) -> str:
-        """The settings, as ``print(model)`` shows them."""
+        """The settings, as `print(model)` shows them."""
         text = f"activation={self.activation!r}, {super().extra_repr()}"
         defaults = {"class_dim": -1, "ignore_index": None, "_class_weight": None}
         for name, default in defaults.items():
@@ -124,11 +124,11 @@ class GHMCLoss(HarmonizedLoss):
         """
         Args:
             logits: (R, K) for sigmoid, (R, K + 1) for softmax, or any shape with the classes along
-                ``class_dim``; float16, bfloat16, float32, float64.
-            labels: integers of the shape of the logits without ``class_dim``, (R,): a class in
-                [0, K), K = background, or what ``ignore_index`` says; or, for sigmoid alone, dense
+                `class_dim`; float16, bfloat16, float32, float64.
+            labels: integers of the shape of the logits without `class_dim`, (R,): a class in
+                [0, K), K = background, or what `ignore_index` says; or, for sigmoid alone, dense
                 targets in [0, 1] of the logits' shape. Soft targets (label smoothing, mixup,
-                quality) have the gradient norm ``|sigmoid(x) - t|`` too.
+                quality) have the gradient norm `|sigmoid(x) - t|` too.
             weight: of the shape of the labels that name classes or, for sigmoid, of the logits; 0
                 drops an example, a positive value keeps it. None keeps all.
 
@@ -204,6 +204,11 @@ class GHMCLoss(HarmonizedLoss):
     def _ignored(self) -> int:
         """The label of an ignored row."""
         return -1 if self.ignore_index is None else self.ignore_index
+
+    def _refusals(self, prediction: Tensor, target: Tensor) -> dict[int, str]:
+        bit = 1 if target.dim() == 1 else 8
+        own = {bit: self._target_message(prediction, target)}
+        return own | super()._refusals(prediction, target)
 
     def _target_message(self, prediction: Tensor, target: Tensor) -> str:
         if target.dim() == 2:
@@ -283,7 +288,7 @@ class GHMCLoss(HarmonizedLoss):
 
 
 def _to_rows(x: Tensor, axis: int) -> Tensor:
-    """(R, K) from any shape whose axis of classes is ``axis``; one class without such an axis."""
+    """(R, K) from any shape whose axis of classes is `axis`; one class without such an axis."""
     if x.dim() == axis:
         return x.unsqueeze(1)
     if x.dim() == 2 and axis == 1:

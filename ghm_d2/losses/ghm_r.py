@@ -69,7 +69,7 @@ class GHMRLoss(HarmonizedLoss):
         self.mu = check_positive("mu", mu)
 
     def extra_repr(self) -> str:
-        """The settings, as ``print(model)`` shows them."""
+        """The settings, as `print(model)` shows them."""
         return f"mu={self.mu!r}, {super().extra_repr()}"
 
     @torch.jit.unused
@@ -78,7 +78,7 @@ class GHMRLoss(HarmonizedLoss):
         Args:
             pred: predicted deltas of the positives, (P, 4) or any shape; floating point.
             target: same shape; where it requires a gradient, it gets one too.
-            weight: (P,) or ``pred``'s shape; 0 drops an example, a positive value keeps it. None
+            weight: (P,) or `pred`'s shape; 0 drops an example, a positive value keeps it. None
                 keeps all.
 
         Returns:

@@ -18,17 +18,18 @@ from ghm_d2.checkpoint.origin import ORIGIN
 from ghm_d2.config_files import configs_folder
 from ghm_d2.errors import UserError, cannot
 from ghm_d2.files import write_json, write_text
-from ghm_d2.model_zoo.finished_run import FinishedRun, read_finished_run
-from ghm_d2.model_zoo.stock import (
+from ghm_d2.run_folder import METRICS
+from ghm_d2.run_parts import Record
+
+from .finished_run import FinishedRun, read_finished_run
+from .stock import (
     build_stock_model,
     stock_config,
     stock_obstacle,
     stock_weights,
     without_statistics,
 )
-from ghm_d2.model_zoo.zoo import NAME, digest, read_index
-from ghm_d2.run_folder import METRICS
-from ghm_d2.run_parts import Record
+from .zoo import NAME, digest, read_index
 
 __all__ = ["export_run", "write_weights"]
 
@@ -49,10 +50,10 @@ def export_run(
         run: its OUTPUT_DIR.
         zoo: a folder, created if it does not exist.
         model_id: at least 1; None: one more than the largest in the zoo.
-        name: of the model; None: its config file relative to ``configs/``.
+        name: of the model; None: its config file relative to `configs/`.
 
     Returns:
-        The new folder ``zoo/<name>/<model_id>``.
+        The new folder `zoo/<name>/<model_id>`.
 
     Raises:
         UserError: the run is not finished or not evaluated, the name is invalid, or the zoo has a
@@ -139,7 +140,7 @@ def _of_python_config(run: FinishedRun) -> tuple[dict[str, Tensor], str, None]:
 def write_weights(
     weights: Mapping[str, Tensor], folder: Path, origin: Record | None = None
 ) -> Path:
-    """Writes ``model_final_<first 6 of md5>.pkl`` in the format of Detectron2's model zoo.
+    """Writes `model_final_<first 6 of md5>.pkl` in the format of Detectron2's model zoo.
 
     Args:
         weights: name to tensor.

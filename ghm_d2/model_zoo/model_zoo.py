@@ -13,7 +13,8 @@ from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.config import add_ghm_config
 from ghm_d2.config_files import config_names, find_config
 from ghm_d2.errors import similar_names
-from ghm_d2.model_zoo.zoo import (
+
+from .zoo import (
     PACKAGED_INDEX,
     ZOO_VARIABLE,
     ZooError,
@@ -33,10 +34,10 @@ def get_config_file(config_path: str) -> str:
     """Returns the path to a config file of this project, or of a model in the zoo.
 
     Args:
-        config_path: name relative to ``configs/``, for example "ghm_retinanet_R_101.yaml".
+        config_path: name relative to `configs/`, for example "ghm_retinanet_R_101.yaml".
 
     Raises:
-        ZooError: neither ``configs/`` nor the zoo has it.
+        ZooError: neither `configs/` nor the zoo has it.
     """
     if file := find_config(config_path):
         return file
@@ -46,10 +47,10 @@ def get_config_file(config_path: str) -> str:
 
 
 def get_checkpoint_url(config_path: str) -> str:
-    """Returns the path or URL of the weights trained with a config: the newest in ``GHM_D2_ZOO``.
+    """Returns the path or URL of the weights trained with a config: the newest in `GHM_D2_ZOO`.
 
     A file in a folder has then been checked against its recorded SHA-256; a URL is checked when
-    Detectron2's ``PathManager`` opens it, as ``DetectionCheckpointer`` does.
+    Detectron2's `PathManager` opens it, as `DetectionCheckpointer` does.
 
     Args:
         config_path: see :func:`get_config_file`.
@@ -69,8 +70,8 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
     Args:
         config_path: see :func:`get_config_file`.
         trained: True: the config that the newest model of this name in the zoo was trained with,
-            the changes of its command line included; ``MODEL.WEIGHTS`` are the trained ones.
-            False: the config file, whose ``MODEL.WEIGHTS`` a training starts from.
+            the changes of its command line included; `MODEL.WEIGHTS` are the trained ones.
+            False: the config file, whose `MODEL.WEIGHTS` a training starts from.
 
     Raises:
         ZooError: see :func:`get_config_file` and :func:`get_checkpoint_url`.

@@ -25,7 +25,7 @@ __all__ = [
 
 
 def stock_config(cfg: CfgNode) -> CfgNode:
-    """A config without ``MODEL.GHM`` with which stock Detectron2 infers as ``cfg`` does.
+    """A config without `MODEL.GHM` with which stock Detectron2 infers as `cfg` does.
 
     A gradient clipping that only this project has becomes Detectron2's default.
     """
@@ -51,11 +51,11 @@ def _ours(made: Any) -> bool:
 
 
 def stock_obstacle(cfg: CfgNode, model: nn.Module) -> str | None:
-    """What stock Detectron2 lacks to infer as ``cfg`` does; None if it lacks nothing.
+    """What stock Detectron2 lacks to infer as `cfg` does; None if it lacks nothing.
 
     Args:
         cfg: the full config.
-        model: built from ``stock_config(cfg)``.
+        model: built from `stock_config(cfg)`.
     """
     if cfg.MODEL.GHM.get("CLIP_BEFORE_NMS", False):
         return "MODEL.GHM.CLIP_BEFORE_NMS"
@@ -65,7 +65,7 @@ def stock_obstacle(cfg: CfgNode, model: nn.Module) -> str | None:
 
 
 def stock_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights that ``model`` has a place for, without the running counts of the GHM losses.
+    """The weights that `model` has a place for, without the running counts of the GHM losses.
 
     Args:
         weights: name to tensor of the trained model.
@@ -94,7 +94,7 @@ def build_stock_model(stock: CfgNode, ghm: CfgNode) -> nn.Module:
 
     Args:
         stock: the config.
-        ghm: ``MODEL.GHM`` of the full config; a backbone of this project has its settings there.
+        ghm: `MODEL.GHM` of the full config; a backbone of this project has its settings there.
     """
     cfg = stock.clone()
     cfg.MODEL.GHM = ghm.clone()

@@ -6,8 +6,9 @@ from typing import Any
 from ghm_d2.errors import UserError
 from ghm_d2.files import write_json, write_text
 from ghm_d2.markdown import markdown_table
-from ghm_d2.model_zoo import zoo as packaged
-from ghm_d2.model_zoo.zoo import read_index
+
+from . import zoo as packaged
+from .zoo import read_index
 
 __all__ = ["add_models", "model_zoo_page", "write_page"]
 

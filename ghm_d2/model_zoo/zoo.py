@@ -1,7 +1,7 @@
 """The index of a zoo, and its files, none of which is handed out before its hash has been checked.
 
-``index.json`` is ``{"models": [...]}``: how each model was trained, and the hashes of its files,
-which lie in ``<name>/<id>/``. The index of this package also lists, under ``"published"``, what
+`index.json` is `{"models": [...]}`: how each model was trained, and the hashes of its files,
+which lie in `<name>/<id>/`. The index of this package also lists, under `"published"`, what
 others have published.
 """
 
@@ -93,7 +93,7 @@ def config_file(entry: dict[str, Any]) -> str:
 
 
 def zoo_location() -> str | None:
-    """The folder or URL prefix that ``GHM_D2_ZOO`` names, without a closing slash, or None.
+    """The folder or URL prefix that `GHM_D2_ZOO` names, without a closing slash, or None.
 
     Raises:
         ZooError: it is neither.
@@ -150,7 +150,7 @@ def fetch(zoo: str, file: str, sha256: str) -> str:
 
 
 def register_zoo() -> None:
-    """Has PathManager check what it downloads from ``GHM_D2_ZOO``, where that is a URL."""
+    """Has PathManager check what it downloads from `GHM_D2_ZOO`, where that is a URL."""
     zoo = os.environ.get(ZOO_VARIABLE, "").rstrip("/")
     if zoo.startswith(_SCHEMES):
         PathManager.register_handler(_ZooHandler(zoo))

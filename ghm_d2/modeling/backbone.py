@@ -35,8 +35,8 @@ class TorchvisionBackbone(Backbone):
     """Feature maps of a torchvision classification network, without its classifier.
 
     The network keeps torchvision's parameter names, so a state dict of torchvision's loads as
-    ``MODEL.WEIGHTS "FILE.pth?matching_heuristics=True"``. It expects torchvision's input: RGB,
-    ``PIXEL_MEAN`` [123.675, 116.28, 103.53] and ``PIXEL_STD`` [58.395, 57.12, 57.375].
+    `MODEL.WEIGHTS "FILE.pth?matching_heuristics=True"`. It expects torchvision's input: RGB,
+    `PIXEL_MEAN` [123.675, 116.28, 103.53] and `PIXEL_STD` [58.395, 57.12, 57.375].
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class TorchvisionBackbone(Backbone):
     ) -> None:
         """
         Args:
-            name: of a classification network, as in ``torchvision.models.list_models``.
+            name: of a classification network, as in `torchvision.models.list_models`.
             out_features: graph nodes that give the feature maps, high to low resolution; a module's
                 name stands for its last node. They are found by
-                ``torchvision.models.feature_extraction.get_graph_node_names``.
+                `torchvision.models.feature_extraction.get_graph_node_names`.
             norm: what becomes of the network's batch norm: "FrozenBN" fixes statistics and affine
                 parameters, "BN" leaves it as it is, "SyncBN" pools it over all processes.
             freeze_at: graph node up to which no parameter is trained; "": all are trained.
@@ -162,7 +162,7 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN with one more level by pooling, for Faster R-CNN: p2 to p6 from strides 4 to 32.
 
     Args:
-        cfg: a config; ``MODEL.GHM.TORCHVISION`` names the network, ``MODEL.FPN.IN_FEATURES`` its
+        cfg: a config; `MODEL.GHM.TORCHVISION` names the network, `MODEL.FPN.IN_FEATURES` its
             graph nodes.
         input_shape: of the image; 3 channels.
 
@@ -176,7 +176,7 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN with two more levels by convolution, for RetinaNet: p3 to p7 from strides 8 to 32.
 
-    P6 comes from the last of ``MODEL.FPN.IN_FEATURES``, as Detectron2's from res5. Arguments and
+    P6 comes from the last of `MODEL.FPN.IN_FEATURES`, as Detectron2's from res5. Arguments and
     errors as of :func:`build_torchvision_fpn_backbone`.
     """
     bottom_up = _bottom_up(cfg, input_shape)

@@ -11,7 +11,8 @@ from torch import nn
 from ghm_d2.config import add_ghm_config
 from ghm_d2.errors import UserError
 from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
-from ghm_d2.modeling.dense import SCOPES, groups_of_images
+
+from .dense import SCOPES, groups_of_images
 
 __all__ = ["build_losses", "validate_ghm_config"]
 
@@ -33,15 +34,15 @@ _ROTATED = {
 
 
 def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
-    """Builds the losses that ``MODEL.GHM.<part>`` describes, as arguments of the part's class.
+    """Builds the losses that `MODEL.GHM.<part>` describes, as arguments of the part's class.
 
     Args:
-        cfg: a config with ``MODEL.GHM``.
+        cfg: a config with `MODEL.GHM`.
         part: "RETINANET", "RPN" or "ROI_BOX_HEAD".
 
     Returns:
-        ``ghm_c``, ``ghm_r`` and ``asl1``, and for RetinaNet ``cls_baseline``; None where a loss is
-        not enabled or ``LOSS_TYPE`` names another one.
+        `ghm_c`, `ghm_r` and `asl1`, and for RetinaNet `cls_baseline`; None where a loss is
+        not enabled or `LOSS_TYPE` names another one.
 
     Raises:
         UserError: a key holds a value that is not allowed, or two keys exclude each other; the
@@ -83,7 +84,7 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
 
 
 def dense_settings(cfg: CfgNode) -> dict[str, Any]:
-    """The arguments of :class:`~ghm_d2.modeling.DenseLoss` that ``MODEL.GHM.RETINANET`` gives.
+    """The arguments of :class:`~ghm_d2.modeling.DenseLoss` that `MODEL.GHM.RETINANET` gives.
 
     Raises:
         UserError: a key holds a value that is not allowed; the message names it.
@@ -104,7 +105,7 @@ def dense_settings(cfg: CfgNode) -> dict[str, Any]:
 
 
 def validate_ghm_config(cfg: CfgNode) -> None:
-    """Checks every ``MODEL.GHM`` key that the chosen architecture uses, building no network.
+    """Checks every `MODEL.GHM` key that the chosen architecture uses, building no network.
 
     Raises:
         UserError: one sentence that names the key, what it holds and what is allowed.

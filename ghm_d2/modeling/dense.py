@@ -29,8 +29,8 @@ def groups_of_images(total_batch_size: int, images_per_histogram: int) -> int:
 class DenseLoss(nn.ModuleList):
     """GHM-C or GHM-R over the FPN levels of a batch, every group of images with its own counts.
 
-    It is a list of the groups' losses: ``dense[0].acc_sum`` are the running counts of the first
-    group, saved as ``0.acc_sum``. A checkpoint of fewer groups fills the further ones too.
+    It is a list of the groups' losses: `dense[0].acc_sum` are the running counts of the first
+    group, saved as `0.acc_sum`. A checkpoint of fewer groups fills the further ones too.
 
     Shape shorthand:
 
@@ -96,7 +96,7 @@ class DenseLoss(nn.ModuleList):
                 K = background, -1 = ignored.
             masks: #levels bool tensors (N, Ri) where only some anchors are examples, as for
                 GHM-R the positives. Predictions and targets are then (Pi, ...): the rows
-                ``x[mask]``. None: all are.
+                `x[mask]`. None: all are.
 
         Returns:
             A scalar, on the graph also without any example: the mean over the groups.
@@ -104,7 +104,7 @@ class DenseLoss(nn.ModuleList):
         Raises:
             ValueError: the arguments do not fit each other, a value is invalid (on CUDA
                 :func:`ghm_d2.losses.raise_deferred_errors` says so), or the batch has more groups
-                of ``images_per_histogram`` images than there are losses.
+                of `images_per_histogram` images than there are losses.
         """
         lengths = len(predictions), len(targets), len(targets if masks is None else masks)
         if not lengths[0] or len(set(lengths)) > 1:
@@ -145,10 +145,10 @@ class DenseLoss(nn.ModuleList):
 
 
 class SteadyNormalizer:
-    """Mix-in before a ``DenseDetector``: training steps alone move its running averages.
+    """Mix-in before a `DenseDetector`: training steps alone move its running averages.
 
     Detectron2 moves them, such as the number of positives that focal loss and smooth L1 are divided
-    by, in every pass in training mode: also for a validation loss under ``no_grad``, and again
+    by, in every pass in training mode: also for a validation loss under `no_grad`, and again
     where activation checkpointing repeats a forward pass during the backward pass.
     """
 
@@ -173,14 +173,14 @@ class SteadyNormalizer:
 
 
 def _split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """``x.split``, without the copy that the gradient of a split into one would be."""
+    """`x.split`, without the copy that the gradient of a split into one would be."""
     return x.split(sizes) if len(sizes) > 1 else [x]
 
 
 def _rows_of_groups(
     predictions: Sequence[Tensor], masks: Sequence[Tensor], images: Sequence[int]
 ) -> list[list[int]]:
-    """For each level, how many of the rows ``x[mask]`` belong to each group of ``images``."""
+    """For each level, how many of the rows `x[mask]` belong to each group of `images`."""
     if len(images) == 1:  # counting them would wait for the device
         return [[len(x)] for x in predictions]
     counts = [torch.stack([part.sum() for part in mask.split(images)]) for mask in masks]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ghm_d2.losses import ASL1Loss, GHMCLoss, GHMRLoss
 from ghm_d2.losses.base import raise_deferred_errors
-from ghm_d2.modeling.build import build_losses
-from ghm_d2.modeling.targets import proposal_deltas
+
+from .build import build_losses
+from .targets import proposal_deltas
 
 __all__ = ["GHMFastRCNNOutputLayers"]
 
@@ -44,16 +45,16 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
         """
         Args:
             input_shape: shape of the box features.
-            ghm_c: classification loss, its activation "sigmoid" with ``use_sigmoid_ce`` and
+            ghm_c: classification loss, its activation "sigmoid" with `use_sigmoid_ce` and
                 "softmax" without; None: Detectron2's cross entropy.
-            ghm_r: box regression loss; None: ``asl1``.
+            ghm_r: box regression loss; None: `asl1`.
             asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
-            prior_prob: foreground probability at the start, in (0, 1), with a sigmoid ``ghm_c``:
+            prior_prob: foreground probability at the start, in (0, 1), with a sigmoid `ghm_c`:
                 most logits are negatives, which would all share one unit region at 0.5.
             kwargs: see :class:`detectron2.modeling.roi_heads.FastRCNNOutputLayers`.
 
         Raises:
-            ValueError: ``ghm_c`` has the wrong activation, or ``use_fed_loss`` is True with it.
+            ValueError: `ghm_c` has the wrong activation, or `use_fed_loss` is True with it.
         """
         super().__init__(input_shape, **kwargs)
         self.ghm_c, self.ghm_r, self.asl1 = ghm_c, ghm_r, asl1
@@ -81,11 +82,11 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
     ) -> dict[str, Tensor]:
         """
         Args:
-            predictions: ``(scores, proposal_deltas)``: (R, K + 1) and (R, 4) or (R, K * 4).
-            proposals: sampled proposals with ``proposal_boxes``, ``gt_boxes``, ``gt_classes``.
+            predictions: `(scores, proposal_deltas)`: (R, K + 1) and (R, 4) or (R, K * 4).
+            proposals: sampled proposals with `proposal_boxes`, `gt_boxes`, `gt_classes`.
 
         Returns:
-            ``loss_cls`` and ``loss_box_reg``, scalars.
+            `loss_cls` and `loss_box_reg`, scalars.
         """
         # Detectron2's method logs the accuracy and calls box_reg_loss below. The cross entropy that
         # is then replaced costs next to nothing for at most a few thousand rows.

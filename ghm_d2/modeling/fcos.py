@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ghm_d2.losses import GHMCLoss
 from ghm_d2.losses.base import raise_deferred_errors
-from ghm_d2.modeling.dense import DenseLoss, SteadyNormalizer
+
+from .dense import DenseLoss, SteadyNormalizer
 
 __all__ = ["GHMFCOS"]
 
@@ -19,7 +20,7 @@ class GHMFCOS(SteadyNormalizer, FCOS):
 
     There is no GHM-R here: it harmonises the gradient norms of single coordinates under authentic
     smooth L1, while FCOS regresses with the GIoU of whole boxes. Detectron2 has no YAML config for
-    FCOS, so this one is built by arguments, as in ``configs/lazy/ghm_fcos_R_50.py``.
+    FCOS, so this one is built by arguments, as in `configs/lazy/ghm_fcos_R_50.py`.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class GHMFCOS(SteadyNormalizer, FCOS):
             pred_centerness: #levels tensors (N, Hi * Wi, 1).
 
         Returns:
-            ``loss_fcos_cls``, ``loss_fcos_loc`` and ``loss_fcos_ctr``, scalars.
+            `loss_fcos_cls`, `loss_fcos_loc` and `loss_fcos_ctr`, scalars.
 
         Raises:
             ValueError: a label or logit is invalid, or the batch has more groups of
-                ``images_per_histogram`` images than there are running counts.
+                `images_per_histogram` images than there are running counts.
         """
         rest = gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
         if self.ghm_c is None:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
 from ghm_d2.losses.base import raise_deferred_errors
-from ghm_d2.modeling.build import build_losses, dense_settings
-from ghm_d2.modeling.dense import DenseLoss, SteadyNormalizer
-from ghm_d2.modeling.targets import anchor_deltas
+
+from .build import build_losses, dense_settings
+from .dense import DenseLoss, SteadyNormalizer
+from .targets import anchor_deltas
 
 __all__ = ["GHMRetinaNet"]
 
@@ -50,8 +51,8 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
     ) -> None:
         """
         Args:
-            ghm_c: classification loss; None: ``cls_baseline``.
-            ghm_r: box regression loss; None: ``asl1``.
+            ghm_c: classification loss; None: `cls_baseline`.
+            ghm_r: box regression loss; None: `asl1`.
             ghm_scope: see :class:`~ghm_d2.modeling.DenseLoss`, as for the next two.
             images_per_histogram: images that share a histogram; 0: all images.
             num_histogram_groups: groups in a training batch of one process.
@@ -85,7 +86,7 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
         box_delta: list[Tensor],
         image_size: tuple[int, int],
     ) -> Instances:
-        """Detectron2's, with the clipping of ``clip_before_nms``.
+        """Detectron2's, with the clipping of `clip_before_nms`.
 
         Args:
             anchors: #levels Boxes of (Hi * Wi * A, 4).
@@ -130,11 +131,11 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             gt_boxes: N tensors (R, 4), the box matched to each anchor.
 
         Returns:
-            ``loss_cls`` and ``loss_box_reg``, scalars.
+            `loss_cls` and `loss_box_reg`, scalars.
 
         Raises:
             ValueError: a label or target is invalid, or the batch has more groups of
-                ``images_per_histogram`` images than there are running counts.
+                `images_per_histogram` images than there are running counts.
         """
         if not any((self.ghm_c, self.ghm_r, self.cls_baseline, self.asl1)):
             return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)

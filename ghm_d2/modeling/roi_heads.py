@@ -13,7 +13,7 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import nn
 
-from ghm_d2.modeling.fast_rcnn import GHMFastRCNNOutputLayers
+from .fast_rcnn import GHMFastRCNNOutputLayers
 
 __all__ = ["GHMCascadeROIHeads", "GHMROIHeads"]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ghm_d2.losses import ASL1Loss, GHMCLoss, GHMRLoss
 from ghm_d2.losses.base import raise_deferred_errors
-from ghm_d2.modeling.build import build_losses
-from ghm_d2.modeling.targets import anchor_deltas
+
+from .build import build_losses
+from .targets import anchor_deltas
 
 __all__ = ["GHMRPN"]
 
@@ -37,7 +38,7 @@ class GHMRPN(RPN):
         """
         Args:
             ghm_c: objectness loss; None: Detectron2's binary cross entropy.
-            ghm_r: box regression loss; None: ``asl1``.
+            ghm_r: box regression loss; None: `asl1`.
             asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
             kwargs: see :class:`detectron2.modeling.proposal_generator.RPN`.
         """
@@ -67,7 +68,7 @@ class GHMRPN(RPN):
             gt_boxes: N tensors (R, 4), the box matched to each anchor.
 
         Returns:
-            ``loss_rpn_cls`` and ``loss_rpn_loc``, scalars.
+            `loss_rpn_cls` and `loss_rpn_loc`, scalars.
         """
         # Detectron2's method also logs the sampled anchors. The losses that are then replaced cost
         # next to nothing for a few hundred examples.

@@ -1,5 +1,5 @@
 """One HTML page about a training: settings, curves, gradients, AP, best and worst images."""
 
-from ghm_d2.report.page import write_report
+from .page import write_report
 
 __all__ = ["write_report"]

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ghm_d2.errors import shown
-from ghm_d2.report.evaluation import Evaluation
+
+from .evaluation import Evaluation
 
 __all__ = ["draw_curves", "draw_gradients", "draw_precision"]
 

@@ -13,7 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ghm_d2.errors import UserError, cannot, reason
-from ghm_d2.report.run_files import TestSet
+
+from .run_files import TestSet
 
 __all__ = ["Evaluation", "ImageScore", "evaluate"]
 
@@ -52,7 +53,7 @@ class Evaluation:
         objects: (K,) objects of each class, without crowds.
         thresholds: (T,) IoU thresholds.
         ap: (T, K) in per cent; NaN where a class has no object.
-        recalls: (101,) recalls of ``precision``.
+        recalls: (101,) recalls of `precision`.
         precision: (T, 101, K); NaN as above.
         score_threshold: detections below it do not count for the images' scores.
         images: by descending score, without images that have neither objects nor detections.

@@ -11,7 +11,8 @@ from PIL import Image
 
 from ghm_d2.data.pictures import UnreadableError, draw_boxes, read_image
 from ghm_d2.errors import shown
-from ghm_d2.report.evaluation import Evaluation, ImageScore
+
+from .evaluation import Evaluation, ImageScore
 
 __all__ = ["Example", "best_and_worst"]
 
@@ -35,7 +36,7 @@ class Example:
 def best_and_worst(
     result: Evaluation, folder: Path, number: int
 ) -> tuple[list[Example], list[Example], list[str]]:
-    """Draws at most ``number`` of the best images, and as many of the worst ones.
+    """Draws at most `number` of the best images, and as many of the worst ones.
 
     Args:
         result: of a data set.

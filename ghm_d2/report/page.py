@@ -15,10 +15,11 @@ from tqdm import tqdm
 from ghm_d2.config import add_ghm_config
 from ghm_d2.errors import UserError, shown
 from ghm_d2.files import write_text
-from ghm_d2.report.charts import draw_curves, draw_gradients, draw_precision
-from ghm_d2.report.evaluation import Evaluation, evaluate
-from ghm_d2.report.examples import best_and_worst
-from ghm_d2.report.run_files import RunFiles, read_run
+
+from .charts import draw_curves, draw_gradients, draw_precision
+from .evaluation import Evaluation, evaluate
+from .examples import best_and_worst
+from .run_files import RunFiles, read_run
 
 __all__ = ["differences", "write_report"]
 

@@ -1,6 +1,6 @@
 """Kernels that compute loss and gradient together, chosen by device.
 
-:class:`Examples` is all that a loss knows of them. ``None`` in place of a kernel means that the
+:class:`Examples` is all that a loss knows of them. `None` in place of a kernel means that the
 whole-tensor functions (:class:`EagerExamples`) are the only path.
 """
 

@@ -68,7 +68,7 @@ class _CpuExamples(FusedExamples):
         raise NotImplementedError
 
     def _count(self, bins: int, buffers: int, write: Callable[[int, Scratch], Tensor]) -> Tensor:
-        """int64 (T, bins), of the norms that ``write`` makes of each block."""
+        """int64 (T, bins), of the norms that `write` makes of each block."""
         finder, blocks = region_finder(bins), self._blocks
 
         def work(numbers: range) -> Tensor:
@@ -191,7 +191,7 @@ class SigmoidExamples(_CpuExamples):
 
 
 def _replace_large(x: Tensor, loss: Tensor) -> None:
-    """Writes -softplus(x) into (n,) ``loss`` wherever x is large, and beside it.
+    """Writes -softplus(x) into (n,) `loss` wherever x is large, and beside it.
 
     A mask of single elements would take longer than all the rest: whole rows are looked for.
     """

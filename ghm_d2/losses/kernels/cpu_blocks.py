@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Blocks:
-    """Tensors of ``sizes`` examples cut into blocks of one length, but for the last of each.
+    """Tensors of `sizes` examples cut into blocks of one length, but for the last of each.
 
     Attributes:
         owners: for each block, the number of its tensor.
@@ -64,11 +64,11 @@ class Blocks:
             self.owners += [number] * len(lengths)
 
     def split(self, whole: Sequence[Tensor]) -> list[Tensor]:
-        """The blocks of flat tensors of ``sizes`` elements, as views."""
+        """The blocks of flat tensors of `sizes` elements, as views."""
         return [block for x in whole if x.numel() for block in x.split(self.length)]
 
     def cut(self, positions: Sequence[Tensor]) -> list[Tensor]:
-        """Ascending ``positions`` in each tensor: those inside each block, from its start on."""
+        """Ascending `positions` in each tensor: those inside each block, from its start on."""
         blocks: list[Tensor] = []
         for own, size in zip(positions, self.sizes, strict=True):
             starts = range(0, size, self.length)
@@ -82,7 +82,7 @@ class Blocks:
         return blocks
 
     def map(self, work: Callable[[range], T]) -> list[T]:
-        """Calls ``work`` once a thread, with the numbers of that thread's blocks."""
+        """Calls `work` once a thread, with the numbers of that thread's blocks."""
         ends = list(accumulate(self.lengths))
         share = -(-sum(self.sizes) // self.threads)
         cuts = [0, *(bisect_left(ends, share * i) + 1 for i in range(1, self.threads)), len(ends)]
@@ -116,7 +116,7 @@ class Scratch:
     Attributes:
         buffers: float32 (n,) each.
         region: int32 (n,), in the memory of the first buffer.
-        halves: int32 (n // 2,), the first and the second half of ``region``.
+        halves: int32 (n // 2,), the first and the second half of `region`.
         pairs: int32 (n // 2,), in the memory of the second buffer.
     """
 

@@ -17,9 +17,9 @@ Corrections = tuple[Tensor, Tensor]  # positions, and the regions of the norms t
 
 
 class RegionFinder:
-    """Finds and counts regions, exactly as ``unit_region_index`` and ``count_unit_regions`` do.
+    """Finds and counts regions, exactly as `unit_region_index` and `count_unit_regions` do.
 
-    Regions are int32 in [0, bins]: ``bins`` for a norm of 1, any number for NaN. They take the
+    Regions are int32 in [0, bins]: `bins` for a norm of 1, any number for NaN. They take the
     memory of the scratch's first buffer.
     """
 
@@ -53,7 +53,7 @@ class RegionFinder:
         return _floor(scratch, known)
 
     def count(self, scratch: Scratch) -> Tensor:
-        """int64 (bins + 1,), of the regions that were found in ``scratch``.
+        """int64 (bins + 1,), of the regions that were found in `scratch`.
 
         A NaN is refused later, by the loss; here it must only not crash.
         """
@@ -70,7 +70,7 @@ class RegionFinder:
         return total
 
     def total(self, counts: list[Tensor], dropped: list[int]) -> Tensor:
-        """Adds up (T, bins + 1) counts; ``dropped`` examples were counted with a norm of 0."""
+        """Adds up (T, bins + 1) counts; `dropped` examples were counted with a norm of 0."""
         total = sum(counts, start=torch.zeros(len(dropped), self.bins + 1, dtype=torch.int64))
         total[:, self.bins - 1] += total[:, self.bins]  # the last region is closed
         total[:, 0] -= torch.tensor(dropped)
@@ -79,7 +79,7 @@ class RegionFinder:
 
 @cache
 def region_finder(bins: int) -> RegionFinder:
-    """The finder for ``bins`` unit regions."""
+    """The finder for `bins` unit regions."""
     return RegionFinder(bins)
 
 

@@ -22,7 +22,7 @@ class Examples(Protocol):
         """int64 (T, bins): the number of examples of each tensor in each unit region."""
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """``sum_i w_region(i) * loss_i``, a scalar on the graph; ``weights`` float32 (T, bins).
+        """`sum_i w_region(i) * loss_i`, a scalar on the graph; `weights` float32 (T, bins).
 
         :meth:`counts` comes first.
         """
@@ -43,7 +43,7 @@ class EagerPart(NamedTuple):
 
     @classmethod
     def empty(cls, prediction: Tensor) -> "EagerPart":
-        """No examples; their sum is 0 on the graph of ``prediction``: DDP waits for all of it."""
+        """No examples; their sum is 0 on the graph of `prediction`: DDP waits for all of it."""
         x = at_least_float32(prediction)
         return cls(x, x.detach(), None)
 
@@ -97,7 +97,7 @@ class _HarmonizedSum(torch.autograd.Function):
 
 
 class FusedExamples:
-    """Examples of a kernel; a subclass computes loss and gradient of ``predictions`` at once.
+    """Examples of a kernel; a subclass computes loss and gradient of `predictions` at once.
 
     The gradient is written with the incoming factor in the region weights: in half precision, a
     loss scale that is multiplied afterwards finds zeros where the gradients were small.
@@ -137,11 +137,11 @@ class FusedExamples:
         raise NotImplementedError
 
     def loss(self, weights: Tensor) -> Tensor:
-        """The float32 scalar ``sum_i w_i loss_i``; ``weights`` float32 (T, bins)."""
+        """The float32 scalar `sum_i w_i loss_i`; `weights` float32 (T, bins)."""
         raise NotImplementedError
 
     def gradient(self, weights: Tensor, factor: Tensor) -> Sequence[Tensor]:
-        """``factor * w_i * d loss_i``, T flat tensors of the predictions' dtype.
+        """`factor * w_i * d loss_i`, T flat tensors of the predictions' dtype.
 
         Args:
             weights: float32 (T, bins).

@@ -22,7 +22,8 @@ CLASS = tl.constexpr(1)  # an integer label for each row
 SOFT = tl.constexpr(2)  # a target in [0, 1] for each logit
 DELTA = tl.constexpr(3)  # box deltas
 # The bits of what was refused.
-_BAD_TARGET, _BAD_WEIGHT, _NOT_FINITE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+_BAD_LABEL, _BAD_WEIGHT, _NOT_FINITE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+_BAD_TARGET = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -168,7 +169,7 @@ def _examples(
         label = tl.load(y_ptr + row_before + row, mask=inside, other=0)
         ignored = label == IGNORED
         good = ((label >= 0) & (label <= COLUMNS)) | ignored
-        bad |= tl.where(good, 0, _BAD_TARGET)
+        bad |= tl.where(good, 0, _BAD_LABEL)
         counts = counts & (ignored == 0)
         positive = label == local - row * COLUMNS
         z = tl.where(counts, tl.where(positive, -x, x), 0.0)
@@ -221,9 +222,10 @@ def _count_tile(
     if MASKED or WEIGHTED or KIND == CLASS or KIND == SOFT:
         region = tl.where(counts & inside, region, WIDTH - 1)  # a place that nobody reads
     if WEIGHTED or KIND == CLASS or KIND == SOFT:
-        for bit in tl.static_range(2):
-            if tl.max(bad & (1 << bit), axis=0) != 0:
-                tl.atomic_or(bits_ptr, tl.full((), 1 << bit, tl.int64))
+        if tl.max(bad, axis=0) != 0:
+            for bit in tl.static_range(4):
+                found = tl.max(bad & (1 << bit), axis=0)
+                tl.atomic_or(bits_ptr, found.to(tl.int64))
     return tl.histogram(region, WIDTH)
 
 
@@ -234,7 +236,7 @@ def count_kernel(
     MARKED: tl.constexpr, MU: tl.constexpr, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr,
     WIDTH: tl.constexpr, ITERATIONS: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to ``counts`` (LEVELS, BINS) the number of examples in each unit region.
+    """Adds to `counts` (LEVELS, BINS) the number of examples in each unit region.
 
     MARKED: 0 takes every tile, else those whose mark is MARKED - 1.
     """
@@ -295,7 +297,7 @@ def loss_kernel(
 ):  # fmt: skip
     """The sum of each program's weighted losses (LOSS), the gradient of each example (GRADIENT).
 
-    Without LOSS, the gradient has the factor at ``factor_ptr`` in its weights.
+    Without LOSS, the gradient has the factor at `factor_ptr` in its weights.
     """
     x_ptr, y_ptr, w_ptr, out_ptr, size, level, begin, before = _tensor(
         xs, ys, ws, outs, sizes, ITERATIONS, TILE, LEVELS
@@ -432,8 +434,13 @@ def scale_kernel(
             outs, outs, outs, outs, sizes, ITERATIONS, TILE, LEVELS
         )
         i = tl.arange(0, TILE)
-        for k in range(ITERATIONS):
-            start = (begin + k).to(tl.int64) * TILE
-            inside = i < size - start
-            value = tl.load(out_ptr + start + i, mask=inside, other=0.0)
-            tl.store(out_ptr + start + i, value * factor, mask=inside)
+        full = (size // TILE).to(tl.int32)
+        tile = begin
+        while tile < tl.minimum(begin + ITERATIONS, full):
+            place = out_ptr + tl.cast(tile, tl.int64) * TILE + i
+            tl.store(place, tl.load(place) * factor)
+            tile += 1
+        if (begin <= full) & (full < begin + ITERATIONS):
+            place = out_ptr + full.to(tl.int64) * TILE + i
+            inside = i < size - full.to(tl.int64) * TILE
+            tl.store(place, tl.load(place, mask=inside, other=0.0) * factor, mask=inside)

@@ -4,8 +4,8 @@ A forward pass issues: zeros for the counts, the marks of the tiles (integer lab
 two launches that count, the walk, one or two that weight, and one that adds up, checks and writes.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,13 +27,19 @@ _PROGRAMS = 2048  # some sixteen for each of a Hopper chip's 132 multiprocessors
 Raw = tuple[Tensor, Tensor, Tensor | None]
 
 
-def launch_options(kernel: str) -> dict[str, int]:
-    """Options of a launch: what gave the fewest instructions an element without spilling."""
-    # A thread that counts 32 elements shares the votes of its histogram among them; one that
-    # weights 8 needs 32 registers, and the chip holds as many threads as it can.
-    return {"count": {"num_warps": 2, "maxnreg": 64}, "loss": {"num_warps": 8}}.get(
-        kernel, {"num_warps": 4}
-    )
+def launch_options(kernel: str, kind: int | None = None, bins: int = 1) -> dict[str, int]:
+    """Options of a launch: what benchmarks/kernel_code.py found to need the fewest instructions.
+
+    Args:
+        kernel: "count", "loss", "flag", "walk", "finish" or "scale".
+        kind: what the first two read, such as NEGATIVE of triton.py.
+        bins: number of unit regions.
+    """
+    if kernel == "count" and kind == kernels.NEGATIVE.value and _width(bins) <= 32:
+        # Thirty-two examples a thread share the votes of a histogram; more registers would be
+        # taken, and none of them is needed.
+        return {"num_warps": 2, "maxnreg": 64}
+    return {"num_warps": 8 if kernel in ("count", "loss") else 4}
 
 
 def _width(bins: int) -> int:
@@ -91,6 +97,7 @@ class TritonExamples(FusedExamples):
         self.sizes = tuple(2 * size + 3 for size in sizes)  # see triton._size
         self.tiles = sum(tiles)
         self.bins = bins
+        self._together = self.differentiate and self.data[0].dtype == torch.float32
         # Rows have labels or weights; without either, columns would only compile kernels anew.
         by_rows = kind == kernels.CLASS.value or weighted == 1
         self.settings = {
@@ -129,7 +136,7 @@ class TritonExamples(FusedExamples):
         for settings in passes:
             kernels.count_kernel[self.grid](
                 *self._pointers(), self.marks, counts, self.bits, self.sizes,
-                **settings, WIDTH=_width(bins), **launch_options("count"),
+                **settings, WIDTH=_width(bins), **launch_options("count", settings["KIND"], bins),
             )  # fmt: skip
         return counts
 
@@ -147,14 +154,14 @@ class TritonExamples(FusedExamples):
         Args:
             state: the new running counts.
             buffers: where they are kept unless something was refused; None: nowhere.
-            failed: int64 (1,): the bits of what was refused are added to it.
+            failed: int64 (1,): the bits of what was refused are added to it: 1 a label, 2 a weight,
+                4 a loss that is not finite, 8 a dense target.
         """
         self.state, self.buffers, self.failed = state, buffers, failed
 
     def loss(self, weights: Tensor) -> Tensor:
         """See :class:`FusedExamples`; NaN where something was refused."""
-        together = self.differentiate and self.data[0].dtype == torch.float32
-        outs = [torch.empty_like(x) for x in self.data] if together else None
+        outs = [torch.empty_like(x) for x in self.data] if self._together else None
         partial = torch.empty(2 * self.grid[0], device=self.device)
         number = self._weigh(weights, self.bits, partial, outs)
         self._gradients = outs
@@ -186,7 +193,7 @@ class TritonExamples(FusedExamples):
     def _weigh(
         self, weights: Tensor, factor: Tensor, partial: Tensor | None, outs: list[Tensor] | None
     ) -> int:
-        """Sums of losses into ``partial``, their number returned, and gradients into ``outs``."""
+        """Sums of losses into `partial`, their number returned, and gradients into `outs`."""
         number = 0
         weights = weights if weights.stride(1) == 1 else weights.contiguous()
         for settings in self._passes() if self.tiles else []:
@@ -221,7 +228,6 @@ def walk(
     return weights, state
 
 
-@cache
 def _log(momentum: float) -> float:
     """log(momentum); of 0 a number whose multiples have an exponential of 0."""
-    return float(torch.tensor(momentum, dtype=torch.float64).log()) if momentum else -1e4
+    return math.log(momentum) if momentum else -1e4

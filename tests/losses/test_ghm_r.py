@@ -1,0 +1,226 @@
+"""GHM-R and the authentic smooth L1 loss: value, gradient and properties, against the oracle."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ghm_d2.losses import GHMRLoss, authentic_smooth_l1_loss
+from tests import reference as ref
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("decay_empty_bins", [False, True])
+@pytest.mark.parametrize("normalize_by", ["valid_bins", "all_bins"])
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_equals_the_oracle_over_several_calls(
+    momentum, normalize_by, decay_empty_bins, bias_correction, evaluate
+):
+    settings = {
+        "mu": 0.05,
+        "bins": 8,
+        "momentum": momentum,
+        "loss_weight": 10.0,
+        "normalize_by": normalize_by,
+        "decay_empty_bins": decay_empty_bins,
+        "bias_correction": bias_correction,
+    }
+    loss_fn, oracle = GHMRLoss(**settings), ref.ghm_r(**settings)
+    rng = np.random.default_rng(3)
+    for rows in (40, 1, 10, 1, 40):
+        pred, target = ref.draw_boxes(rng, rows, 8, 0.05)
+        weight = (rng.random((rows, 4)) < 0.8) * rng.uniform(0.1, 3, (rows, 4))
+        loss, grad = evaluate(loss_fn, pred, target, weight)
+        expected, expected_grad = oracle(pred, target, weight)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-8)
+        if momentum:
+            np.testing.assert_allclose(loss_fn.acc_sum.numpy(), oracle.counts.sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mu", [1e-3, 0.02, 1.0])
+def test_equals_the_oracle_for_any_mu(mu, evaluate):
+    # errors of a size that float32 still resolves at the smallest mu
+    rng = np.random.default_rng(4)
+    pred = rng.normal(0, 2 * mu, (60, 4)).astype(np.float32)
+    target = np.zeros_like(pred)
+    keep = ref.rows_off_edges(ref.asl1_examples(pred, target, mu=mu), 10, 1e-5)
+    loss, grad = evaluate(GHMRLoss(mu), pred[keep], target[keep])
+    expected, expected_grad = ref.ghm_r(mu=mu)(pred[keep], target[keep])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(48,), (12, 4), (2, 6, 4), (3, 2, 2, 4)])
+def test_any_shape_gives_the_same_loss(shape, evaluate):
+    pred, target = ref.draw_boxes(np.random.default_rng(5), 12)
+    expected, expected_grad = evaluate(GHMRLoss(), pred, target)
+    loss, grad = evaluate(GHMRLoss(), pred.reshape(shape), target.reshape(shape))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(grad, expected_grad.reshape(shape), rtol=1e-6)
+
+
+def test_exact_and_huge_predictions_belong_to_a_region(evaluate):
+    # gradient norms of exactly 0 and, in float32, exactly 1
+    pred, target = np.array([[0.5, 1e6]], dtype=np.float32), np.array([[0.5, 0.0]], np.float32)
+    loss, grad = evaluate(GHMRLoss(momentum=0.0), pred, target)
+    assert loss == pytest.approx(1e6 / 2)
+    np.testing.assert_allclose(grad, [[0.0, 0.5]])
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_pooled_is_one_histogram_over_all_tensors(with_weights):
+    rng = np.random.default_rng(9)
+    loss_fn, oracle = GHMRLoss(), ref.ghm_r()
+    for _ in range(3):
+        parts = [ref.draw_boxes(rng, rows) for rows in (20, 5, 0, 1)]
+        weights = [rng.integers(0, 2, len(p)) for p, _ in parts] if with_weights else None
+        preds = [torch.tensor(p).requires_grad_() for p, _ in parts]
+        targets = [torch.tensor(t) for _, t in parts]
+        tensors = weights and [torch.tensor(w) for w in weights]
+        loss = loss_fn.forward_pooled(preds, targets, tensors)
+        loss.backward()
+        if with_weights:
+            parts = [(p, t, w) for (p, t), w in zip(parts, weights, strict=True)]
+        expected, grads = oracle.pooled(parts)
+        assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-5)
+        for pred, grad in zip(preds, grads, strict=True):
+            np.testing.assert_allclose(pred.grad.numpy(), grad, rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(loss_fn.acc_sum.numpy(), oracle.counts.sums, rtol=1e-5)
+
+
+def test_gradcheck_with_frozen_counts():
+    rng = np.random.default_rng(10)
+    loss_fn = GHMRLoss().double()
+    for _ in range(2):
+        pred, target = ref.draw_boxes(rng, 15, dtype=np.float64, margin=1e-3)
+        inputs, target = torch.tensor(pred).requires_grad_(), torch.tensor(target)
+        loss_fn.train()(inputs, target)
+        loss_fn.eval()
+        # the call's own counts enter the weights too; no step of 1e-6 crosses an edge
+        assert torch.autograd.gradcheck(lambda v: loss_fn(v, target), inputs)  # noqa: B023
+
+
+def test_no_gradient_reaches_the_target():
+    pred, target = (torch.tensor(a) for a in ref.draw_boxes(np.random.default_rng(1), 9))
+    loss = GHMRLoss()(pred.requires_grad_(), target)
+    loss.backward()
+    assert target.grad is None and pred.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_equals_float32_on_the_same_values(dtype):
+    pred, target = (torch.tensor(a) for a in ref.draw_boxes(np.random.default_rng(11), 200))
+    low = pred.to(dtype).requires_grad_()
+    high = low.detach().float().requires_grad_()
+    low_fn, high_fn = GHMRLoss(), GHMRLoss()
+    for _ in range(2):
+        loss, expected = low_fn(low, target), high_fn(high, target)
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert torch.equal(low.grad, high.grad.to(dtype))
+    assert torch.equal(low_fn.acc_sum, high_fn.acc_sum)
+    # both low: the subtraction itself must not happen in low precision
+    both_low, both_high = GHMRLoss()(low, target.to(dtype)), GHMRLoss()(high, target.to(dtype))
+    assert torch.equal(both_low, both_high)
+
+
+def test_autocast_changes_nothing():
+    pred, target = (torch.tensor(a) for a in ref.draw_boxes(np.random.default_rng(12), 100))
+    plain, inside = (pred.clone().requires_grad_() for _ in range(2))
+    expected = GHMRLoss()(plain, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = GHMRLoss()(inside, target)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    assert torch.equal(inside.grad, plain.grad)
+
+
+@given(seed=seeds, rows=st.integers(1, 30), bins=st.integers(1, 30))
+def test_sum_of_beta_is_n(evaluate, seed, rows, bins):
+    pred, target = ref.draw_boxes(np.random.default_rng(seed), rows, bins)
+    slope = ref.asl1_examples(pred, target, mu=0.02).gradient
+    pred, target = pred[slope.all(axis=1)], target[slope.all(axis=1)]
+    slope = slope[slope.all(axis=1)]
+    if slope.size:
+        _, grad = evaluate(GHMRLoss(0.02, bins, 0.0), pred, target, dtype=torch.float64)
+        assert (grad / slope).sum() == pytest.approx(1.0, rel=1e-5)  # beta_i / N
+
+
+@given(seed=seeds, rows=st.integers(1, 30))
+def test_one_region_is_the_mean_authentic_smooth_l1(evaluate, seed, rows):
+    pred, target = ref.draw_boxes(np.random.default_rng(seed), rows, 1)
+    loss, grad = evaluate(GHMRLoss(bins=1, momentum=0.0), pred, target)
+    v = torch.tensor(pred).requires_grad_()
+    mean = authentic_smooth_l1_loss(v, torch.tensor(target), 0.02, reduction="mean")
+    mean.backward()
+    assert loss == pytest.approx(mean.item(), rel=1e-5)
+    np.testing.assert_allclose(grad, v.grad.numpy(), rtol=1e-5, atol=1e-9)
+
+
+@given(seed=seeds, rows=st.integers(2, 40))
+def test_order_of_the_rows_does_not_matter(evaluate, seed, rows):
+    rng = np.random.default_rng(seed)
+    pred, target = ref.draw_boxes(rng, rows)
+    order = rng.permutation(rows)
+    loss, grad = evaluate(GHMRLoss(), pred, target)
+    moved, moved_grad = evaluate(GHMRLoss(), pred[order], target[order])
+    assert moved == pytest.approx(loss, rel=1e-5)
+    np.testing.assert_allclose(moved_grad, grad[order], rtol=1e-5, atol=1e-9)
+
+
+@given(seed=seeds, rows=st.integers(2, 40), per_row=st.booleans())
+def test_a_dropped_row_is_a_removed_row(evaluate, seed, rows, per_row):
+    rng = np.random.default_rng(seed)
+    pred, target = ref.draw_boxes(rng, rows)
+    drop = rng.random(rows) < 0.4
+    removed, dropped = GHMRLoss(), GHMRLoss()
+    expected, expected_grad = evaluate(removed, pred[~drop], target[~drop])
+    weight = np.where(drop, 0.0, rng.uniform(0.01, 9, rows))
+    if not per_row:
+        weight = np.repeat(weight[:, None], 4, axis=1)
+    loss, grad = evaluate(dropped, pred, target, weight)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(grad[~drop], expected_grad, rtol=1e-5, atol=1e-9)
+    assert not grad[drop].any()
+    assert torch.equal(dropped.acc_sum, removed.acc_sum)
+
+
+@given(seed=seeds, loss_weight=st.floats(0, 100))
+def test_linear_in_loss_weight(evaluate, seed, loss_weight):
+    pred, target = ref.draw_boxes(np.random.default_rng(seed), 20)
+    loss, grad = evaluate(GHMRLoss(), pred, target)
+    scaled, scaled_grad = evaluate(GHMRLoss(loss_weight=loss_weight), pred, target)
+    assert scaled == pytest.approx(loss_weight * loss, rel=1e-5)
+    np.testing.assert_allclose(scaled_grad, loss_weight * grad, rtol=1e-5, atol=1e-9)
+
+
+@given(seed=seeds, mu=st.floats(1e-3, 10))
+def test_authentic_smooth_l1_value_and_gradient(seed, mu):
+    rng = np.random.default_rng(seed)
+    pred, target = rng.normal(size=(2, 7, 4))
+    expected = ref.asl1_examples(pred, target, mu=mu)
+    v, t = torch.tensor(pred).requires_grad_(), torch.tensor(target)
+    none = authentic_smooth_l1_loss(v, t, mu)
+    np.testing.assert_allclose(none.detach().numpy(), expected.loss, rtol=1e-9, atol=1e-12)
+    total = authentic_smooth_l1_loss(v, t, mu, reduction="sum")
+    total.backward()
+    assert total.item() == pytest.approx(expected.loss.sum())
+    np.testing.assert_allclose(v.grad.numpy(), expected.gradient, rtol=1e-9)
+    mean = authentic_smooth_l1_loss(v, t, mu, reduction="mean")
+    assert mean.item() == pytest.approx(expected.loss.mean())
+
+
+def test_authentic_smooth_l1_is_smooth_at_zero():
+    v = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    loss = authentic_smooth_l1_loss(v, torch.zeros(3), reduction="sum")
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(v.grad, torch.zeros_like(v))
+    near = torch.full((1,), 1e-4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: authentic_smooth_l1_loss(x, torch.zeros(1)), near)

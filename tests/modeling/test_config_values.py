@@ -1,0 +1,88 @@
+"""Every key of MODEL.GHM, present and future, refuses wrong types and values by its name."""
+
+import functools
+import math
+
+import pytest
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
+
+from ghm_d2.errors import UserError
+from ghm_d2.modeling import validate_ghm_config
+from tests.detectors import small_config
+
+
+def leaves(node, prefix="MODEL.GHM"):
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}", value
+
+
+KEYS = dict(leaves(small_config("ghm_retinanet_R_50").MODEL.GHM))
+# What no key of a type allows. A new key for which such a value makes sense belongs in ALLOWED.
+OUT_OF_RANGE = {
+    bool: (),  # both values are in range
+    int: (-1, -(10**9)),
+    float: (-1.0, math.nan, math.inf, -math.inf),
+    str: ("no such thing",),
+}
+ALLOWED: dict[str, tuple] = {}
+OTHER_TYPES = ("three", 3, 2.5, True, None, [1], {"a": 1})
+PARTS = ("RETINANET", "RPN", "ROI_BOX_HEAD", "TORCHVISION")
+
+
+def config(key):
+    """A config whose detector uses the key, with every loss on."""
+    part = key.split(".")[2]
+    return _config(part if part in PARTS else PARTS[0]).clone()
+
+
+@functools.cache
+def _config(part):
+    if part == "TORCHVISION":
+        return small_config("ghm_retinanet_MobileNetV2")
+    if part == "RETINANET":
+        return small_config("ghm_retinanet_R_50")
+    cfg = small_config("ghm_faster_rcnn_R_50", "MODEL.PROPOSAL_GENERATOR.NAME", "GHMRPN")
+    cfg.MODEL.GHM[part].CLS.ENABLED = cfg.MODEL.GHM[part].REG.ENABLED = True
+    return cfg
+
+
+def put(cfg, key, value):
+    *parents, leaf = key.split(".")
+    node = cfg
+    for name in parents:
+        node = node[name]
+    dict.__setitem__(node, leaf, value)  # as code does, past Detectron2's own check
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_defaults_are_valid(part):
+    validate_ghm_config(config(f"MODEL.GHM.{part}"))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_other_types_are_refused(key):
+    for value in OTHER_TYPES:
+        if type(value) is type(KEYS[key]) or (type(value), type(KEYS[key])) == (int, float):
+            continue
+        cfg = config(key)
+        put(cfg, key, value)
+        with pytest.raises(UserError) as error:
+            validate_ghm_config(cfg)
+        assert key in str(error.value) and repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("key", [k for k, v in KEYS.items() if OUT_OF_RANGE[type(v)]])
+def test_values_out_of_range_are_refused(key):
+    for value in OUT_OF_RANGE[type(KEYS[key])]:
+        if value in ALLOWED.get(key, ()):
+            continue
+        cfg = config(key)
+        put(cfg, key, value)
+        with pytest.raises(UserError) as error:
+            validate_ghm_config(cfg)
+            build_backbone(cfg)  # knows the layers of its network only once it is built
+        assert key in str(error.value) and "\n" not in str(error.value)
