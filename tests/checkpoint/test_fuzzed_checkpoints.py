@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ghm_d2.checkpoint.unpickler import _KNOWN
+from ghm_d2.checkpoint.pickle_values import KNOWN
 from tests import hostile as h
 from tests.checkpoint.test_hostile_checkpoints import FOUR, PICKLES, TENSORS
 
@@ -36,7 +36,7 @@ CODES = st.sampled_from(
 )
 OPERATIONS = st.sampled_from([x.code.encode("latin1") for x in pickletools.opcodes])
 NAMES = st.sampled_from(
-    [*_KNOWN, "numpy.core.multiarray.scalar", "builtins.eval", "torch.Tensor", "torch.FloatStorage"]
+    [*KNOWN, "numpy.core.multiarray.scalar", "builtins.eval", "torch.Tensor", "torch.FloatStorage"]
 )
 
 
