@@ -21,8 +21,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # an interpreter has no machine code
-
 from tqdm import tqdm
 
 from ghm_d2.errors import UserError
@@ -308,6 +306,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles, measures, writes JSON, prints a table."""
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreter has no machine code
     args = parse(arguments)
     for name in ("nvdisasm", "cuobjdump"):
         tool_path(name)

@@ -213,7 +213,7 @@ class GHMCLoss(HarmonizedLoss):
     def _target_message(self, prediction: Tensor, target: Tensor) -> str:
         if target.dim() == 2:
             return "labels of the logits' shape must lie in [0, 1]"
-        k = prediction.shape[1] - (self.activation == "softmax")
+        k = prediction.shape[1] - int(self.activation == "softmax")
         if self._ignored == -1:
             allowed = f"lie in [-1, {k}] (-1 = ignored, {k} = background)"
         else:
