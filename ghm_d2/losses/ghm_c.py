@@ -195,7 +195,7 @@ class GHMCLoss(HarmonizedLoss):
             return logits, *self._dense_labels(labels, keep, message, checks)
         labels = labels.long()
         ignored = labels == self._ignored
-        background = logits.shape[1] - (self.activation == "softmax")
+        background = logits.shape[1] - int(self.activation == "softmax")
         inside = (labels >= 0) & (labels <= background)
         checks.require((inside | ignored).all(), message)
         return logits, labels if self._ignored == -1 else labels.masked_fill(ignored, -1), keep
