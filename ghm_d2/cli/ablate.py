@@ -12,7 +12,7 @@ import yaml
 from ghm_d2.ablation import TABLES, Run, load_grid, plan_runs, write_report
 from ghm_d2.ablation.execute import CLUSTERS, Outcome, execute
 from ghm_d2.ablation.results import Store
-from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.engine.preemption import PREEMPTED
 from ghm_d2.engine.setup import locate_config_file
 from ghm_d2.errors import UserError, exits_with_one_sentence
@@ -34,12 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--grid", metavar="FILE", help="a grid of your own (YAML)")
     add("--output", metavar="DIR", required=True, help="where runs and report go")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="SEED (1 2 3)")
-    add(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="NAME=annotations.json,image_dir",
-        help="as train_net.py has it: the first trains, the others test (repeatable)",
+    add_dataset_option(
+        parser,
+        "as train_net.py has it: the first trains, the others test (repeatable)",
     )
     add("--config-file", metavar="FILE", help="base config, instead of the grid's")
     add("--jobs", type=int, default=1, metavar="N", help="runs side by side (1)")

@@ -15,7 +15,7 @@ from ghm_d2.analysis.collect import collect, detector_parts
 from ghm_d2.analysis.figures import write_figures
 from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import check_datasets
-from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.settings import key_of, pair, read_settings
 from ghm_d2.engine.setup import build_config, given_keys, is_python
@@ -109,12 +109,9 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--config-file", metavar="FILE", required=True, help="the config of the training")
     add("--output", metavar="DIR", required=True, help="folder for the figures")
-    add(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="NAME=annotations.json,image_dir",
-        help="COCO-format data to look at, DATASETS.TEST without it (repeatable)",
+    add_dataset_option(
+        parser,
+        "COCO-format data to look at, DATASETS.TEST without it (repeatable)",
     )
     add("--max-images", type=int, default=200, metavar="N", help="spread over the data (200)")
     parser.set_defaults(

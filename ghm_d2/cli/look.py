@@ -16,7 +16,7 @@ from ghm_d2.data.anchor_check import anchor_report
 from ghm_d2.data.annotations import Uses
 from ghm_d2.data.look_pictures import draw_grid, draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
-from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.engine.setup import build_config, is_python
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
@@ -38,12 +38,9 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="DIR", help="for the pictures; is made")
-    add(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="NAME=annotations.json,image_dir",
-        help="COCO-format data (repeatable)",
+    add_dataset_option(
+        parser,
+        "COCO-format data (repeatable)",
     )
     add("--config-file", metavar="FILE", help="look at its DATASETS where no --dataset is given")
     add("--images", type=int, default=12, metavar="N", help="images that are drawn (12)")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ghm_d2.data import parse_dataset
-from ghm_d2.engine.arguments import Parser
+from ghm_d2.engine.arguments import Parser, add_dataset_option
 from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 from ghm_d2.report import write_report
 
@@ -21,12 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", type=Path, metavar="DIR", help="OUTPUT_DIR of the training, finished or not")
     add("--output", type=Path, metavar="FILE.html", help="the page (DIR/report.html)")
-    add(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="NAME=annotations.json,image_dir",
-        help="where test data lies, if not where the training found it (repeatable)",
+    add_dataset_option(
+        parser,
+        "where test data lies, if not where the training found it (repeatable)",
     )
     add("--images", type=int, default=6, metavar="N", help="best and worst images, each (6)")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import check_classes
-from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser
+from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser, add_dataset_option
 from ghm_d2.engine.checks import check_inference
 from ghm_d2.engine.settings import Config, Settings, read_settings
 from ghm_d2.engine.setup import build_config, given_keys
@@ -51,12 +51,9 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
-    parser.add_argument(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="NAME=annotations.json,image_dir",
-        help="COCO-format data: gives the images and the classes their ids, and the classes their "
+    add_dataset_option(
+        parser,
+        "COCO-format data: gives the images and the classes their ids, and the classes their "
         "names where the weights have none; of more than one, the first",
     )
     return parser

@@ -7,7 +7,13 @@ from detectron2.config import get_cfg
 
 from ghm_d2.errors import UserError, command
 
-__all__ = ["Parser", "add_process_options", "parse_arguments", "train_program"]
+__all__ = [
+    "Parser",
+    "add_dataset_option",
+    "add_process_options",
+    "parse_arguments",
+    "train_program",
+]
 
 CONFIG_FILE_HELP = "a YAML or Python file of yours (the latter is executed: run none whose author "
 CONFIG_FILE_HELP += "you do not trust), or the name of one of configs/"
@@ -44,16 +50,24 @@ def _parser() -> Parser:
         action="store_true",
         help="open checkpoints that could run code (only files of people you trust)",
     )
-    add(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="NAME=annotations.json,image_dir",
-        help="register COCO-format data; the first is trained on and the others are tested on, "
+    add_dataset_option(
+        parser,
+        "register COCO-format data; the first is trained on and the others are tested on, "
         "unless DATASETS.TRAIN and DATASETS.TEST say otherwise (repeatable)",
     )
     add_process_options(parser)
     return parser
+
+
+def add_dataset_option(parser: argparse.ArgumentParser, about: str) -> None:
+    """`--dataset`, with what it is for in this command."""
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME=annotations.json,image_dir",
+        help=about,
+    )
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
