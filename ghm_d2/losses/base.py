@@ -20,12 +20,25 @@ from .checks import (
 )
 from .density import exact_gradient_density
 from .functional import Averaging
-from .kernels import Arguments, EagerExamples, Examples, FusedExamples, walk
+from .kernels import (
+    Arguments,
+    EagerExamples,
+    EagerPart,
+    Examples,
+    FusedExamples,
+    compiled_loss,
+    device_examples,
+    device_settings,
+    walk,
+)
 
 __all__ = ["HarmonizedLoss", "observed", "raise_deferred_errors"]
 
 # A number of updates after which 1 - alpha^n has long been 1 in float64.
 _STEADY = 1 << 40
+
+# Makes the examples of several predictions with whole-tensor operations.
+Eager = Callable[[Sequence[Tensor]], EagerExamples]
 
 WEIGHT_MESSAGE = "weight must be 0 or positive; it holds NaN or less"
 
@@ -214,17 +227,64 @@ class HarmonizedLoss(nn.Module):
     def _all_values(self, raw: Sequence[Arguments], checks: ValueChecks) -> list[Arguments]:
         return [self._values(*each, checks) for each in raw]
 
+    def _eager(self, prediction: Tensor, target: Tensor, keep: Tensor | None) -> EagerPart:
+        """The examples of what :meth:`_values` made of one tensor, as whole tensors."""
+        raise NotImplementedError
+
+    def _kernel(self, arguments: Sequence[Arguments], eager: Eager) -> FusedExamples | None:
+        """The same of several tensors, for a CPU kernel; None where there is none."""
+        raise NotImplementedError
+
+    def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
+        """What :func:`device_examples` has to know besides; None where it knows no such loss."""
+        raise NotImplementedError
+
+    def _examples(self, arguments: Sequence[Arguments]) -> Examples:
+        """The examples of several tensors, some of which may hold none."""
+
+        def eager(predictions: Sequence[Tensor]) -> EagerExamples:
+            pairs = zip(predictions, arguments, strict=True)
+            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
+
+        return self._kernel(arguments, eager) or eager([x for x, _, _ in arguments])
+
     def _device_examples(self, raw: Sequence[Arguments]) -> FusedExamples | None:
         """The examples of a device that checks values itself, made of what :meth:`_layout` gave."""
-        raise NotImplementedError
+
+        def eager(predictions: Sequence[Tensor]) -> EagerExamples:
+            pairs = zip(predictions, self._all_values(raw, ValueChecks()), strict=True)
+            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
+
+        more = self._device_arguments(raw[0][1])
+        if more is None or torch.compiler.is_compiling():
+            return None
+        return device_examples(raw, self.bins, eager, **more)
+
+    def _compiled_loss(self, raw: Sequence[Arguments], pooled: bool) -> Tensor | None:
+        """The loss by an operator that torch.compile leaves whole; None where there is none."""
+        more = self._device_arguments(raw[0][1])
+        if more is None or compiled_loss is None or not torch.compiler.is_compiling():
+            return None
+        found = device_settings(raw, self.bins, "mu" not in more)
+        if found is None:
+            return None
+        writes = self.training and torch.is_grad_enabled()
+        processes = self._processes()
+        loss, _, *state = compiled_loss(
+            [x.contiguous() for x, _, _ in raw], [y for _, y, _ in raw],
+            [w for _, _, w in raw if w is not None], self.acc_sum,
+            self.num_updates if self.bias_correction else None, *found, more.get("ignored"),
+            more.get("mu", 0.0), self.momentum, self.normalize_by, self.decay_empty_bins,
+            self.loss_weight * processes, pooled and len(raw) > 1, processes, writes,
+        )  # fmt: skip
+        if writes:
+            names = ["acc_sum", "num_updates"][: 1 + self.bias_correction]
+            self._write(dict(zip(names, state, strict=False)), None)
+        return cast(Tensor, loss)
 
     def _refusals(self, prediction: Tensor, target: Tensor) -> dict[int, str]:
         """What the bits of such a device mean; see `conclude_with` of the kernels."""
         return {2: WEIGHT_MESSAGE, 4: self.not_finite_message}
-
-    def _examples(self, arguments: Sequence[Arguments]) -> Examples:
-        """The examples of several tensors, some of which may hold none."""
-        raise NotImplementedError
 
     def _loss(self, raw: Sequence[Arguments], pooled: bool) -> Tensor:
         """The loss over one or more histograms, and one update of the buffers.
@@ -236,6 +296,8 @@ class HarmonizedLoss(nn.Module):
         Returns:
             A scalar, float32 at least.
         """
+        if (loss := self._compiled_loss(raw, pooled)) is not None:
+            return loss
         checks, recomputed = ValueChecks(), self._is_recomputed()
         writes = self.training and torch.is_grad_enabled() and not recomputed
         device = self._device_examples(raw)
@@ -330,14 +392,16 @@ class HarmonizedLoss(nn.Module):
         Where processes do not `meet`, as outside training steps, this one's counts stand for
         those of each: one process may validate alone, and would wait for the others for ever.
         """
-        if not (self.sync and dist.is_available() and dist.is_initialized()):
-            return 1
-        world = dist.get_world_size()
-        if meet:
+        world = self._processes()
+        if world > 1 and meet:
             dist.all_reduce(counts)
-        else:
+        elif world > 1:
             counts *= world
         return world
+
+    def _processes(self) -> int:
+        synced = self.sync and dist.is_available() and dist.is_initialized()
+        return dist.get_world_size() if synced else 1
 
     def _exact_sum(self, examples: EagerExamples, pooled: bool) -> Tensor:
         parts = examples.parts

@@ -1,11 +1,12 @@
 """GHM-C: gradient-harmonised classification."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import HarmonizedLoss, check_weight, example_mask
+from .base import Eager, HarmonizedLoss, check_weight, example_mask
 from .checks import (
     ValueChecks,
     check_choice,
@@ -14,15 +15,7 @@ from .checks import (
     check_non_negative,
 )
 from .functional import sigmoid_examples, softmax_examples
-from .kernels import (
-    Arguments,
-    EagerExamples,
-    EagerPart,
-    Examples,
-    FusedExamples,
-    device_examples,
-    sigmoid_kernel,
-)
+from .kernels import Arguments, EagerPart, FusedExamples, sigmoid_kernel
 
 __all__ = ["GHMCLoss"]
 
@@ -245,27 +238,13 @@ class GHMCLoss(HarmonizedLoss):
         plain = self.activation == "sigmoid" and self.class_weight is None
         return plain and self.density == "unit_region"
 
-    def _device_examples(self, raw: Sequence[Arguments]) -> FusedExamples | None:
-        def eager(logits: Sequence[Tensor]) -> EagerExamples:
-            arguments = self._all_values(raw, ValueChecks())
-            pairs = zip(logits, arguments, strict=True)
-            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
-
+    def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
         if not self._plain:
             return None
-        ignored = self.ignore_index if raw[0][1].dim() == 2 else self._ignored
-        return device_examples(raw, self.bins, eager, ignored=ignored)
+        return {"ignored": self.ignore_index if target.dim() == 2 else self._ignored}
 
-    def _examples(self, arguments: Sequence[Arguments]) -> Examples:
-        def eager(logits: Sequence[Tensor]) -> EagerExamples:
-            pairs = zip(logits, arguments, strict=True)
-            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
-
-        if self._plain:
-            kernel = sigmoid_kernel(arguments, self.bins, eager)
-            if kernel is not None:
-                return kernel
-        return eager([logits for logits, _, _ in arguments])
+    def _kernel(self, arguments: Sequence[Arguments], eager: Eager) -> FusedExamples | None:
+        return sigmoid_kernel(arguments, self.bins, eager) if self._plain else None
 
     def _eager(self, logits: Tensor, labels: Tensor, keep: Tensor | None) -> EagerPart:
         if not logits.numel():

@@ -1,22 +1,15 @@
 """GHM-R: gradient-harmonised box regression."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import HarmonizedLoss, check_weight, example_mask
+from .base import Eager, HarmonizedLoss, check_weight, example_mask
 from .checks import ValueChecks, check_floating, check_positive
 from .functional import regression_examples
-from .kernels import (
-    Arguments,
-    EagerExamples,
-    EagerPart,
-    Examples,
-    FusedExamples,
-    device_examples,
-    regression_kernel,
-)
+from .kernels import Arguments, EagerPart, FusedExamples, regression_kernel
 
 __all__ = ["GHMRLoss"]
 
@@ -108,26 +101,13 @@ class GHMRLoss(HarmonizedLoss):
             keep = keep.view(*keep.shape, *[1] * (pred.dim() - keep.dim()))
         return pred, target, keep
 
-    def _device_examples(self, raw: Sequence[Arguments]) -> FusedExamples | None:
-        def eager(preds: Sequence[Tensor]) -> EagerExamples:
-            arguments = self._all_values(raw, ValueChecks())
-            pairs = zip(preds, arguments, strict=True)
-            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
+    def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
+        return {"mu": self.mu} if self.density == "unit_region" else None
 
+    def _kernel(self, arguments: Sequence[Arguments], eager: Eager) -> FusedExamples | None:
         if self.density == "exact":
             return None
-        return device_examples(raw, self.bins, eager, mu=self.mu)
-
-    def _examples(self, arguments: Sequence[Arguments]) -> Examples:
-        def eager(preds: Sequence[Tensor]) -> EagerExamples:
-            pairs = zip(preds, arguments, strict=True)
-            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
-
-        if self.density == "unit_region":
-            kernel = regression_kernel(arguments, self.mu, self.bins, eager)
-            if kernel is not None:
-                return kernel
-        return eager([pred for pred, _, _ in arguments])
+        return regression_kernel(arguments, self.mu, self.bins, eager)
 
     def _eager(self, pred: Tensor, target: Tensor, keep: Tensor | None) -> EagerPart:
         if not pred.numel():

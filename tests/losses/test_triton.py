@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 @pytest.fixture(autouse=True)
 def _kernels_take_any_tensor(monkeypatch):
-    monkeypatch.setattr(kernels, "_on_device", lambda x: not torch.compiler.is_compiling())
+    monkeypatch.setattr(kernels, "_on_device", lambda x: True)
 
 
 @pytest.fixture
@@ -331,3 +331,57 @@ def test_device_operations_of_a_retinanet_step(dtype, most, launched):
     assert all(g.dtype == dtype for g in gradients)
     assert len(in_forward) <= 16, in_forward
     assert len(in_backward) <= most, in_backward
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_level_without_positives_keeps_the_kernels(empty, launched):
+    preds = [torch.randn(n, 4, device=DEVICE) * 0.05 for n in (9, 5)]
+    preds[empty] = torch.zeros(0, 4, device=DEVICE)
+    leaves = [x.requires_grad_() for x in preds]
+    GHMRLoss().to(DEVICE).forward_levels(leaves, [torch.zeros_like(x) for x in preds]).backward()
+    assert launched == ["count", "walk", "loss", "finish", "scale"]
+    assert all(x.grad.shape == x.shape for x in leaves)
+
+
+def test_a_single_delta():
+    pred = torch.tensor(0.5, requires_grad=True, device=DEVICE)
+    GHMRLoss(momentum=0.0).to(DEVICE)(pred, torch.zeros((), device=DEVICE)).backward()
+    expected = ref.asl1_examples(np.array([0.5]), np.zeros(1), mu=0.02).gradient
+    assert pred.grad.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.skipif(kernels.compiled_loss is None, reason="PyTorch before 2.4")
+@pytest.mark.parametrize("corrected", [False, True])
+@DTYPES
+def test_torch_compile_keeps_the_kernels(dtype, corrected, launched):
+    """Levels of both losses behind a layer, in one graph."""
+
+    class Losses(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ghm_c = GHMCLoss(bias_correction=corrected)
+            self.ghm_r = GHMRLoss(loss_weight=10.0)
+
+        def forward(self, logits, labels, deltas, targets, weight):
+            loss = self.ghm_c.forward_levels([x * 1.5 for x in logits], labels)
+            return loss + self.ghm_r(deltas * 2.0, targets, weight)
+
+    g = torch.Generator().manual_seed(0)
+    logits = [torch.randn(n, 5, generator=g).to(dtype).to(DEVICE) for n in (300, 20)]
+    labels = [torch.randint(-1, 6, (n,), generator=g).to(DEVICE) for n in (300, 20)]
+    deltas = (torch.randn(30, 4, generator=g) * 0.05).to(dtype).to(DEVICE)
+    weight = torch.ones(30).to(DEVICE)
+    plain, other = Losses().to(DEVICE), Losses().to(DEVICE)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        results = []
+        for call in (plain, compiled):
+            launched.clear()
+            leaves = [x.clone().requires_grad_() for x in (*logits, deltas)]
+            loss = call(leaves[:2], labels, leaves[2], torch.zeros_like(deltas), weight)
+            grads = torch.autograd.grad(loss * 3.0, leaves)
+            results.append((loss.detach(), *grads))
+            assert {"count", "walk", "loss", "finish"} <= set(launched)
+        torch.testing.assert_close(results[1], results[0], rtol=2 * TOLERANCE[dtype], atol=1e-6)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name

@@ -5,6 +5,7 @@ whole-tensor functions (:class:`EagerExamples`) are the only path.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -23,7 +24,9 @@ __all__ = [
     "EagerPart",
     "Examples",
     "FusedExamples",
+    "compiled_loss",
     "device_examples",
+    "device_settings",
     "regression_kernel",
     "sigmoid_kernel",
     "walk",
@@ -34,11 +37,20 @@ FEWEST = 1 << 13
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+MAX_BINS = 2047  # a histogram is a power of two long, with a place for what does not count
+MAX_TENSORS = 8  # of one launch
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# torch.compile keeps the kernels where PyTorch can be told of them.
+compiled_loss: Any = None
+if hasattr(torch.library, "custom_op"):
+    from . import compiled
+
+    compiled_loss = compiled.harmonized_loss
+
+
 @cache
 def _triton() -> Any:  # CUDA only
-    """The module of the Triton kernels, imported when a CUDA tensor first needs it; or None."""
-    if importlib.util.find_spec("triton") is None:
-        return None
+    """What launches the Triton kernels, imported when a CUDA tensor first needs it."""
     from . import triton_launch
 
     return triton_launch
@@ -123,49 +135,34 @@ def walk(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`~ghm_d2.losses.functional.walk`, by a kernel where there is one."""
     kernel = functional.walk
-    if _on_device(counts) and counts.shape[1] <= _triton().MAX_BINS:  # CUDA only
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _on_device(counts) and counts.shape[1] <= MAX_BINS:  # CUDA only
         kernel = _triton().walk
     return kernel(counts, acc_sum, num_updates, averaging)
 
 
 def _on_device(x: Tensor) -> bool:
     """Whether the Triton kernels take a tensor."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling():
-        return False
-    return _triton() is not None
+    return x.device.type == "cuda" and _HAS_TRITON
 
 
-def device_examples(
-    raw: Sequence[tuple[Tensor, Tensor, Tensor | None]],
-    bins: int,
-    eager: Callable[[Sequence[Tensor]], EagerExamples],
-    *,
-    ignored: int | None = None,
-    mu: float | None = None,
-) -> FusedExamples | None:
-    """The examples of a CUDA device, which check and write by themselves, or None.
+def device_settings(
+    raw: Sequence[tuple[Tensor, Tensor, Tensor | None]], bins: int, logits: bool
+) -> tuple[int, int] | None:
+    """(kind, columns) for the kernels of a CUDA device, or None where they do not take these.
 
     Args:
         raw: for each tensor logits (R, K), labels (R,) or (R, K), and weights of either shape, as
             they were given; or deltas, targets, and weights.
         bins: number of unit regions.
-        eager: makes the same examples of the predictions.
-        ignored: what is ignored in the labels.
-        mu: width of the quadratic part, of deltas; None: these are logits.
+        logits: which of the two.
     """
-    if not _on_device(raw[0][0]):
+    if not _on_device(raw[0][0]) or bins > MAX_BINS or len(raw) > MAX_TENSORS:
         return None
-    triton = _triton()
-    if bins > triton.MAX_BINS or len(raw) > triton.MAX_TENSORS:
+    first = _kind(*raw[0], logits)
+    if first is None or any(_kind(*each, logits) != first for each in raw):
         return None
-    kinds = {_kind(*each, logits=mu is None) for each in raw}
-    if len(kinds) > 1 or (kind := kinds.pop()) is None:
-        return None
-    number, columns, _, _ = kind
-    examples: FusedExamples = triton.TritonExamples(
-        raw, eager, bins, kind=number, columns=columns, ignored=ignored, mu=mu or 0.0
-    )
-    return examples
+    return first[:2]
 
 
 def _kind(
@@ -176,5 +173,31 @@ def _kind(
         return None
     # the numbers of triton.py, which has to be imported for none of this
     kind = 3 if not logits else 1 if y.dim() == 1 else 2
-    columns = x.shape[1] if logits else x[:1].numel()
+    # not of a first row: a level without positives has none
+    columns = x.shape[1] if logits else math.prod(x.shape[1:])
     return kind, columns, x.dtype, 0 if weight is None else weight.dim()
+
+
+def device_examples(
+    raw: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    bins: int,
+    eager: Callable[[Sequence[Tensor]], EagerExamples] | None,
+    *,
+    ignored: int | None = None,
+    mu: float | None = None,
+) -> FusedExamples | None:
+    """The examples of a CUDA device, which check and write by themselves, or None.
+
+    Args:
+        raw, bins: see :func:`device_settings`.
+        eager: makes the same examples of the predictions.
+        ignored: what is ignored in the labels.
+        mu: width of the quadratic part, of deltas; None: these are logits.
+    """
+    if (found := device_settings(raw, bins, mu is None)) is None:
+        return None
+    kind, columns = found
+    examples: FusedExamples = _triton().TritonExamples(
+        raw, eager, bins, kind=kind, columns=columns, ignored=ignored, mu=mu or 0.0
+    )
+    return examples

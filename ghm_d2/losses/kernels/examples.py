@@ -117,12 +117,14 @@ class FusedExamples:
     concludes = False
 
     def __init__(
-        self, predictions: Sequence[Tensor], eager: Callable[[Sequence[Tensor]], EagerExamples]
+        self,
+        predictions: Sequence[Tensor],
+        eager: Callable[[Sequence[Tensor]], EagerExamples] | None,
     ) -> None:
         """
         Args:
             predictions: T tensors of one dtype and device, contiguous, on the graph.
-            eager: makes the same examples of them for the second derivative.
+            eager: makes the same examples of them for the second derivative; None: there is none.
         """
         self.predictions = predictions
         self.data = [x.detach().view(-1) for x in predictions]

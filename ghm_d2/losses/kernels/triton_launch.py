@@ -17,10 +17,8 @@ from . import triton as kernels
 from .cpu_regions import region_finder
 from .examples import EagerExamples, FusedExamples
 
-__all__ = ["MAX_BINS", "MAX_TENSORS", "TILE", "TritonExamples", "launch_options", "walk"]
+__all__ = ["TILE", "TritonExamples", "launch_options", "walk"]
 
-MAX_BINS = 2047  # one histogram of a power of two, with a place for what does not count
-MAX_TENSORS = 8  # of one launch
 TILE = 2048
 _PROGRAMS = 2048  # some sixteen for each of a Hopper chip's 132 multiprocessors
 
@@ -53,7 +51,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 class TritonExamples(FusedExamples):
-    """Examples of at most MAX_TENSORS tensors on a CUDA device.
+    """Examples of a few tensors on a CUDA device.
 
     A float32 gradient is written together with the loss, and multiplied in the backward pass where
     the incoming factor is not 1. Half precision cannot hold a gradient before its factor is known:
@@ -65,7 +63,7 @@ class TritonExamples(FusedExamples):
     def __init__(
         self,
         raw: Sequence[Raw],
-        eager: Callable[[Sequence[Tensor]], EagerExamples],
+        eager: Callable[[Sequence[Tensor]], EagerExamples] | None,
         bins: int,
         *,
         kind: int,
@@ -107,6 +105,7 @@ class TritonExamples(FusedExamples):
             "ITERATIONS": self.iterations, "TILE": TILE, "LEVELS": len(sizes),
         }  # fmt: skip
         self._gradients: list[Tensor] | None = None
+        self.marks = self._mark()
 
     def _passes(self) -> list[dict[str, Any]]:
         """The constants of the launches that cover all tiles."""
@@ -120,25 +119,26 @@ class TritonExamples(FusedExamples):
         levels = len(self.data)
         scratch = torch.zeros(levels * bins + 1, dtype=torch.int64, device=self.device)
         counts, self.bits = scratch[:-1].view(levels, bins), scratch[-1:]
-        self.marks = self.bits
-        if not self.tiles:
-            return counts
-        passes = self._passes()
-        if len(passes) > 1:
-            self.marks = torch.empty(self.tiles, dtype=torch.int8, device=self.device)
-            columns = self.settings["COLUMNS"]
-            kernels.flag_kernel[(self.tiles,)](
-                tuple(self.targets), tuple(self.weights), self.marks, self.sizes,
-                COLUMNS=columns, WEIGHTED=self.settings["WEIGHTED"], TILE=TILE,
-                ROWS=triton.next_power_of_2(-(-TILE // columns) + 1), LEVELS=levels,
-                num_warps=1 if columns > 16 else 4,
-            )  # fmt: skip
-        for settings in passes:
+        for settings in self._passes() if self.tiles else []:
             kernels.count_kernel[self.grid](
                 *self._pointers(), self.marks, counts, self.bits, self.sizes,
                 **settings, WIDTH=_width(bins), **launch_options("count", settings["KIND"], bins),
             )  # fmt: skip
         return counts
+
+    def _mark(self) -> Tensor:
+        """int8, for each tile whether it is anything but plain background."""
+        if len(self._passes()) == 1 or not self.tiles:
+            return self.targets[0]  # nobody reads it
+        marks = torch.empty(self.tiles, dtype=torch.int8, device=self.device)
+        columns = self.settings["COLUMNS"]
+        kernels.flag_kernel[(self.tiles,)](
+            tuple(self.targets), tuple(self.weights), marks, self.sizes,
+            COLUMNS=columns, WEIGHTED=self.settings["WEIGHTED"], TILE=TILE,
+            ROWS=triton.next_power_of_2(-(-TILE // columns) + 1), LEVELS=len(self.data),
+            num_warps=1 if columns > 16 else 4,
+        )  # fmt: skip
+        return marks
 
     def _pointers(self) -> tuple[tuple[Tensor, ...], ...]:
         return tuple(self.data), tuple(self.targets), tuple(self.weights)
