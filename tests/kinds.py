@@ -22,6 +22,10 @@ _KEYS = {
     "expected": ("TEST.EXPECTED_RESULTS", "train.expected_results"),
     "warmup": ("SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length"),
     "seed": ("SEED", "train.seed"),
+    "train_size": (
+        "INPUT.MIN_SIZE_TRAIN",
+        "dataloader.train.mapper.augmentations.0.short_edge_length",
+    ),
 }
 KINDS = ("yaml", "python")
 

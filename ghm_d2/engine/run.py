@@ -50,7 +50,7 @@ from .processes import (
 from .settings import Config, Settings, as_text, key_of, pair, read_settings
 from .setup import (
     build_config,
-    given_keys,
+    given_values,
     load_config,
     locate_config_file,
     setup_ghm_logger,
@@ -136,7 +136,7 @@ def _prepare(command: Command, processes: Processes) -> tuple[Config, list[CocoD
     )
     check_all(
         cfg,
-        given_keys(command.config_file, command.overrides),
+        given_values(command.config_file, command.overrides).keys(),
         processes,
         eval_only=command.eval_only,
         resume=command.resume,

@@ -20,6 +20,7 @@ from ghm_d2.ablation.plan import Run
 from ghm_d2.ablation.results import Store, read_study
 from ghm_d2.cli.ablate import main
 from ghm_d2.errors import UserError, exits_with_one_sentence
+from tests.kinds import KINDS, Kind
 from tests.tiny import RETINANET, ROOT, TINY, forget_program, write_coco
 
 ROWS = [
@@ -135,11 +136,20 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     assert "4 runs are done already" in capsys.readouterr().out
 
 
-def test_cut_off_in_its_evaluation(tmp_path, data):
+PYTHON_GRID = {
+    "config_file": "tiny.py",
+    "overrides": {"model.test_score_thresh": 0.0},
+    "rows": [{"name": "focal", "overrides": {"model.ghm_c": None}}],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cut_off_in_its_evaluation(tmp_path, data, name):
     """Only the evaluation is done again, with the same result; in this process."""
-    out = tmp_path / "out"
-    argv = ["--grid", str(write_grid(tmp_path, rows=ROWS[:1])), "--output", str(out), *data]
-    argv += ["--seeds", "1", "--cluster", "debug", "--threads", "1"]
+    out, kind = tmp_path / "out", Kind(name, tmp_path)
+    grid = write_grid(tmp_path, **(PYTHON_GRID if kind.python else {"rows": ROWS[:1]}))
+    argv = ["--grid", str(grid), "--output", str(out), "--seeds", "1", "--threads", "1", *data]
+    argv += [*kind.words(max_iter=2), "--cluster", "debug"]
     main(argv)
     (file,) = out.glob("runs/*.json")
     one = json.loads(file.read_text())
@@ -187,15 +197,15 @@ def fake_runs(count, name="id"):
     data = {"train": {"a": "1"}, "test": {"b": "2"}}
     names = [f"{name}{i}" for i in range(count)] if name == "id" else [name]
     return [
-        Run(one, f"row {i}", 1, (str(i),), {}, {"SEED": 1}, data, {}, 10)
+        Run(one, f"row {i}", 1, ("--config-file", str(i)), {}, {"SEED": 1}, data, {}, 10)
         for i, one in enumerate(names)
     ]
 
 
 def fake_training(argv):
-    """In place of the trainer, whose arguments are: number of the run, OUTPUT_DIR, folder, ..."""
-    number, output = int(argv[0]), Path(argv[2])
-    (output / "started").write_text(" ".join([os.environ["OMP_NUM_THREADS"], *argv[3:]]))
+    """In place of the trainer: --config-file, the run's number, OUTPUT_DIR, folder, ..."""
+    number, output = int(argv[1]), Path(argv[3])
+    (output / "started").write_text(" ".join([os.environ["OMP_NUM_THREADS"], *argv[4:]]))
     if number == 1:
         with exits_with_one_sentence("train_net.py"):
             raise UserError("the lamp is off.")
