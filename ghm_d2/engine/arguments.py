@@ -7,6 +7,8 @@ from detectron2.config import get_cfg
 
 from ghm_d2.errors import UserError, command
 
+from .python_config import NODES
+
 __all__ = [
     "Parser",
     "add_dataset_option",
@@ -102,7 +104,7 @@ def _split(
             while rest and _is_dataset(rest[0], python):
                 options += ["--dataset", rest.pop(0)]
         if token in lists:
-            while rest and not rest[0].startswith("-") and not _is_key(rest[0]):
+            while rest and not rest[0].startswith("-") and not _is_key(rest[0], python):
                 options.append(rest.pop(0))
     return options, pairs
 
@@ -113,8 +115,9 @@ def _is_dataset(word: str, python: bool) -> bool:
     return bool(separator) and not word.startswith("-") and not (python and "." in name)
 
 
-def _is_key(word: str) -> bool:
-    return "=" in word or word.partition(".")[0] in get_cfg()
+def _is_key(word: str, python: bool) -> bool:
+    known = NODES if python and "=" in word else get_cfg()
+    return word.partition(".")[0] in known
 
 
 def parse_arguments(

@@ -19,9 +19,9 @@ from ghm_d2.data.anchors import Anchors, InputSize
 from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, similar_names
 
-__all__ = ["called", "load_config", "read_anchors", "read_uses"]
+__all__ = ["NODES", "called", "load_config", "read_anchors", "read_uses"]
 
-_NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
 def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -41,10 +41,10 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
         cfg = LazyConfig.load(file)
     except Exception as error:  # it is a program: anything may happen
         raise UserError(f"{file} cannot be run ({_where(error)}{_describe(error)}).") from error
-    if missing := [name for name in _NODES if name not in cfg]:
+    if missing := [name for name in NODES if name not in cfg]:
         raise UserError(
             f"{file} lacks {', '.join(missing)}: a Python config of a training has "
-            f"{', '.join(_NODES)}."
+            f"{', '.join(NODES)}."
         )
     for override in overrides:
         _override(cfg, override)
