@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss
 
-__all__ = ["SCOPES", "DenseLoss", "SteadyNormalizer", "groups_of_images"]
-
 SCOPES = ("level", "batch")
 
 
