@@ -130,7 +130,8 @@ def plan_runs(
             for name in ("train", "test")
         }
         shared = splits | {key: str(count) for key, count in class_counts(first).items()}
-    device = {key_of(first, "device"): settings.device}  # chosen, and warned of, once
+    # Chosen, and warned of, once.
+    device = {key_of(first, "device"): as_typed(base, settings.device)}
 
     fingerprints = _Fingerprints(registered)
     runs = []
