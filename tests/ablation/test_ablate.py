@@ -72,9 +72,9 @@ def wait_for(condition, seconds=600):
 
 
 def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
-    """2 rows x 2 seeds really train; Ctrl-C comes in the middle of the first one."""
+    """2 rows really train; Ctrl-C comes in the middle of the first one."""
     grid, out = write_grid(tmp_path), tmp_path / "out"
-    argv = ["--grid", str(grid), "--output", str(out), "--seeds", "1", "2", *data]
+    argv = ["--grid", str(grid), "--output", str(out), "--seeds", "2", *data]
     argv += ["--threads", "1"]
 
     def interrupt():
@@ -96,9 +96,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     main(argv)
     text = capsys.readouterr().out
     runs = {p.stem: json.loads(p.read_text()) for p in out.glob("runs/*.json")}
-    assert sorted((r["row"], r["seed"]) for r in runs.values()) == [
-        ("M = 5", 1), ("M = 5", 2), ("focal", 1), ("focal", 2)
-    ]  # fmt: skip
+    assert sorted((r["row"], r["seed"]) for r in runs.values()) == [("M = 5", 2), ("focal", 2)]
     assert runs[cut]["starts"] == 2
     logs = [log.read_text() for log in (out / "work" / "logs" / cut).glob("*_log.out")]
     assert len(logs) == 2
@@ -106,7 +104,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     told = f"{stopped} is written: go on with --resume."
     assert sum(told in log for log in logs) == 1
     assert sum(f"Starting training from iteration {int(stopped[6:13]) + 1}" in x for x in logs) == 1
-    one = next(r for r in runs.values() if r["row"] == "M = 5" and r["seed"] == 2)
+    one = next(r for r in runs.values() if r["row"] == "M = 5")
     assert one["config"]["MODEL.GHM.RETINANET.CLS.BINS"] == 5 and one["config"]["SEED"] == 2
     assert one["iterations"] == 20 and one["threads"] == 1
     assert one["seconds_per_iteration"] > 0 and one["peak_rss_mb"] > 100
@@ -118,7 +116,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     for name in ("tiny.md", "tiny.json", "tiny.png", "tiny.svg"):
         assert (out / name).stat().st_size > 0
     report = (out / "tiny.md").read_text()
-    assert report in text and "| M = 5 | 2 | " in report and " | 33.4 |" in report
+    assert report in text and "| M = 5 | 1 | " in report and " | 33.4 |" in report
     assert "1 runs were cut off" in report
     summary = json.loads((out / "tiny.json").read_text())
     assert [row["name"] for row in summary["rows"]] == ["focal", "M = 5"]
@@ -133,7 +131,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
         (out / name).rename(tmp_path / name)
     main(argv)
     assert (out / "tiny.md").read_text() == report
-    assert "4 runs are done already" in capsys.readouterr().out
+    assert "2 runs are done already" in capsys.readouterr().out
 
 
 PYTHON_GRID = {

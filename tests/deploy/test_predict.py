@@ -383,7 +383,7 @@ def write_video(file: Path, frames: int) -> None:
 
 @pytest.mark.parametrize("channels", ["BGR", "RGB"])
 def test_video(retinanet, channels, tmp_path, capsys):
-    """Each frame is found what the model finds in it, and the drawn video has as many frames."""
+    """In each frame is found what the model finds in it, and the drawn video has as many frames."""
     write_video(tmp_path / "clip.avi", 3)
     argv = ["--input", tmp_path / "clip.avi", "--output", tmp_path / "out", "INPUT.FORMAT",
             channels, "INPUT.MIN_SIZE_TEST", "0", "--confidence-threshold", "0.1"]  # fmt: skip
