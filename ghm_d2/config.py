@@ -2,6 +2,8 @@
 
 from detectron2.config import CfgNode as CN
 
+__all__ = ["add_ghm_config"]
+
 
 def _loss_node(bins: int, momentum: float, loss_weight: float) -> CN:
     node = CN()

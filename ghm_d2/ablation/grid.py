@@ -9,6 +9,8 @@ import yaml
 
 from ghm_d2.errors import UserError, cannot, similar_names
 
+__all__ = ["TABLES", "Grid", "Row", "load_grid"]
+
 # The paper's tables that come with the package: name -> file.
 TABLES = {path.stem: path for path in sorted((Path(__file__).parent / "tables").glob("*.yaml"))}
 

@@ -13,6 +13,8 @@ from .plot import draw_summary
 from .results import Store
 from .stats import mean_and_deviation, paired_difference
 
+__all__ = ["render_markdown", "summarize", "write_report"]
+
 
 def write_report(
     grid: Grid, runs: Sequence[Run], store: Store, failed: Mapping[str, str]

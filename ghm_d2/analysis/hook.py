@@ -17,6 +17,8 @@ from ghm_d2.run_folder import STATISTICS as FILE
 
 from .statistics import SHARES, CallStatistics, measure, summarize
 
+__all__ = ["GradientStatistics", "build_gradient_statistics"]
+
 _SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for name in SHARES))
 _SCALARS += ("non_empty_regions", "largest_weight")
 

@@ -21,6 +21,8 @@ from ghm_d2.data.voc import DIFFICULT, LabelledImage, to_coco
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, command, exits_with_one_sentence
 
+__all__ = ["main"]
+
 logger = logging.getLogger(__name__)
 
 _PROGRAM = "ghm-d2 import-data"

@@ -14,6 +14,8 @@ from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLo
 
 from .dense import SCOPES, groups_of_images
 
+__all__ = ["build_losses", "validate_ghm_config"]
+
 CLS_BASELINES = {"cross_entropy": CrossEntropyLoss, "ohem": OHEMLoss}
 
 # The keys that choose the parts of a detector that have harmonised losses.

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss
 
+__all__ = ["SCOPES", "DenseLoss", "SteadyNormalizer", "groups_of_images"]
+
 SCOPES = ("level", "batch")
 
 

@@ -12,6 +12,8 @@ from ghm_d2.losses.base import raise_deferred_errors
 
 from .dense import DenseLoss, SteadyNormalizer
 
+__all__ = ["GHMFCOS"]
+
 
 class GHMFCOS(SteadyNormalizer, FCOS):
     """FCOS whose classification loss is harmonised; all else, inference too, is Detectron2's.

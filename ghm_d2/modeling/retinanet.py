@@ -21,6 +21,8 @@ from .build import build_losses, dense_settings
 from .dense import DenseLoss, SteadyNormalizer
 from .targets import anchor_deltas
 
+__all__ = ["GHMRetinaNet"]
+
 
 @META_ARCH_REGISTRY.register()
 class GHMRetinaNet(SteadyNormalizer, RetinaNet):

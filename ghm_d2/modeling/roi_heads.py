@@ -15,6 +15,8 @@ from torch import nn
 
 from .fast_rcnn import GHMFastRCNNOutputLayers
 
+__all__ = ["GHMCascadeROIHeads", "GHMROIHeads"]
+
 
 @ROI_HEADS_REGISTRY.register()
 class GHMROIHeads(StandardROIHeads):

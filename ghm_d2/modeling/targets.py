@@ -6,6 +6,8 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from torch import Tensor
 
+__all__ = ["anchor_deltas", "proposal_deltas"]
+
 
 def anchor_deltas(
     transform: Box2BoxTransform,
