@@ -18,7 +18,7 @@ from ghm_d2.checkpoint.origin import check_datasets
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.settings import key_of, pair, read_settings
-from ghm_d2.engine.setup import build_config, given_values, output_words
+from ghm_d2.engine.setup import build_config, given_keys, output_words
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
@@ -63,7 +63,7 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
     # The overrides may name the OUTPUT_DIR of a training, where its log must not be written to.
     overrides = [*args.opts, *output_words(args.config_file, output)]
     cfg, _ = build_config(args.config_file, overrides, args.dataset, eval_only=True)
-    settings, given = read_settings(cfg), given_values(args.config_file, overrides)
+    settings, given = read_settings(cfg), given_keys(args.config_file, overrides)
     if not settings.test:
         names = key_of(cfg, "test")
         raise UserError(f"there are no images: give --dataset, or the names in {names}.")

@@ -20,7 +20,7 @@ from ghm_d2.checkpoint.origin import check_classes
 from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser, add_dataset_option
 from ghm_d2.engine.checks import check_inference
 from ghm_d2.engine.settings import Config, Settings, read_settings
-from ghm_d2.engine.setup import build_config, given_values
+from ghm_d2.engine.setup import build_config, given_keys
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError
 from ghm_d2.run_parts import Record
@@ -70,7 +70,7 @@ def build_detector(args: argparse.Namespace) -> tuple[Config, nn.Module, Metadat
     cfg, datasets = build_config(
         args.config_file, args.opts, args.dataset, eval_only=True, log_to_file=False
     )
-    check_inference(cfg, given_values(args.config_file, args.opts).keys())
+    check_inference(cfg, given_keys(args.config_file, args.opts))
     model = GHMTrainer.build_model(cfg).eval()
     settings = read_settings(cfg)
     origin = load_trained_weights(model, settings.weights)

@@ -20,7 +20,7 @@ from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.errors import UserError
 
 from .clipping import clip_gradients
-from .python_config import called, read_anchors
+from .python_config import read_anchors, target_of
 
 __all__ = [
     "build_evaluator",
@@ -56,7 +56,7 @@ def build_lr_scheduler(cfg: DictConfig) -> Any:
 def build_train_loader(cfg: DictConfig) -> Iterable[list[dict]]:
     """The config's loader, over images that can be read, and able to go on from any batch."""
     node = cfg.dataloader.train
-    if called(node) is not build_detection_train_loader:
+    if target_of(node) is not build_detection_train_loader:
         return _build(node, "dataloader.train")  # one of the user's own, as it is described
     parts = _parts(node, "dataloader.train", but=("sampler",))
     parts["mapper"] = ReadableMapper(parts["mapper"], is_train=True)
@@ -78,7 +78,7 @@ def build_test_loader(cfg: DictConfig, name: str) -> Iterable[list[dict]]:
     parts = _parts(node, "dataloader.test")
     if parts.get("mapper") is not None:
         parts["mapper"] = ReadableMapper(parts["mapper"], is_train=False)
-    loader = _call(lambda: called(node)(**parts), "dataloader.test")
+    loader = _call(lambda: target_of(node)(**parts), "dataloader.test")
     return workers.watch(loader) if isinstance(loader, DataLoader) else loader
 
 

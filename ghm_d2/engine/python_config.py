@@ -19,7 +19,7 @@ from ghm_d2.data.anchors import Anchors, InputSize
 from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, similar_names
 
-__all__ = ["NODES", "called", "load_config", "read_anchors", "read_uses"]
+__all__ = ["NODES", "load_config", "read_anchors", "read_uses", "target_of"]
 
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
@@ -54,7 +54,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
 def read_uses(cfg: DictConfig) -> Uses:
     """What Detectron2's mapper, or everything that another one, may take of annotations."""
     mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
-    if called(mapper) is not DatasetMapper:
+    if target_of(mapper) is not DatasetMapper:
         return Uses()
     masks = mapper.get("instance_mask_format", "polygon") if mapper.get("use_instance_mask") else ""
     return Uses(masks, bool(mapper.get("use_keypoint")))
@@ -63,7 +63,9 @@ def read_uses(cfg: DictConfig) -> Uses:
 def read_anchors(cfg: DictConfig) -> AnchorSettings | None:
     """What the config says of anchors and of the resize; None without either of Detectron2's."""
     keys = ("model.anchor_generator", "model.proposal_generator.anchor_generator")
-    key = next((k for k in keys if called(OmegaConf.select(cfg, k)) is DefaultAnchorGenerator), "")
+    key = next(
+        (k for k in keys if target_of(OmegaConf.select(cfg, k)) is DefaultAnchorGenerator), ""
+    )
     train, test = (_resize_key(cfg, split) for split in ("train", "test"))
     if not key or not train:
         return None
@@ -86,11 +88,11 @@ def _resize_key(cfg: DictConfig, split: str) -> str:
     key = f"dataloader.{split}.mapper.augmentations"
     steps = OmegaConf.select(cfg, key) or ()
     return next(
-        (f"{key}.{i}" for i, step in enumerate(steps) if called(step) is ResizeShortestEdge), ""
+        (f"{key}.{i}" for i, step in enumerate(steps) if target_of(step) is ResizeShortestEdge), ""
     )
 
 
-def called(node: Any) -> Any:
+def target_of(node: Any) -> Any:
     """What a call that a config describes calls; None where that does not exist."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     try:

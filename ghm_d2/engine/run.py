@@ -50,7 +50,7 @@ from .processes import (
 from .settings import Config, Settings, as_text, key_of, pair, read_settings
 from .setup import (
     build_config,
-    given_values,
+    given_keys,
     load_config,
     locate_config_file,
     setup_ghm_logger,
@@ -136,7 +136,7 @@ def _prepare(command: Command, processes: Processes) -> tuple[Config, list[CocoD
     )
     check_all(
         cfg,
-        given_values(command.config_file, command.overrides).keys(),
+        given_keys(command.config_file, command.overrides),
         processes,
         eval_only=command.eval_only,
         resume=command.resume,

@@ -61,6 +61,11 @@ def given_values(file: str, overrides: Sequence[str]) -> dict[str, str]:
     return dict(zip(overrides[::2], overrides[1::2], strict=True))
 
 
+def given_keys(file: str, overrides: Sequence[str]) -> set[str]:
+    """The keys alone."""
+    return set(given_values(file, overrides))
+
+
 def as_words(file: str, values: Mapping[str, str]) -> list[str]:
     """The overrides of a config file that :func:`given_values` reads."""
     if is_python(file):
@@ -120,7 +125,7 @@ def build_config(
     uses = Uses.of(cfg) if isinstance(cfg, CfgNode) else read_uses(cfg)
     checked = register_datasets(datasets, labelled=not eval_only, uses=uses)
     if checked:
-        given = set(given_values(config_file, overrides))
+        given = given_keys(config_file, overrides)
         choose_splits(cfg, [dataset.name for dataset in checked], given, eval_only)
         _set_num_classes(cfg, checked[0], given)
     return cfg, checked
