@@ -115,7 +115,6 @@ def performance(folder: Path) -> str:
     renderers = {
         "bench_losses": losses_section,
         "bench_train_step": train_step_section,
-        "bench_layout": layout_section,
     }
     text = ""
     for stem, render in renderers.items():
@@ -183,16 +182,6 @@ def train_step_section(file: Path, record: Record) -> str:
             rows.append([model.replace("_", " "), phase, *times, interval, memory])
     head = ("detector", "", "stock", "GHM", "time, GHM / stock (95 %)", "memory, GHM / stock")
     return text + markdown_table(head, rows) + "\n"
-
-
-def layout_section(file: Path, record: Record) -> str:
-    """What a loss that takes the logits as the network leaves them could save."""
-    return (
-        f"## Layout of the logits ({record['device']})\n\n{source(file, record)}"
-        f"Detectron2 transposes the logits ({record['logits']:,} for one image of "
-        f"{record['image'][0]} x {record['image'][1]}) on their way to the loss; that is "
-        f"{record['share_of_step']:.2%} of a training step.\n"
-    )
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,10 @@ _KEYS = {
     "workers": ("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers"),
     "test_workers": ("DATALOADER.NUM_WORKERS", "dataloader.test.num_workers"),
     "images": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    "train_size": (
+        "INPUT.MIN_SIZE_TRAIN",
+        "dataloader.train.mapper.augmentations.0.short_edge_length",
+    ),
     "lr": ("SOLVER.BASE_LR", "optimizer.lr"),
     "expected": ("TEST.EXPECTED_RESULTS", "train.expected_results"),
     "warmup": ("SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length"),

@@ -9,17 +9,18 @@ from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ghm_d2.data import workers
+from ghm_d2.data.anchor_check import log_anchor_fit
 from ghm_d2.data.loader import build_train_loader_from_parts
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.errors import UserError
 
 from .clipping import clip_gradients
+from .python_config import read_anchors, target_of
 
 __all__ = [
     "build_evaluator",
@@ -55,10 +56,12 @@ def build_lr_scheduler(cfg: DictConfig) -> Any:
 def build_train_loader(cfg: DictConfig) -> Iterable[list[dict]]:
     """The config's loader, over images that can be read, and able to go on from any batch."""
     node = cfg.dataloader.train
-    if _target(node) is not build_detection_train_loader:
+    if target_of(node) is not build_detection_train_loader:
         return _build(node, "dataloader.train")  # one of the user's own, as it is described
     parts = _parts(node, "dataloader.train", but=("sampler",))
     parts["mapper"] = ReadableMapper(parts["mapper"], is_train=True)
+    if isinstance(parts["dataset"], list):
+        log_anchor_fit(read_anchors(cfg), parts["dataset"])
 
     def build_sampler() -> Any:
         if sampler := _build(node.get("sampler"), "dataloader.train.sampler"):
@@ -75,7 +78,7 @@ def build_test_loader(cfg: DictConfig, name: str) -> Iterable[list[dict]]:
     parts = _parts(node, "dataloader.test")
     if parts.get("mapper") is not None:
         parts["mapper"] = ReadableMapper(parts["mapper"], is_train=False)
-    loader = _call(lambda: _target(node)(**parts), "dataloader.test")
+    loader = _call(lambda: target_of(node)(**parts), "dataloader.test")
     return workers.watch(loader) if isinstance(loader, DataLoader) else loader
 
 
@@ -97,11 +100,6 @@ def _for_data_set(cfg: DictConfig, name: str) -> DictConfig:
     loader._set_parent(cfg)  # its interpolations reach into the rest of the config
     loader.test.dataset.names = name
     return loader
-
-
-def _target(node: DictConfig) -> Any:
-    target = node["_target_"]
-    return locate(target) if isinstance(target, str) else target
 
 
 def _parts(node: DictConfig, key: str, but: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """What a run does, read once from a YAML or from a Python config."""
 
+import json
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.registry import _convert_target_to_string
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 
@@ -121,6 +124,11 @@ def key_of(cfg: Config, name: str) -> str:
     return _KEYS[name][isinstance(cfg, DictConfig)]
 
 
+def keys_of(*names: str) -> frozenset[str]:
+    """What users of either kind of config call some settings."""
+    return frozenset(key for name in names for key in _KEYS[name][:2])
+
+
 def pair(cfg: Config, name: str, value: Any) -> str:
     """What the user of this kind of config types to change a setting."""
     return typed(cfg, key_of(cfg, name), value)
@@ -148,11 +156,28 @@ def as_text(cfg: Config) -> str:
     """The whole config as YAML, as Detectron2 writes it."""
     if isinstance(cfg, CfgNode):
         return cfg.dump()
-    tree = OmegaConf.to_container(cfg, structured_config_mode=SCMode.INSTANTIATE)
+    tree = _tree(cfg)
     try:
         return yaml.dump(_named(tree), default_flow_style=None, allow_unicode=True, width=9999)
     except TypeError:  # a lambda, for example: to be read, not to be loaded
         return yaml.safe_dump(str(tree))
+
+
+def as_leaves(cfg: Config) -> dict[str, Any]:
+    """Every value by its full key, as JSON has it; what JSON has not, a class say, as a text."""
+    tree = cfg if isinstance(cfg, CfgNode) else _named(_tree(cfg))
+    found = {key.replace("/", "."): x for key, x in flatten_results_dict(tree).items()}
+    return json.loads(json.dumps(found, default=_text))
+
+
+def _text(value: Any) -> str:
+    if callable(value):
+        return _convert_target_to_string(value)
+    return re.sub(r" at 0x\w+", "", repr(value))  # another address in each process
+
+
+def _tree(cfg: DictConfig) -> Any:
+    return OmegaConf.to_container(cfg, structured_config_mode=SCMode.INSTANTIATE)
 
 
 def _named(value: Any) -> Any:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ghm_d2.engine import main
-from ghm_d2.engine.arguments import parse_arguments, train_program
+from ghm_d2.engine.arguments import Parser, parse_arguments, train_program
 from ghm_d2.engine.setup import locate_config_file
 from ghm_d2.engine.summary import next_command
 from ghm_d2.errors import UserError
@@ -37,6 +37,18 @@ def test_values_survive(value, last):
     config = ["--config-file", "f.yaml"]
     argv = [*config, "KEY", value] if last else ["KEY", value, *config]
     assert parse_arguments(argv).opts == ["KEY", value]
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("f.yaml", ["SEED", "1"]), ("f.py", ["train.seed=1"])], ids=["yaml", "py"]
+)
+def test_a_list_ends_at_a_key_of_the_config(file, words):
+    parser = Parser()
+    parser.add_argument("--config-file")
+    parser.add_argument("--input", nargs="+")
+    argv = ["--config-file", file, "--input", "t=1.png", "b.png", *words]
+    args = parse_arguments(argv, parser, lists=("--input",))
+    assert args.input == ["t=1.png", "b.png"] and args.opts == words
 
 
 @pytest.mark.parametrize(
