@@ -44,11 +44,14 @@ RECORD = "training.json"
 CONFIG = "config.yaml"
 STATISTICS = "gradient_statistics.jsonl"
 FINAL_CHECKPOINT = "model_final.pth"
+BEST_CHECKPOINT = "model_best.pth"  # weights alone, of the best evaluation
 LAST_CHECKPOINT = "last_checkpoint"  # Detectron2's file with the name of the newest one
 
 # In metrics.json: what an evaluation during a training cost.
 SECONDS_PER_IMAGE = "inference/seconds_per_image"
 MEMORY_MIB = "inference/memory_mib"
+# In results.json and there: the task whose score_threshold gives detections the best F1.
+BEST_F1 = "best_f1"
 
 
 class RunFolder:
@@ -269,8 +272,16 @@ class RunFolder:
         earlier = [n for n, k in numbers.items() if k >= 0 and (last < 0 or k < last)]
         return [newest] * bool(newest) + sorted(earlier, key=numbers.__getitem__, reverse=True)
 
+    def weights(self) -> Path:
+        """The weights to predict with: those of the best evaluation where they were kept."""
+        best = self.folder / BEST_CHECKPOINT
+        return best if best.is_file() else self.folder / FINAL_CHECKPOINT
+
     def set_last_checkpoint_aside(self) -> None:
-        """Leaves the folder without a checkpoint to resume; no file with weights is touched."""
+        """Leaves the folder without a checkpoint to resume; no file with weights is deleted."""
+        best = self.folder / BEST_CHECKPOINT
+        if best.is_file():  # a training that keeps none would pass it off as its own
+            best.replace(best.with_name(f"{BEST_CHECKPOINT}.earlier"))
         pointer = self.folder / LAST_CHECKPOINT
         if pointer.is_file():
             aside = pointer.replace(f"{pointer}.earlier").name

@@ -47,6 +47,8 @@ class Record:
         hardware: in words.
         versions: of Python and packages.
         commit: of this project's checkout.
+        score_thresholds: from which on detections have the best F1, by class and "" for all of
+            them; a checkpoint has them, training.json has not.
     """
 
     date: str | None = None
@@ -58,6 +60,7 @@ class Record:
     hardware: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
+    score_thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
 def parse_record(content: Mapping[str, Any]) -> tuple[Record, list[str]]:
@@ -83,6 +86,13 @@ def _texts(value: Any) -> list[str]:
     return [_a(str, x) for x in _a(list, value)]
 
 
+def _score(value: Any) -> float:
+    score = _number(value)
+    if not 0 <= score <= 1:
+        raise ValueError("a score lies in [0, 1]")
+    return score
+
+
 def _paths(value: Any) -> tuple[Path, Path]:
     file, images = _texts(value)
     return Path(file), Path(images)
@@ -94,6 +104,7 @@ _RECORD: dict[str, Callable[[Any], Any]] = {
     "datasets": lambda x: {name: _paths(value) for name, value in _a(dict, x).items()},
     "data": lambda x: {name: _a(dict, value) for name, value in _a(dict, x).items()},
     "versions": lambda x: {k: _a(str, v) for k, v in _a(dict, x).items() if v is not None},
+    "score_thresholds": lambda x: {_a(str, k): _score(v) for k, v in _a(dict, x).items()},
 }
 
 

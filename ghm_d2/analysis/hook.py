@@ -17,7 +17,7 @@ from ghm_d2.run_folder import STATISTICS as FILE
 
 from .statistics import SHARES, CallStatistics, measure, summarize
 
-__all__ = ["GradientStatistics", "build_gradient_statistics"]
+__all__ = ["GradientStatistics", "build_gradient_statistics", "losses_by_name"]
 
 _SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for name in SHARES))
 _SCALARS += ("non_empty_regions", "largest_weight")
@@ -61,12 +61,7 @@ class GradientStatistics(HookBase):
         """
         self.period = period
         self.file = file
-        # Several copies of a loss ("ghm_c.0", "ghm_c.1") are reported as one.
-        self.losses: dict[str, list[HarmonizedLoss]] = {}
-        for path, module in getattr(model, "module", model).named_modules():
-            if isinstance(module, HarmonizedLoss):
-                parent, _, last = path.rpartition(".")
-                self.losses.setdefault(parent if last.isdigit() else path, []).append(module)
+        self.losses = losses_by_name(model)
         self._calls: dict[HarmonizedLoss, list[CallStatistics]] | None = None  # None: not observed
         self._observation = ExitStack()
 
@@ -101,6 +96,20 @@ class GradientStatistics(HookBase):
 
     def _record(self, module: HarmonizedLoss, *arguments: Any) -> None:
         self._calls.setdefault(module, []).append(measure(module, *arguments))
+
+
+def losses_by_name(model: nn.Module) -> dict[str, list[HarmonizedLoss]]:
+    """The harmonised losses of a model; copies ("ghm_c.0", "ghm_c.1") stand under one name.
+
+    Args:
+        model: wrapped for several processes or not.
+    """
+    losses: dict[str, list[HarmonizedLoss]] = {}
+    for path, module in getattr(model, "module", model).named_modules():
+        if isinstance(module, HarmonizedLoss):
+            parent, _, last = path.rpartition(".")
+            losses.setdefault(parent if last.isdigit() else path, []).append(module)
+    return losses
 
 
 def put(storage: EventStorage, name: str, summary: dict[str, Any]) -> None:

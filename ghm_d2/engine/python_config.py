@@ -6,6 +6,7 @@ from typing import Any
 
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetMapper
+from detectron2.data.transforms import RandomFlip
 from detectron2.utils.registry import locate
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -14,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, similar_names
 
-__all__ = ["load_config", "read_uses"]
+__all__ = ["load_config", "random_flip", "read_uses", "target_of"]
 
 _NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
@@ -48,12 +49,34 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 def read_uses(cfg: DictConfig) -> Uses:
     """What Detectron2's mapper, or everything that another one, may take of annotations."""
-    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
-    target = mapper.get("_target_") if isinstance(mapper, DictConfig) else None
-    if (locate(target) if isinstance(target, str) else target) is not DatasetMapper:
+    mapper = _dataset_mapper(cfg)
+    if mapper is None:
         return Uses()
     masks = mapper.get("instance_mask_format", "polygon") if mapper.get("use_instance_mask") else ""
     return Uses(masks, bool(mapper.get("use_keypoint")))
+
+
+def random_flip(cfg: DictConfig) -> bool:
+    """Whether Detectron2's mapper mirrors training images from left to right at random."""
+    flips = [
+        node
+        for node in (_dataset_mapper(cfg) or {}).get("augmentations", ())
+        if isinstance(node, DictConfig) and target_of(node) is RandomFlip
+    ]
+    return any(flip.get("horizontal", True) and flip.get("prob", 0.5) for flip in flips)
+
+
+def _dataset_mapper(cfg: DictConfig) -> DictConfig | None:
+    """The training's mapper, where it is Detectron2's."""
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
+    known = isinstance(mapper, DictConfig) and "_target_" in mapper
+    return mapper if known and target_of(mapper) is DatasetMapper else None
+
+
+def target_of(node: DictConfig) -> Any:
+    """What a call in a Python config calls."""
+    target = node["_target_"]
+    return locate(target) if isinstance(target, str) else target
 
 
 def _where(error: Exception) -> str:
