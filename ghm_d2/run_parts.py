@@ -117,7 +117,7 @@ class Settings:
         python: whether it is a Python config, as LazyConfig.save writes it.
         detector: name of the class.
         train, test: names of the data sets.
-        iterations, images_per_batch: of the plan, None where the config does not say.
+        iterations, images_per_batch, detections_per_image: None where the config does not say.
     """
 
     tree: Mapping[str, Any] = field(default_factory=dict)
@@ -127,6 +127,7 @@ class Settings:
     test: tuple[str, ...] = ()
     iterations: int | None = None
     images_per_batch: int | None = None
+    detections_per_image: int | None = None
 
 
 def parse_settings(text: str) -> Settings:
@@ -163,6 +164,7 @@ _KEYS = (
     ("DATASETS.TEST", "dataloader.test.dataset.names"),
     ("SOLVER.MAX_ITER", "train.max_iter"),
     ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    ("TEST.DETECTIONS_PER_IMAGE", "dataloader.evaluator.max_dets_per_image"),
 )
 
 

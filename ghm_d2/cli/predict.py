@@ -113,12 +113,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 len(files),
             )
         device, number = read_settings(cfg).device, sum(map(len, results.values()))
-        best = "" if number or predictor.best is None else f" (best score {predictor.best:.2f})"
+        best = (
+            "" if number or predictor.best is None else f"; the best score is {predictor.best:.2f}"
+        )
         print(
-            f"{number} detections with a score of at least {threshold:.2f}{best} in "
-            f"{predictor.done} images or frames, "
+            f"{number} detections in {predictor.done} images or frames, "
             f"{predictor.seconds / predictor.done:.3f} s each on {device} (drawing not "
-            f"counted): {'' if args.no_pictures else 'pictures and '}{_RESULTS} are in {output}."
+            f"counted), with a score of at least {threshold:.2f}{best}: "
+            f"{'' if args.no_pictures else 'pictures and '}{_RESULTS} are in {output}."
         )
 
 

@@ -114,6 +114,9 @@ class GHMTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, those around its checkpoints, and those that the config asks for."""
         settings, is_main = self.settings, comm.is_main_process()
+        log_period = settings.log_period
+        if settings.selects or settings.validation_loss:  # of two evaluations, rows keep the later
+            log_period = min(log_period, settings.eval_period or log_period)
         states = ProcessStates(settings.checkpoint_period)
         if settings.ema_decay:
             trained = getattr(self.model, "module", self.model)
@@ -147,7 +150,7 @@ class GHMTrainer(DefaultTrainer):
             # After the checkpoint, which stands where the evaluation fails.
             *self._evaluation_hooks(),
             # The writers come last, so that they see the results.
-            hooks.PeriodicWriter(self.build_writers(), settings.log_period) if is_main else None,
+            hooks.PeriodicWriter(self.build_writers(), log_period) if is_main else None,
         ]
 
     def _evaluation_hooks(self) -> list[HookBase | None]:

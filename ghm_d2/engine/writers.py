@@ -75,7 +75,7 @@ class WandbWriter(_FigureWriter):
 
 
 class MLflowWriter(_FigureWriter):
-    """Writes a run of MLflow, where MLFLOW_TRACKING_URI says; its other variables count too.
+    """Writes a run of MLflow, where MLFLOW_TRACKING_URI says, or else into OUTPUT_DIR/mlruns.
 
     A resumed training is a run of its own with the same name.
     """
@@ -89,6 +89,11 @@ class MLflowWriter(_FigureWriter):
         import mlflow
 
         super().__init__()
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            # Its default is a database, for which the small package lacks the driver; of files it
+            # says that they will get no more features.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            mlflow.set_tracking_uri((Path(folder).resolve() / "mlruns").as_uri())
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ and "MLFLOW_EXPERIMENT_ID" not in os.environ:
             mlflow.set_experiment(_PROJECT)
         self._run = mlflow.start_run(run_name=Path(folder).resolve().name)
@@ -109,6 +114,7 @@ class MLflowWriter(_FigureWriter):
 
 
 WRITERS = {"wandb": WandbWriter, "mlflow": MLflowWriter}
+_WAYS_OUT = {"wandb": "log in, set WANDB_MODE=offline", "mlflow": "correct MLFLOW_TRACKING_URI"}
 
 
 def check_writers(cfg: Config) -> None:
@@ -140,9 +146,8 @@ def build_more_writers(cfg: Config) -> list[EventWriter]:
         try:
             writers.append(WRITERS[name](settings.output_dir, as_text(cfg)))
         except Exception as error:  # of the network, the login, a server: each has its own types
-            offline = " set WANDB_MODE=offline, or" if name == "wandb" else ""
             raise UserError(
-                f"{name} cannot start ({type(error).__name__}: {reason(error)}): log in,{offline} "
-                f"leave it out of {key_of(cfg, 'writers')}."
+                f"{name} cannot start ({type(error).__name__}: {reason(error)}): "
+                f"{_WAYS_OUT[name]}, or leave it out of {key_of(cfg, 'writers')}."
             ) from error
     return writers
