@@ -42,6 +42,8 @@ EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
 _THRESHOLDS = range(50, 100, 5)  # per cent, as COCO has them
 
+_Class = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # see _best_level
+
 
 def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     """The evaluator for the metadata's `evaluator_type`.
@@ -166,8 +168,8 @@ def _ap_at_thresholds(coco_eval: COCOeval | None) -> dict[str, float]:
 def best_f1(coco_eval: COCOeval, class_names: Sequence[str] = ()) -> dict[str, float]:
     """The score from which on detections have the largest F1 = 2 TP / (detections + objects).
 
-    It is read off the curves that COCO's evaluation at IoU 0.5 has drawn, at every per cent of
-    recall: of a class with no more than 100 objects, at each of them.
+    COCO's evaluation at IoU 0.5 has noted the score at which every per cent of recall is reached:
+    of a class with no more than 100 objects, that of each object that was found.
 
     Args:
         coco_eval: accumulated.
@@ -177,58 +179,55 @@ def best_f1(coco_eval: COCOeval, class_names: Sequence[str] = ()) -> dict[str, f
         score_threshold in [0, 1], F1, precision and recall (per cent, over all classes), and
         score_threshold-NAME and F1-NAME for each class. NaN where nothing was found.
     """
-    params, truth = coco_eval.params, coco_eval.cocoGt
-    at = int(np.argmin(np.abs(params.iouThrs - 0.5)))
+    params, at = coco_eval.params, int(np.argmin(np.abs(coco_eval.params.iouThrs - 0.5)))
     precision, scores = (coco_eval.eval[x][at, :, :, 0, -1] for x in ("precision", "scores"))
+    objects, detections = Counter(), {category: [] for category in params.catIds}
     images = set(params.imgIds)
-    objects = Counter(
-        a["category_id"]
-        for a in truth.dataset["annotations"]
-        if a["image_id"] in images and not a.get("iscrowd", 0) and not a.get("ignore", 0)
-    )
-    curves = [
-        _points(precision[:, k], scores[:, k], params.recThrs, objects[category])
-        for k, category in enumerate(params.catIds)
-    ]
-    total = sum(objects[category] for category in params.catIds)
-    overall = _best_point(_summed(curves), total)
-    names = ("score_threshold", "F1", "precision", "recall")
-    results = dict(zip(names, overall, strict=True))
-    for name, curve, category in zip(class_names, curves, params.catIds, strict=False):
-        found = _best_point(curve, objects[category])
-        results |= {f"score_threshold-{name}": found[0], f"F1-{name}": found[1]}
+    for each in coco_eval.cocoGt.anns.values():
+        if each["image_id"] in images and not each.get("iscrowd", 0) and not each.get("ignore", 0):
+            objects[each["category_id"]] += 1
+    for each in coco_eval.cocoDt.anns.values():
+        detections[each["category_id"]].append(each["score"])
+    classes = []
+    for k, category in enumerate(params.catIds):
+        reached = precision[:, k] > 0  # beyond the largest recall it is 0, and -1 without objects
+        # The number of objects that each recall means.
+        found = np.maximum(np.ceil(params.recThrs[reached] * objects[category] - 1e-6), 1)
+        rest = np.sort(detections[category]), objects[category]
+        classes.append((scores[reached, k], found, *rest))
+    results = _best_level(classes)
+    for name, each in zip(class_names, classes, strict=False):
+        own = _best_level([each])
+        results |= {f"{key}-{name}": own[key] for key in ("score_threshold", "F1")}
     return results
 
 
-def _points(
-    precision: np.ndarray, scores: np.ndarray, recalls: np.ndarray, objects: int
-) -> np.ndarray:
-    """(P, 3): a score, the objects found from it on, and the detections; by falling score."""
-    reached = precision > 0  # beyond the largest recall it is 0, and -1 without objects
-    found = np.maximum(np.ceil(recalls[reached] * objects - 1e-6), 1)
-    return np.stack([scores[reached], found, found / precision[reached]], axis=1)
+def _best_level(
+    classes: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, int]],
+) -> dict[str, float]:
+    """The score at which F1 over some classes together is the largest, and what it is there.
 
-
-def _summed(curves: Sequence[np.ndarray]) -> np.ndarray:
-    """The curve of all classes together, at every score of one of them."""
-    levels = np.unique(np.concatenate([curve[:, 0] for curve in curves] or [np.zeros(0)]))[::-1]
-    total = np.zeros((len(levels), 2))
-    for curve in curves:
-        # How many points of the curve, which falls, lie at or above each level.
-        passed = np.searchsorted(-curve[:, 0], -levels, side="right")
-        total += np.concatenate([np.zeros((1, 2)), curve[:, 1:]])[passed]
-    return np.column_stack([levels, total])
-
-
-def _best_point(curve: np.ndarray, objects: int) -> tuple[float, float, float, float]:
-    """Score, F1, precision and recall, the last three in per cent, where F1 is the largest."""
-    if not len(curve) or not objects:
-        return (float("nan"),) * 4
-    score, found, detections = curve.T
-    f1 = 2 * found / (detections + objects)
+    Args:
+        classes: of each, falling scores and how many objects are found from them on, all scores of
+            its detections, rising, and the number of its objects.
+    """
+    levels = np.unique(np.concatenate([scores for scores, *_ in classes] or [np.zeros(0)]))
+    total = sum(objects for *_, objects in classes)
+    if not len(levels) or not total:
+        return dict.fromkeys(("score_threshold", "F1", "precision", "recall"), float("nan"))
+    found, number = np.zeros(len(levels)), np.zeros(len(levels))
+    for scores, counts, detections, _ in classes:
+        reached = np.searchsorted(-scores, -levels, side="right")
+        found += np.concatenate([[0], counts])[reached]
+        number += len(detections) - np.searchsorted(detections, levels, side="left")
+    f1 = 2 * found / (number + total)
     best = int(np.argmax(f1))
-    figures = (f1[best], found[best] / detections[best], found[best] / objects)
-    return float(score[best]), *(100 * float(figure) for figure in figures)
+    return {
+        "score_threshold": float(levels[best]),
+        "F1": 100 * float(f1[best]),
+        "precision": 100 * float(found[best] / number[best]),
+        "recall": 100 * float(found[best] / total),
+    }
 
 
 def score_thresholds(results: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ghm_d2.data.pictures import TILE, draw_boxes
@@ -131,6 +132,7 @@ def plot_training(metrics: Mapping[int, Mapping[str, float]], file: Path) -> Non
             marker = "." if len(points) < 40 else ""
             axes.plot(*zip(*points, strict=True), label=shown(name), marker=marker)
         axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.set_ylabel(label)
         if drawn is plain:
             axes.set_yscale("log")  # cross entropy over all anchors, and box errors of positives

@@ -35,14 +35,12 @@ from .output_folder import (
     refuse_finished,
 )
 from .pictures import draw_predictions
+from .process_end import end_process, exit_code_of, leave_process_group
 from .processes import (
     Processes,
-    end_process,
-    exit_code_of,
     is_restarted,
     join_torchrun,
     launch_processes,
-    leave_process_group,
     main_first,
     main_only,
     reported_once,

@@ -16,6 +16,7 @@ from ghm_d2.errors import UserError, similar_names
 from ghm_d2.run_folder import BEST_CHECKPOINT, BEST_F1, FINAL_CHECKPOINT
 
 from .agreement import any_process
+from .finite_weights import require_finite_weights
 from .process_states import ProcessStates
 from .settings import Config, Settings, key_of, pair, read_settings
 from .validation import VALIDATION
@@ -201,6 +202,7 @@ class EarlyStopping(HookBase):
 
         Raises:
             StoppedEarly: the patience is exhausted, and the last checkpoint written.
+            NotFiniteError: the weights are not finite; none is written.
         """
         done = self.trainer.iter + 1
         if done % self._period == 0 and done < self.trainer.max_iter:
@@ -212,6 +214,7 @@ class EarlyStopping(HookBase):
         # The main process alone has figures.
         if not any_process(comm.is_main_process() and self.exhausted):
             return
+        require_finite_weights(self.trainer.model, self.trainer.iter)
         self._states.collect()
         if comm.is_main_process():
             name, done = FINAL_CHECKPOINT.removesuffix(".pth"), self.trainer.iter + 1

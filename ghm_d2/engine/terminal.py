@@ -27,7 +27,9 @@ class _FirstLine(logging.Formatter):
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.name.startswith("ghm_d2")
+    if record.levelno >= logging.WARNING or record.name.startswith("ghm_d2"):
+        return True
+    return record.getMessage().startswith("Rank of current process")  # and how many there are
 
 
 @contextlib.contextmanager

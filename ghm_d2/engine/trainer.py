@@ -15,7 +15,6 @@ from detectron2.engine import (
     TrainerBase,
     create_ddp_model,
     default_writers,
-    hooks,
 )
 from detectron2.evaluation import (
     DatasetEvaluator,
@@ -28,10 +27,8 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from detectron2.utils.logger import setup_logger
-from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.data import workers
 from ghm_d2.data.loader import build_test_mapper, build_train_loader
@@ -46,13 +43,11 @@ from .averaging import AveragedWeights
 from .clipping import build_optimizer
 from .evaluation import build_evaluator, costs_recorded, score_thresholds
 from .finite import FiniteCheck, WithoutTracebacks
-from .finite_weights import FiniteWeights
-from .output_folder import FolderIsThere
-from .preemption import StopOnSignal
 from .process_states import ProcessStates
-from .selection import BestCheckpointer, EarlyStopping, EvalHook, StoppedEarly
+from .selection import EarlyStopping, StoppedEarly
 from .settings import Config, Settings, key_of, read_settings
 from .step import CheckedAMPTrainer, CheckedTrainer
+from .training_hooks import build_hooks
 from .validation import ReadableImages, ValidationLoss, add_ground_truth
 from .writers import build_more_writers
 
@@ -69,7 +64,8 @@ class GHMTrainer(DefaultTrainer):
     Attributes:
         cfg: the config, a `CfgNode` or the `DictConfig` of a Python config.
         settings: what the engine reads of it.
-        early_stopping: the hook that may end the training; None where it is off.
+        averaging, early_stopping: the hooks that average weights and that may end the training;
+            None where they are off.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -108,84 +104,25 @@ class GHMTrainer(DefaultTrainer):
         logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
         self.max_iter = self.settings.max_iter
         self._last_eval_results: dict[str, Any] | None = None  # DefaultTrainer's name
-        self.averaging = self.early_stopping = None
+        self.averaging: AveragedWeights | None = None
+        self.early_stopping: EarlyStopping | None = None
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, those around its checkpoints, and those that the config asks for."""
-        settings, is_main = self.settings, comm.is_main_process()
-        log_period = settings.log_period
-        if settings.selects or settings.validation_loss:  # of two evaluations, rows keep the later
-            log_period = min(log_period, settings.eval_period or log_period)
-        states = ProcessStates(settings.checkpoint_period)
-        if settings.ema_decay:
-            trained = getattr(self.model, "module", self.model)
-            self.averaging = AveragedWeights(trained, settings.ema_decay)
-            self.checkpointer.saved_model = self.averaging.model
-        if settings.patience:
-            self.early_stopping = EarlyStopping(
-                settings.eval_period,
-                settings.patience,
-                settings.val_metric,
-                self.checkpointer,
-                states,
-            )
-        return [
-            build_gradient_statistics(self.model, settings.statistics_period, settings.output_dir),
-            FolderIsThere(settings.output_dir) if is_main else None,
-            FiniteWeights(settings.checkpoint_period),
-            hooks.IterationTimer(),
-            hooks.LRScheduler(),
-            self._precise_bn(),  # changes the model, so that it comes before its checkpoint
-            self.averaging,
-            states,
-            hooks.PeriodicCheckpointer(
-                self.checkpointer,
-                settings.checkpoint_period,
-                max_to_keep=settings.checkpoints_kept,
-            )
-            if is_main
-            else None,
-            StopOnSignal(self.checkpointer, states),
-            # After the checkpoint, which stands where the evaluation fails.
-            *self._evaluation_hooks(),
-            # The writers come last, so that they see the results.
-            hooks.PeriodicWriter(self.build_writers(), log_period) if is_main else None,
-        ]
+        """See :func:`~ghm_d2.engine.training_hooks.build_hooks`."""
+        return build_hooks(self)
 
-    def _evaluation_hooks(self) -> list[HookBase | None]:
-        settings = self.settings
+    def evaluate_now(self) -> dict[str, Any]:
+        """Evaluates, and notes in a checkpoint that is the last one what was found with it."""
+        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+        if self.iter >= self.max_iter:
+            self.note_thresholds()
+        return self._last_eval_results
 
-        def test() -> dict[str, Any]:
-            self._last_eval_results = self.test(self.cfg, self.evaluated_model)
-            if comm.is_main_process() and self.iter >= self.max_iter:
-                self.checkpointer.note_thresholds(FINAL_CHECKPOINT, self.score_thresholds)
-            return self._last_eval_results
-
-        def save_best(name: str, **state: Any) -> None:
-            self.checkpointer.save_weights(name, self.score_thresholds, **state)
-
-        kind = EvalHook if settings.selects else hooks.EvalHook
-        best = None
-        if settings.save_best:
-            best = BestCheckpointer(
-                settings.eval_period, save_best, settings.output_dir, settings.val_metric
-            )
-        return [kind(settings.eval_period, test), best, self.early_stopping]
-
-    def _precise_bn(self) -> HookBase | None:
-        """Detectron2's, which only YAML configs have."""
-        if not isinstance(self.cfg, CfgNode) or not self.cfg.TEST.PRECISE_BN.ENABLED:
-            return None
-        if not get_bn_modules(self.model):
-            return None
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0  # a loader of its own, small, beside that of the training
-        loader = self.build_train_loader(cfg)
-        return hooks.PreciseBN(
-            cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER
-        )
+    def note_thresholds(self) -> None:
+        """Adds those of the last evaluation to the final checkpoint, which is older than it."""
+        if comm.is_main_process():
+            self.checkpointer.note_thresholds(FINAL_CHECKPOINT, self.score_thresholds)
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's (the terminal, metrics.json and TensorBoard) and those of the config."""
@@ -205,8 +142,7 @@ class GHMTrainer(DefaultTrainer):
             TrainerBase.train(self, self.start_iter, self.max_iter)
         except StoppedEarly:
             self.iter += 1  # as the loop counts where it ends by itself
-            if comm.is_main_process():
-                self.checkpointer.note_thresholds(FINAL_CHECKPOINT, self.score_thresholds)
+            self.note_thresholds()
         return self._verified()
 
     def evaluate(self) -> dict[str, Any] | None:

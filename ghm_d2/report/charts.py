@@ -50,6 +50,13 @@ def _chart() -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
+def _iterations(axes: Any) -> None:
+    """All curves begin at 0, to be compared by eye, and are labelled at round numbers."""
+    axes.set_xlabel("iteration")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+
+
 def draw_curves(metrics: Rows) -> list[tuple[str, str]]:
     """Losses, plain losses, AP and learning rate against the iteration.
 
@@ -96,8 +103,7 @@ def _curve_chart(series: Mapping[str, list[tuple[int, float]]], logarithmic: boo
                 marker=_MARKERS[k % len(_MARKERS)] if len(points) < 40 else "",
                 markersize=4,
             )
-        axes.set_xlabel("iteration")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _iterations(axes)
         if logarithmic and all(value > 0 for points in series.values() for _, value in points):
             axes.set_yscale("log")
             # Matplotlib's own labels are formulas, which stay unparsed here. The minor ones help
@@ -159,8 +165,8 @@ def _shares(rows: Rows) -> str:
             x, y = zip(*points, strict=True)
             style = {"color": _COLOURS[k], "marker": _MARKERS[k], "linestyle": _LINES[k]}
             axes.plot(x, 100 * np.array(y), label=f"{share}: {limits}", markersize=4, **style)
-    axes.set(ylabel="% of the gradient", xlabel="iteration", ylim=(0, 100))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set(ylabel="% of the gradient", ylim=(0, 100))
+    _iterations(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
     return _uri(figure)

@@ -173,7 +173,7 @@ def _note(run: RunFiles) -> str:
     return (
         f"This training is short: {done} iterations{seen}. A detector usually needs some ten "
         "passes and a thousand iterations or more; until then AP, thresholds and confusions say "
-        "little about the method, and the learning rate may never have reached its value."
+        "little about what it could learn."
     )
 
 

@@ -103,6 +103,7 @@ def test_mistakes_are_a_sentence(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb, "init", refuse)
     said = error("wandb")
     assert "wandb cannot start (UsageError: api_key not configured): log in, set" in said
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "unknown://")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "named")  # making one is a line on stderr
+    monkeypatch.setattr("mlflow.start_run", lambda **options: 1 / 0)
     said = error("mlflow")
     assert "mlflow cannot start (" in said and "correct MLFLOW_TRACKING_URI, or leave" in said
