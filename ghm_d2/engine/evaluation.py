@@ -60,7 +60,7 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     if kind == "coco":
         if cfg.MODEL.KEYPOINT_ON:
             convert_incomplete(MetadataCatalog.get(name))
-        # A cached conversion would outlive a change of the data.
+        # A conversion that is cached would be used for changed data as well.
         return AllThresholdsCOCOEvaluator(
             name,
             output_dir=folder,
@@ -145,7 +145,7 @@ class AllThresholdsCOCOEvaluator(COCOEvaluator):
             self._logger.info(
                 f"{iou_type} AP at each IoU threshold: \n{create_small_table(all_thresholds)}"
             )
-        # Between the standard metrics and those of the classes, "AP-" and a name.
+        # Readers of a long list of classes ("AP-" and a name) would miss what came after it.
         classes = {name: results.pop(name) for name in list(results) if name.startswith("AP-")}
         return {**results, **all_thresholds, **classes}
 

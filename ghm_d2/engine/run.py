@@ -138,7 +138,7 @@ def _work_in_torchrun(argv: Sequence[str] | None) -> None:
 def _work(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
     """One process of the job."""
     if comm.get_world_size() > 1 and not started_by_torchrun():
-        # A spawned process has registered what its imports register, and nothing else.
+        # A spawned process knows only what its imports register, and would not find them.
         for dataset in datasets:
             register_coco_dataset(dataset)
     run = RunFolder(read_settings(cfg).output_dir)
@@ -151,7 +151,7 @@ def _work(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
                 main_only(lambda: stack.enter_context(locked(run.folder)))
                 main_only(lambda: _make_room(command, cfg, run))
                 _train(command, cfg, datasets)
-    comm.synchronize()  # process 0 holds the store that the others use
+    comm.synchronize()  # process 0 would take the store with it that the others still use
 
 
 def _make_room(command: Command, cfg: Config, run: RunFolder) -> None:
@@ -176,7 +176,7 @@ def _set_up(command: Command, cfg: Config) -> None:
 def _train(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
     start = time.perf_counter()
     run = RunFolder(read_settings(cfg).output_dir)
-    with brief_terminal(str(run.folder)):
+    with brief_terminal(read_settings(cfg).output_dir):
         _set_up(command, cfg)
         trainer = GHMTrainer(cfg)
         classes, data = _load(command, trainer)
@@ -239,7 +239,7 @@ def _summarize(
     seconds: float,
 ) -> None:
     settings, stopped = trainer.settings, trainer.early_stopping
-    # In one process alone, DistributedDataParallel would wait for the others.
+    # Called by one process alone, DistributedDataParallel would wait for the others.
     model = getattr(trainer.evaluated_model, "module", trainer.evaluated_model)
     pictured = (*settings.test, *settings.train)[0]
     mapper = trainer.build_test_mapper(trainer.cfg)

@@ -7,17 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from ghm_d2.checkpoint import load_file
+from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, similar_names
 from ghm_d2.run_folder import BEST_CHECKPOINT, BEST_F1, FINAL_CHECKPOINT
 
 from .agreement import any_process
+from .evaluation import AllThresholdsCOCOEvaluator
 from .finite_weights import require_finite_weights
 from .process_states import ProcessStates
+from .python_config import read_uses, target_of
 from .settings import Config, Settings, key_of, pair, read_settings
 from .validation import VALIDATION
 
@@ -46,33 +50,50 @@ def check_selection(cfg: Config) -> None:
             f"{wanted} needs evaluations during the training, and {key_of(cfg, 'eval_period')} is "
             f"0: give for example {pair(cfg, 'eval_period', max(settings.max_iter // 10, 1))}."
         )
+    name, figure = _of_data_set(settings)
+    known = [f"{name}/{x}" if name else x for x in _known_figures(cfg, name or settings.test[0])]
     metric, key = settings.val_metric, key_of(cfg, "val_metric")
-    known = _known_figures(settings)
-    if f"{VALIDATION}/" in metric:
+    if figure.startswith(f"{VALIDATION}/"):
         if not settings.validation_loss:
             raise UserError(f"{key} {metric} needs {pair(cfg, 'validation_loss', True)}.")
-    elif metric not in known:
+    elif known and metric not in known:
         raise UserError(
             f"{key} {metric} is no figure of these evaluations{similar_names(metric, known)}: give "
             f"for example {pair(cfg, 'val_metric', known[0])}."
         )
 
 
-def _known_figures(settings: Settings) -> list[str]:
-    """The names of the figures of the evaluators of this project, "bbox/AP" first."""
-    known = []
-    for name in settings.test:
-        prefix = f"{name}/" if len(settings.test) > 1 else ""
-        ap = ["AP", *(f"AP{x}" for x in range(50, 100, 5)), "APs", "APm", "APl"]
-        ap += [f"AP-{k}" for k in MetadataCatalog.get(name).get("thing_classes") or ()]
-        known += [f"{prefix}{task}/{x}" for task in ("bbox", "segm", "keypoints") for x in ap]
-        known += [f"{prefix}{BEST_F1}/{x}" for x in ("F1", "precision", "recall")]
-    return known
+def mode_of(settings: Settings) -> str:
+    """Whether the highest or the lowest figure is the best, "max" or "min"."""
+    return "min" if _of_data_set(settings)[1].startswith(f"{VALIDATION}/") else "max"
 
 
-def _lower_is_better(metric: str) -> bool:
-    """Whether a figure is a loss."""
-    return "loss" in metric.rpartition("/")[2]
+def _of_data_set(settings: Settings) -> tuple[str, str]:
+    """The data set that the metric names, "" where there is one, and its figure there."""
+    if len(settings.test) > 1:
+        for name in settings.test:
+            if settings.val_metric.startswith(f"{name}/"):
+                return name, settings.val_metric.removeprefix(f"{name}/")
+        return settings.test[0], ""
+    return "", settings.val_metric
+
+
+def _known_figures(cfg: Config, name: str) -> list[str]:
+    """The figures of this project's evaluator, "bbox/AP" first; none where another one is used."""
+    if MetadataCatalog.get(name).get("evaluator_type") != "coco":
+        return []
+    if isinstance(cfg, CfgNode):
+        uses = Uses.of(cfg)
+    elif target_of(cfg.dataloader.evaluator) is AllThresholdsCOCOEvaluator:
+        uses = read_uses(cfg)
+    else:
+        return []
+    classes = MetadataCatalog.get(name).get("thing_classes") or ()
+    figures = ["AP", *(f"AP{x}" for x in range(50, 100, 5)), "APs", "APm", "APl"]
+    figures += [f"AP-{k}" for k in classes]
+    tasks = ["bbox"] + ["segm"] * bool(uses.masks) + ["keypoints"] * uses.keypoints
+    of_f1 = ("F1", "precision", "recall", *(f"F1-{k}" for k in classes))
+    return [f"{task}/{x}" for task in tasks for x in figures] + [f"{BEST_F1}/{x}" for x in of_f1]
 
 
 class StoppedEarly(BaseException):
@@ -108,20 +129,20 @@ class BestCheckpointer(hooks.BestCheckpointer):
     process, behind :class:`EvalHook`; the main one compares and saves.
     """
 
-    def __init__(
-        self, eval_period: int, save: Callable[..., None], folder: str, metric: str
-    ) -> None:
+    def __init__(self, settings: Settings, save: Callable[..., None]) -> None:
         """
         Args:
-            eval_period: that of :class:`EvalHook`.
+            settings: of the training.
             save: called with the name of the checkpoint, and `iteration` by name.
-            folder: where `save` writes.
-            metric: its name in the storage.
         """
-        mode = "min" if _lower_is_better(metric) else "max"
-        stem = BEST_CHECKPOINT.removesuffix(".pth")
-        super().__init__(eval_period, SimpleNamespace(save=save), metric, mode, stem)
-        self._file = Path(folder) / BEST_CHECKPOINT
+        super().__init__(
+            settings.eval_period,
+            SimpleNamespace(save=save),
+            settings.val_metric,
+            mode_of(settings),
+            BEST_CHECKPOINT.removesuffix(".pth"),
+        )
+        self._file = Path(settings.output_dir) / BEST_CHECKPOINT
 
     def before_train(self) -> None:
         """Forgets a best figure whose weights are gone: overwritten by iterations done again."""
@@ -156,18 +177,15 @@ class EarlyStopping(HookBase):
     finished training. It runs in every process, behind :class:`EvalHook`.
     """
 
-    def __init__(
-        self, eval_period: int, patience: int, metric: str, checkpointer: Any, states: ProcessStates
-    ) -> None:
+    def __init__(self, settings: Settings, checkpointer: Any, states: ProcessStates) -> None:
         """
         Args:
-            eval_period: that of :class:`EvalHook`.
-            patience: evaluations, at least 1.
-            metric: its name in the storage.
+            settings: of the training.
             checkpointer: saves in the main process.
             states: collected before it saves.
         """
-        self._period, self._patience, self._metric = eval_period, patience, metric
+        self._period, self._patience = settings.eval_period, settings.patience
+        self._metric, self._sign = settings.val_metric, 1 if mode_of(settings) == "min" else -1
         self._checkpointer, self._states = checkpointer, states
         self._figures: dict[int, float] = {}  # by iteration, NaN where there was none
 
@@ -175,8 +193,7 @@ class EarlyStopping(HookBase):
     def best(self) -> tuple[int, float] | None:
         """The iteration of the best figure, the first of equal ones, and the figure."""
         known = [item for item in self._figures.items() if math.isfinite(item[1])]
-        sign = 1 if _lower_is_better(self._metric) else -1
-        return min(known, key=lambda item: (sign * item[1], item[0]), default=None)
+        return min(known, key=lambda item: (self._sign * item[1], item[0]), default=None)
 
     @property
     def exhausted(self) -> bool:

@@ -39,12 +39,14 @@ def brief_terminal(folder: str) -> Iterator[None]:
     The whole config and the model, which Detectron2 logs, would push them off the screen.
 
     Args:
-        folder: OUTPUT_DIR, in which the log has everything.
+        folder: OUTPUT_DIR as the config spells it; the log there has everything.
     """
-    # Spelled as Detectron2's default_setup does: it remembers by the arguments that it has made
-    # these handlers, and would otherwise make them twice.
-    setup_logger(folder, distributed_rank=comm.get_rank(), name="fvcore")
-    setup_logger(folder, distributed_rank=comm.get_rank())
+    # With the very arguments of Detectron2's default_setup and of setup_ghm_logger: setup_logger
+    # remembers by them which handlers it has made, and would otherwise make a second set.
+    rank = comm.get_rank()
+    setup_logger(folder, distributed_rank=rank, name="fvcore")
+    setup_logger(folder, distributed_rank=rank)
+    setup_logger(folder, distributed_rank=rank, name="ghm_d2")
     handlers = [
         handler
         for name in _LOGGERS

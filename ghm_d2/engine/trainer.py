@@ -80,11 +80,11 @@ class GHMTrainer(DefaultTrainer):
         if isinstance(cfg, CfgNode):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg, self.settings = cfg, read_settings(cfg)
-        # In the order of DefaultTrainer, which draws the same random numbers.
+        # In DefaultTrainer's order: in another one, the same seed would give other weights.
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        # A CPU model must not have device_ids, which Detectron2 gives where none are.
+        # Detectron2 would fill in device_ids, with which a model on the CPU is refused.
         on_cpu = torch.device(self.settings.device).type == "cpu"
         options = {"device_ids": None} if on_cpu else {}
         model = create_ddp_model(model, **self.settings.ddp, **options)
@@ -272,7 +272,8 @@ class GHMTrainer(DefaultTrainer):
             evaluators = [evaluators]
         more = [ValidationLoss(model)] if settings.validation_loss else []
         results: dict[str, Any] = OrderedDict()
-        # A run that is resumed behind an evaluation does not repeat it.
+        # A training that is resumed after an evaluation does not repeat it, and would go on with
+        # other random numbers if the evaluation had drawn some.
         with preserved(), costs_recorded(model) as timed, inference_context(model):
             for number, name in enumerate(settings.test):
                 loader = cls.build_test_loader(cfg, name)

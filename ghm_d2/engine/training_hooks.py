@@ -72,17 +72,9 @@ def _evaluation_hooks(trainer: Any, states: ProcessStates) -> list[HookBase | No
 
     kind = EvalHook if settings.selects else hooks.EvalHook
     if settings.save_best:
-        best = BestCheckpointer(
-            settings.eval_period, save_best, settings.output_dir, settings.val_metric
-        )
+        best = BestCheckpointer(settings, save_best)
     if settings.patience:
-        trainer.early_stopping = EarlyStopping(
-            settings.eval_period,
-            settings.patience,
-            settings.val_metric,
-            trainer.checkpointer,
-            states,
-        )
+        trainer.early_stopping = EarlyStopping(settings, trainer.checkpointer, states)
     return [kind(settings.eval_period, trainer.evaluate_now), best, trainer.early_stopping]
 
 

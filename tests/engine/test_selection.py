@@ -10,11 +10,15 @@ import shutil
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ghm_d2 import add_ghm_config
 from ghm_d2.engine import GHMTrainer, main
 from ghm_d2.engine.averaging import AveragedWeights
+from ghm_d2.engine.selection import mode_of
+from ghm_d2.engine.settings import read_settings
 from ghm_d2.engine.step import CheckedTrainer
 from ghm_d2.losses import GHMRLoss
 from tests.engine.test_guards import at_iteration
@@ -314,6 +318,7 @@ def test_the_validation_loss_is_the_mean_over_images_and_changes_nothing(
         ({"save_best": True, "eval_period": 0}, "needs evaluations during the training"),
         ({"patience": 2, "sets": 1}, "needs test data to compare models by"),
         ({"save_best": True, "metric": "bbox/AP51"}, "is no figure of these evaluations (similar:"),
+        ({"save_best": True, "metric": "segm/AP"}, "is no figure of these evaluations"),
         ({"patience": 1, "metric": "validation/total_loss"}, "needs "),
         ({"patience": -1}, "must be at least 0, got -1"),
         ({"parts": 0}, "must be at least 1, got 0"),
@@ -358,3 +363,20 @@ def test_a_test_set_of_unreadable_images_is_refused(fails, data, tmp_path, monke
     )
     error = fails("out", *sets, sets=0, max_iter=1)
     assert "none of the 6 images of broken could be read, the first" in error
+
+
+@pytest.mark.parametrize(
+    ("test", "metric", "mode"),
+    [
+        (("a",), "bbox/AP-glossy", "max"),
+        (("a",), "validation/total_loss", "min"),
+        (("validation", "b"), "validation/bbox/AP", "max"),
+        (("validation", "b"), "validation/validation/loss_cls", "min"),
+        (("a", "b"), "b/validation/ghm_c/plain_loss", "min"),
+    ],
+)
+def test_the_lowest_loss_and_the_highest_figure_are_the_best(test, metric, mode):
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    cfg.DATASETS.TEST, cfg.MODEL.GHM.TRAINING.VAL_METRIC = test, metric
+    assert mode_of(read_settings(cfg)) == mode
