@@ -24,7 +24,7 @@ _SCALARS += ("non_empty_regions", "largest_weight")
 
 
 def build_gradient_statistics(
-    model: nn.Module, period: int, folder: str
+    model: nn.Module, period: int, folder: str, passes: int = 1
 ) -> "GradientStatistics | None":
     """The hook that writes to a folder.
 
@@ -32,6 +32,7 @@ def build_gradient_statistics(
         model: wrapped for several processes or not.
         period: in iterations; 0: never.
         folder: OUTPUT_DIR.
+        passes: forward passes of a step.
 
     Returns:
         None where the period is 0, the model has no harmonised loss, or another process writes
@@ -39,7 +40,7 @@ def build_gradient_statistics(
     """
     if not period or not comm.is_main_process():
         return None
-    hook = GradientStatistics(model, period, os.path.join(folder, FILE))
+    hook = GradientStatistics(model, period, os.path.join(folder, FILE), passes)
     return hook if hook.losses else None
 
 
@@ -51,15 +52,16 @@ class GradientStatistics(HookBase):
     counts are those of all processes.
     """
 
-    def __init__(self, model: nn.Module, period: int, file: str) -> None:
+    def __init__(self, model: nn.Module, period: int, file: str, passes: int = 1) -> None:
         """
         Args:
             model: wrapped for several processes or not.
             period: in iterations, above 0.
             file: JSON lines are appended to it, one for each loss and observed iteration; its
                 folder exists.
+            passes: forward passes of a step.
         """
-        self.period = period
+        self.period, self.passes = period, passes
         self.file = file
         self.losses = losses_by_name(model)
         self._calls: dict[HarmonizedLoss, list[CallStatistics]] | None = None  # None: not observed
@@ -78,6 +80,9 @@ class GradientStatistics(HookBase):
         if self._calls is None:
             return
         calls, self._calls = self._calls, None
+        # The last forward pass stands for all: what is added up over its calls would otherwise be
+        # that of as many steps.
+        calls = {loss: each[-max(len(each) // self.passes, 1) :] for loss, each in calls.items()}
         with PathManager.open(self.file, "a") as stream:
             for name, modules in self.losses.items():
                 copies = [calls[module] for module in modules if module in calls]

@@ -57,16 +57,15 @@ class CheckedTrainer(SimpleTrainer):
     def _backward_of(self, part: list[dict], number: int, parts: int) -> dict[str, Tensor]:
         """Adds the gradients of one part of the batch; returns its losses."""
         is_last = number + 1 == parts
-        # DistributedDataParallel averages the gradients once, with those of the last part.
-        alone = contextlib.nullcontext() if is_last else _no_sync(self.model)
-        with alone:
+        # Otherwise DistributedDataParallel would average the gradients after every part.
+        with contextlib.nullcontext() if is_last else _no_sync(self.model):
             self.check.before_forward(part)
             with self._precision_context():
                 losses = self.model(part)
                 losses = losses if isinstance(losses, dict) else {"total_loss": losses}
                 total = sum(losses.values())
             self.check.after_forward(losses)
-            if not self.zero_grad_before_forward and number == 0:
+            if not self.zero_grad_before_forward and number == 0:  # later parts add to them
                 self.optimizer.zero_grad()
             self._backward(total / parts if parts > 1 else total)
         self.check.after_backward(averaged=is_last)

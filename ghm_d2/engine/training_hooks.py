@@ -41,7 +41,12 @@ def build_hooks(trainer: Any) -> list[HookBase | None]:
         )
         writer = hooks.PeriodicWriter(trainer.build_writers(), _log_period(settings))
     return [
-        build_gradient_statistics(trainer.model, settings.statistics_period, settings.output_dir),
+        build_gradient_statistics(
+            trainer.model,
+            settings.statistics_period,
+            settings.output_dir,
+            settings.accumulation_steps,
+        ),
         FolderIsThere(settings.output_dir) if is_main else None,
         FiniteWeights(settings.checkpoint_period),
         hooks.IterationTimer(),

@@ -334,6 +334,12 @@ def test_mistakes_are_named_before_training(fails, kind, tmp_path, values, words
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
+def test_gradient_statistics_are_those_of_one_part(run, tmp_path, without_pictures):
+    run("out", max_iter=1, images=4, parts=2, eval_period=0)
+    lines = (tmp_path / "out" / "gradient_statistics.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["calls"]) for line in lines] == [5, 5]  # the levels
+
+
 def test_a_loss_in_a_later_part_that_is_not_finite_stops(kind, run, tmp_path, monkeypatch, capsys):
     """The batch that is saved is that part alone."""
     forward = GHMRLoss.forward_levels
