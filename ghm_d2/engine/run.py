@@ -252,6 +252,7 @@ def _summarize(
         iterations=trainer.iter,
         seconds=seconds,
         note=stopped.verdict() if stopped and stopped.exhausted else "",
+        tested=bool(settings.test),
     )
 
 

@@ -40,6 +40,7 @@ def summarize_training(
     iterations: int,
     seconds: float,
     note: str = "",
+    tested: bool = False,
 ) -> None:
     """Draw the pictures and print the summary; on the main process alone.
 
@@ -53,6 +54,7 @@ def summarize_training(
         iterations: how many the training has done.
         seconds: how long it took.
         note: why it has stopped before its last iteration.
+        tested: whether there is test data, which may be without ground truth.
     """
     pictures = run.folder / "pictures"
     lines = [
@@ -72,7 +74,7 @@ def summarize_training(
         print(f"It stopped early: {note}.")
     if results:
         print(ap_table(results))
-    else:
+    elif not tested:
         print("Nothing was evaluated: give a second --dataset to test on.")
     for name, path in lines:
         if path.exists():
