@@ -26,6 +26,13 @@ _KEYS = {
     "expected": ("TEST.EXPECTED_RESULTS", "train.expected_results"),
     "warmup": ("SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length"),
     "seed": ("SEED", "train.seed"),
+    "metric": ("MODEL.GHM.TRAINING.VAL_METRIC", "train.val_metric"),
+    "save_best": ("MODEL.GHM.TRAINING.SAVE_BEST", "train.save_best"),
+    "patience": ("MODEL.GHM.TRAINING.PATIENCE", "train.patience"),
+    "validation_loss": ("MODEL.GHM.TRAINING.VALIDATION_LOSS", "train.validation_loss"),
+    "ema": ("MODEL.GHM.TRAINING.EMA_DECAY", "train.ema_decay"),
+    "parts": ("MODEL.GHM.TRAINING.ACCUMULATION_STEPS", "train.accumulation_steps"),
+    "writers": ("MODEL.GHM.TRAINING.WRITERS", "train.writers"),
 }
 KINDS = ("yaml", "python")
 

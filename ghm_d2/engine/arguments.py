@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from detectron2.config import get_cfg
 
@@ -10,6 +11,7 @@ from ghm_d2.errors import UserError, command
 from .python_config import NODES
 
 __all__ = [
+    "Command",
     "Parser",
     "add_dataset_option",
     "add_process_options",
@@ -20,6 +22,33 @@ __all__ = [
 CONFIG_FILE_HELP = "a YAML or Python file of yours (the latter is executed: run none whose author "
 CONFIG_FILE_HELP += "you do not trust), or the name of one of configs/"
 _FLAGS = ("-h", "--help", "--eval-only", "--resume", "--overwrite", "--trust-checkpoint")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line of train_net.py asks for.
+
+    Attributes:
+        config_file: path of a .yaml or .py file.
+        overrides: of the config; see `engine.setup.load_config`.
+        datasets: NAME=annotations.json,image_dir, each.
+        eval_only: evaluate, do not train.
+        resume: go on from the last checkpoint.
+        overwrite: train anew where a finished training lies.
+        trusted: whether checkpoints may run code.
+        restarted: whether torchrun has started this job again after a failure.
+        words: the whole command line, with what stands before the options.
+    """
+
+    config_file: str
+    overrides: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    eval_only: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    trusted: bool = False
+    restarted: bool = False
+    words: tuple[str, ...] = ()
 
 
 class Parser(argparse.ArgumentParser):

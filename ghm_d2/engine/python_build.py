@@ -6,21 +6,25 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import build_detection_train_loader
+from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.evaluation import DatasetEvaluator
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ghm_d2.data import workers
 from ghm_d2.data.anchor_check import log_anchor_fit
+from ghm_d2.data.keypoints import convert_incomplete
 from ghm_d2.data.loader import build_train_loader_from_parts
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.errors import UserError
 
 from .clipping import clip_gradients
-from .python_config import read_anchors, target_of
+from .evaluation import AllThresholdsCOCOEvaluator
+from .python_config import read_anchors, read_uses, target_of
+from .settings import detections_per_image, read_settings
+from .validation import add_ground_truth
 
 __all__ = [
     "build_evaluator",
@@ -77,6 +81,8 @@ def build_test_loader(cfg: DictConfig, name: str) -> Iterable[list[dict]]:
     node = _for_data_set(cfg, name).test
     parts = _parts(node, "dataloader.test")
     if parts.get("mapper") is not None:
+        if read_settings(cfg).validation_loss:
+            parts["mapper"] = add_ground_truth(parts["mapper"], cfg)
         parts["mapper"] = ReadableMapper(parts["mapper"], is_train=False)
     loader = _call(lambda: target_of(node)(**parts), "dataloader.test")
     return workers.watch(loader) if isinstance(loader, DataLoader) else loader
@@ -92,6 +98,10 @@ def build_evaluator(cfg: DictConfig, name: str, folder: str) -> DatasetEvaluator
     node = _for_data_set(cfg, name).evaluator
     if "output_dir" in node:
         node.output_dir = folder
+    if target_of(node) is AllThresholdsCOCOEvaluator and "max_dets_per_image" not in node:
+        node.max_dets_per_image = detections_per_image(cfg)[1]
+    if read_uses(cfg).keypoints and OmegaConf.select(cfg, "model.roi_heads.keypoint_head"):
+        convert_incomplete(MetadataCatalog.get(name))
     return _build(node, "dataloader.evaluator")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetMapper
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.transforms import RandomFlip, ResizeShortestEdge
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.utils.registry import locate
 from hydra.errors import HydraException
@@ -19,7 +19,7 @@ from ghm_d2.data.anchors import Anchors, InputSize
 from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, similar_names
 
-__all__ = ["NODES", "load_config", "read_anchors", "read_uses", "target_of"]
+__all__ = ["NODES", "load_config", "random_flip", "read_anchors", "read_uses", "target_of"]
 
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
@@ -53,8 +53,8 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 def read_uses(cfg: DictConfig) -> Uses:
     """What Detectron2's mapper, or everything that another one, may take of annotations."""
-    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
-    if target_of(mapper) is not DatasetMapper:
+    mapper = _dataset_mapper(cfg)
+    if mapper is None:
         return Uses()
     masks = mapper.get("instance_mask_format", "polygon") if mapper.get("use_instance_mask") else ""
     return Uses(masks, bool(mapper.get("use_keypoint")))
@@ -90,6 +90,20 @@ def _resize_key(cfg: DictConfig, split: str) -> str:
     return next(
         (f"{key}.{i}" for i, step in enumerate(steps) if target_of(step) is ResizeShortestEdge), ""
     )
+
+
+def random_flip(cfg: DictConfig) -> bool:
+    """Whether Detectron2's mapper mirrors training images from left to right at random."""
+    mapper = _dataset_mapper(cfg)
+    steps = () if mapper is None else mapper.get("augmentations", ())
+    flips = [step for step in steps if target_of(step) is RandomFlip]
+    return any(flip.get("horizontal", True) and flip.get("prob", 0.5) for flip in flips)
+
+
+def _dataset_mapper(cfg: DictConfig) -> DictConfig | None:
+    """The training's mapper, where it is Detectron2's."""
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
+    return mapper if target_of(mapper) is DatasetMapper else None
 
 
 def target_of(node: Any) -> Any:
