@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from ghm_d2.data import workers
 from ghm_d2.data.loader import build_train_loader_from_parts
 from ghm_d2.data.readable import ReadableMapper
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 
 from .clipping import clip_gradients
 
@@ -125,5 +125,4 @@ def _call(build: Callable[[], Any], key: str) -> Any:
     except UserError:
         raise
     except (AssertionError, ImportError, TypeError, ValueError) as error:
-        message = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{key} cannot be built: {message}.") from error
+        raise UserError(f"{key} cannot be built: {reason(error)}.") from error
