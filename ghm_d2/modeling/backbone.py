@@ -97,6 +97,8 @@ class TorchvisionBackbone(Backbone):
             network = models.get_model(name, weights=None)
         stages = _stages(network)
         nodes = {x: _node(network, stages, "out_features", x) for x in out_features}
+        if len({*nodes.values()}) < len(out_features):
+            raise ValueError(f"out_features must be maps of their own, got {list(out_features)}")
         if freeze_at:
             # It has the layers up to that node alone, and shares their parameters with the network.
             last = _node(network, stages, "freeze_at", freeze_at)
@@ -247,7 +249,7 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
     Args:
         cfg: a config; `MODEL.GHM.TORCHVISION` names the network, `MODEL.FPN.IN_FEATURES` its
-            graph nodes.
+            feature maps, as `out_features` of :class:`TorchvisionBackbone`.
         input_shape: of the image; 3 channels.
 
     Raises:

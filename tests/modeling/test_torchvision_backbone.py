@@ -174,6 +174,7 @@ def test_freeze_at_freezes_what_comes_before_and_nothing_else():
             r"of the network's res1 \(relu\).*res5 \(layer4\).*'layr1'.*layer1",
         ),
         (("resnet18", ["layer4", "fc"]), r"out_features must be feature maps.*\(1, 1000\)"),
+        (("resnet18", ["res5", "layer4"]), "out_features must be maps of their own"),
         (("squeezenet1_1",), r"res4 \(features\), or nodes of its graph, got 'res5'"),
         (("resnet18", ["layer1", "layer3"]), "out_features must double the stride"),
     ],
