@@ -106,13 +106,13 @@ def add_ghm_config(cfg: CN) -> None:
     cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB = 0.01
 
     # BACKBONE.NAME "build_torchvision_fpn_backbone" (Faster R-CNN) or
-    # "build_retinanet_torchvision_fpn_backbone". MODEL.FPN.IN_FEATURES then names nodes of the
-    # network's graph, at strides that double; MODEL.BACKBONE.FREEZE_AT, which counts stages of a
-    # ResNet, has no effect.
+    # "build_retinanet_torchvision_fpn_backbone". "res2" to "res5" in MODEL.FPN.IN_FEATURES are the
+    # network's last feature maps of strides 4 to 32; it also takes nodes of the network's graph, at
+    # strides that double. MODEL.BACKBONE.FREEZE_AT, which counts stages of a ResNet, has no effect.
     cfg.MODEL.GHM.TORCHVISION = CN()
     # A classification network of torchvision.models.
     cfg.MODEL.GHM.TORCHVISION.NAME = "mobilenet_v2"
     # Its batch norm: "FrozenBN", "BN" or "SyncBN".
     cfg.MODEL.GHM.TORCHVISION.NORM = "FrozenBN"
-    # Graph node up to which nothing is trained; "": all is trained.
+    # "res2" to "res5" or graph node up to which nothing is trained; "": all is trained.
     cfg.MODEL.GHM.TORCHVISION.FREEZE_AT = ""

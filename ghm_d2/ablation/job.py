@@ -13,7 +13,7 @@ import torch
 from submitit.helpers import DelayedSubmission
 
 from ghm_d2.engine import main
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 from ghm_d2.provenance import machine
 from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
 
@@ -96,7 +96,7 @@ def _reason(stop: SystemExit) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 def _usage() -> dict[str, Any]:

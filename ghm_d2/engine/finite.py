@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 from ghm_d2.losses.base import HarmonizedLoss
 
 from .agreement import any_process
@@ -264,8 +264,7 @@ class FiniteCheck:
 
 
 def _of(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 def _communicates(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from ghm_d2.data.anchor_check import log_anchor_fit
 from ghm_d2.data.keypoints import convert_incomplete
 from ghm_d2.data.loader import build_train_loader_from_parts
 from ghm_d2.data.readable import ReadableMapper
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 
 from .clipping import clip_gradients
 from .evaluation import AllThresholdsCOCOEvaluator
@@ -133,5 +133,4 @@ def _call(build: Callable[[], Any], key: str) -> Any:
     except UserError:
         raise
     except (AssertionError, ImportError, TypeError, ValueError) as error:
-        message = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{key} cannot be built: {message}.") from error
+        raise UserError(f"{key} cannot be built: {reason(error)}.") from error
