@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -151,4 +152,8 @@ def test_measurements_are_those_of_the_files(generate, tmp_path):
     assert generate.duration(0.0567) == "56.7 ms" and generate.duration(3.6e-5) == "36 µs"
     for report in generate.RESULTS.glob("small_data*/*.md"):
         assert report.read_text().splitlines()[4] in generate.small_data(generate.RESULTS)
+    for file in generate.RESULTS.glob("audit_*.json"):
+        first = json.loads(file.read_text())["rows"]["wrong class"][0]["precision"]
+        assert f"| ghm-d2 audit | {first:.3f} |" in generate.audit(generate.RESULTS)
     assert generate.small_data(tmp_path) == generate.performance(tmp_path) == ""
+    assert generate.audit(tmp_path) == ""

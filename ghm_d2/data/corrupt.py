@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+from pycocotools import mask as mask_util
 
 from ghm_d2.errors import UserError
 
-__all__ = ["KINDS", "corrupt_coco", "iou_xywh"]
+__all__ = ["KINDS", "box_ious", "corrupt_coco"]
 
 KINDS = ("wrong class", "missing", "moved", "spurious")
 
@@ -22,13 +24,14 @@ _TRIES = 256
 Row = dict[str, Any]
 
 
-def iou_xywh(box: Sequence[float], others: np.ndarray) -> np.ndarray:
-    """IoU of one box with (N, 4) others, all of them x, y, width, height; (N,) float64."""
-    one, many = np.asarray(box, float), np.asarray(others, float).reshape(-1, 4)
-    low = np.maximum(one[:2], many[:, :2])
-    high = np.minimum(one[:2] + one[2:], many[:, :2] + many[:, 2:])
-    inside = np.clip(high - low, 0, None).prod(axis=1)
-    return inside / (one[2] * one[3] + many[:, 2] * many[:, 3] - inside)
+def box_ious(boxes: ArrayLike, others: ArrayLike, crowd: Sequence[int] | None = None) -> np.ndarray:
+    """IoU of (N, 4) with (M, 4) boxes, all of them x, y, width, height; (N, M) float64.
+
+    Where `crowd` is 1, it is the part of the first box that lies in the other one, as COCO has it.
+    """
+    one, two = (np.asarray(x, float).reshape(-1, 4) for x in (boxes, others))
+    found = mask_util.iou(one, two, [0] * len(two) if crowd is None else list(crowd))
+    return np.asarray(found, float).reshape(len(one), len(two))
 
 
 def corrupt_coco(
@@ -173,7 +176,7 @@ def _move(
     usable = boxes[(boxes[:, 2:] > 0).all(axis=1)]
     if not len(usable):
         return [float(v) for v in box], 1.0
-    iou = iou_xywh(box, usable)
+    iou = box_ious([box], usable)[0]
     best = int(np.argmin(np.maximum(np.maximum(_MOVED[0] - iou, iou - _MOVED[1]), 0)))
     return usable[best].tolist(), round(float(iou[best]), 4)
 
@@ -198,8 +201,9 @@ def _spurious(
         room = np.array([image["width"], image["height"]]) - sides
         corners = np.floor(_uniform(draw, _TRIES, 2) * room)
         others = true.get(image["id"], np.zeros((0, 4)))
-        overlaps = [iou_xywh([*corner, *sides], others).max(initial=0) for corner in corners]
-        best = int(np.argmax(np.array(overlaps) <= _FREE))
+        boxes = np.concatenate([corners, np.broadcast_to(sides, corners.shape)], axis=1)
+        overlaps = box_ious(boxes, others).max(axis=1, initial=0)
+        best = int(np.argmax(overlaps <= _FREE))
         if overlaps[best] > _FREE:
             best = int(np.argmin(overlaps))
         x, y, w, h = map(float, (*corners[best], *sides))

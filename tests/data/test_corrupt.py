@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, pairwise_iou
 
 from ghm_d2.cli.corrupt import main
 from ghm_d2.data.coco import check_content
-from ghm_d2.data.corrupt import corrupt_coco, iou_xywh
+from ghm_d2.data.corrupt import box_ious, corrupt_coco
 from ghm_d2.errors import UserError
 from tests.tiny import coco_content, one_sentence, write_coco
 
@@ -79,7 +79,7 @@ def test_each_kind_is_what_it_says():
             assert tuple(after["bbox"][2:]) in sizes
             assert sum(after["bbox"][::2]) <= 64 and sum(after["bbox"][1::2]) <= 64
             there = [r["bbox"] for r in rows.values() if r["image_id"] == change["image_id"]]
-            overlap = max(iou_xywh(after["bbox"], np.array(there)))
+            overlap = box_ious([after["bbox"]], there).max()
             assert change["iou"] == pytest.approx(overlap, abs=1e-4)
     # A reader takes the copy as it is.
     data = check_content(noisy)
@@ -87,9 +87,11 @@ def test_each_kind_is_what_it_says():
 
 
 def test_iou():
-    others = np.array([[0, 0, 4, 2], [2, 0, 4, 2], [2, 1, 4, 2], [9, 9, 1, 1]])
-    np.testing.assert_allclose(iou_xywh([0, 0, 4, 2], others), [1, 1 / 3, 1 / 7, 0])
-    assert iou_xywh([0, 0, 1, 1], np.zeros((0, 4))).shape == (0,)
+    others = [[0, 0, 4, 2], [2, 0, 4, 2], [2, 1, 4, 2], [9, 9, 1, 1]]
+    np.testing.assert_allclose(box_ious([[0, 0, 4, 2]], others), [[1, 1 / 3, 1 / 7, 0]])
+    inside = box_ious([[0, 0, 4, 2]], others, [1, 1, 0, 1])
+    np.testing.assert_allclose(inside, [[1, 1 / 2, 1 / 7, 0]])
+    assert box_ious([[0, 0, 1, 1]], []).shape == (1, 0) and box_ious([], others).shape == (0, 4)
 
 
 def test_seed_and_share_decide_and_the_order_of_the_file_does_not():
