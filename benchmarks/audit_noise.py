@@ -182,8 +182,8 @@ def main() -> None:
     data = check_coco_dataset(parse_dataset(args.dataset)).load()
     files = [file for pattern in args.predictions for file in sorted(glob.glob(pattern))]
     detections = read_predictions(files, data.content, complete=True)
-    changes = read_json(args.changes)
-    truth = Truth(changes)
+    images = {row["id"] for row in data.content["images"]}
+    truth = Truth([c for c in read_json(args.changes) if c["image_id"] in images])
     rows = ours(judge(data.content, detections), truth)
     for kind, more in theirs(data.content, detections, truth).items():
         rows[kind] += more
