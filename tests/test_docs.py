@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -112,6 +113,13 @@ def test_links_and_files_exist(page):
         assert target.startswith("http") or (folder / target).exists(), f"{page}: {target}"
     for path in re.findall(r"`((?:configs|tools|benchmarks|tests|docs)/[\w/.*-]+)`", PAGES[page]):
         assert list(ROOT.glob(path)), f"{page} names {path}"
+
+
+def test_the_page_on_wrong_labels_counts_what_is_in_its_record():
+    rows = json.loads((ROOT / "benchmarks/results/bccd_published_suspects.json").read_text())
+    counts = Counter(row["kind"] for row in rows)
+    sentence = "{missing} missing objects, {spurious} spurious boxes, {moved} that lie badly and "
+    assert (sentence + "{wrong class} wrong classes").format(**counts) in PAGES["audit.md"]
 
 
 # --- what docs/generate.py makes ----------------------------------------------------------------
