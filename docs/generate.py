@@ -24,6 +24,7 @@ def write_all(folder: Path) -> None:
         "configuration": configuration(),
         "performance": performance(RESULTS),
         "small_data": small_data(RESULTS),
+        "audit": audit(RESULTS),
     }
     for name, text in parts.items():
         write_text(folder / f"{name}.md", text)
@@ -254,6 +255,31 @@ def small_data(folder: Path) -> str:
         picture = report.with_suffix(".png")
         if picture.exists():
             text += f"![{title.lstrip('# ')}: {name}]({relative(picture)})\n\n"
+    return text
+
+
+# --- audit --------------------------------------------------------------------------------------
+
+
+def audit(folder: Path) -> str:
+    """Precision of `ghm-d2 audit` and of cleanlab, from every `audit_*.json` in `folder`."""
+    text = ""
+    for file in sorted(folder.glob("audit_*.json")):
+        record = read_json(file)
+        text += f"### {record['dataset'].replace('_', ' ')}\n\n{source(file, record)}"
+        text += f"{record['note']} {record['images']} images, {record['objects']} objects.\n\n"
+        rows = [
+            (kind, str(record["errors"][kind]), row["scorer"], f"{row['precision']:.3f}")
+            for kind, found in record["rows"].items()
+            for row in found
+        ]
+        text += markdown_table(("kind", "errors", "scorer", "precision"), rows) + "\n\n"
+        rows = [
+            (kind, *(f"{found[0][f'default_{name}']:.3f}" for name in ("precision", "recall")))
+            for kind, found in record["rows"].items()
+        ]
+        text += "What is chosen without `--number`:\n\n"
+        text += markdown_table(("kind", "precision", "recall"), rows) + "\n\n"
     return text
 
 

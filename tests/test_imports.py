@@ -20,7 +20,7 @@ LAYERS = (
     ("modeling",),
     ("engine",),
     ("analysis", "model_zoo", "deploy"),
-    ("report", "ablation"),
+    ("report", "ablation", "audit"),
     ("cli",),
     ("__main__",),
 )
