@@ -101,7 +101,7 @@ def next_command(
     words = [_python(), program] if program.endswith(".py") else program.split()
     words += ["--config-file", config_file, "--eval-only"]
     for data in datasets:
-        words += ["--dataset", f"{data.name}={data.json_file},{data.image_root}"]
+        words += ["--dataset", str(data)]
     return shlex.join([*words, *overrides])
 
 

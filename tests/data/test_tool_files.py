@@ -1,0 +1,102 @@
+"""Folders of every labelling tool: found out, read, registered, and converted likewise."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from ghm_d2.cli import import_data
+from ghm_d2.data import register_datasets
+from ghm_d2.errors import UserError
+from tests.tiny import forget_program, one_sentence
+from tests.tool_files import TOOL_CASES
+
+
+@pytest.fixture(autouse=True)
+def clean_up(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
+    yield
+    forget_program()
+
+
+def read(names, root):
+    """Class and box of each object of the registered data sets, by image."""
+    found = {}
+    for name in names:
+        classes = MetadataCatalog.get(name).thing_classes
+        for record in DatasetCatalog.get(name):
+            rows = [
+                (classes[a["category_id"]], a["bbox"])
+                for a in record["annotations"]
+                if a["bbox_mode"] == BoxMode.XYWH_ABS
+            ]
+            found[Path(record["file_name"]).relative_to(root).as_posix()] = rows
+    return found
+
+
+def close(found, expected):
+    """Compares them; `expected` has the ends of the paths."""
+    ends = {name: next((k for k in found if k.endswith(name)), "") for name in expected}
+    assert len(found) == len(expected) and all(ends.values()), found
+    for name, rows in expected.items():
+        assert [c for c, _ in found[ends[name]]] == [c for c, _ in rows]
+        for (_, box), (_, wanted) in zip(found[ends[name]], rows, strict=True):
+            assert box == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", TOOL_CASES)
+def test_dataset_takes_the_folder(tmp_path, caplog, name):
+    case = TOOL_CASES[name]
+    case.write(tmp_path)
+    caplog.set_level(logging.INFO, "ghm_d2")
+    argument = [f"my={tmp_path / case.source if case.source else tmp_path}"]
+    if case.objects is None:
+        with pytest.raises(UserError) as error:
+            register_datasets(argument)
+        text = str(error.value)
+        assert re.search(case.words, text) and "\n" not in text
+        return
+    datasets = register_datasets(argument)
+    expected = ["my_train", "my_val"] if case.splits else ["my"]
+    assert [dataset.name for dataset in datasets] == expected
+    found = read(expected, tmp_path)
+    close(found, case.objects)
+    if case.splits:
+        assert tuple(len(DatasetCatalog.get(name)) for name in expected) == case.splits
+    said = "\n".join(r.getMessage() for r in caplog.records)
+    assert f"{case.tool} " in said
+    if case.words:
+        assert re.search(case.words, said), said
+    else:
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING], said
+
+
+@pytest.mark.parametrize("name", [n for n, case in TOOL_CASES.items() if case.tool != "COCO"])
+def test_import_data_writes_the_same(tmp_path, capsys, name):
+    case = TOOL_CASES[name]
+    folder = tmp_path / "in"
+    case.write(folder)
+    argv = [folder / case.source, "--output-dir", tmp_path / "out"]
+    if case.objects is None and name != "yolo, a split without objects":  # for training alone
+        sentence = one_sentence(import_data.main, argv, capsys, "ghm-d2 import-data")
+        assert re.search(case.words, sentence)
+        return
+    if case.objects is None or len(case.objects) < 2:
+        pytest.skip("one image cannot be split")
+    import_data.main(list(map(str, argv)))
+    found = {}
+    for file in (tmp_path / "out").glob("*.json"):
+        content = json.loads(file.read_text())
+        classes = {row["id"]: row["name"] for row in content["categories"]}
+        for row in content["images"]:
+            own = [a for a in content["annotations"] if a["image_id"] == row["id"]]
+            found[row["file_name"]] = [(classes[a["category_id"]], a["bbox"]) for a in own]
+    close(found, case.objects)
+    # What is printed is what --dataset takes.
+    words = capsys.readouterr().out.splitlines()[-1].split()[1::2]
+    if all(case.objects.values()):
+        assert len(register_datasets(words)) == 2
