@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, counted
 
 from .label_folders import LabelFolder, folder_split, is_image, read_images
 from .labels import LabelledImage
@@ -59,10 +59,9 @@ class LabelSet:
         shown = ", ".join(f"{name} {counts[name]:,}" for name in classes[:10])
         more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
         kinds = "; ".join(f"{folder.path}: {folder.kind} labels" for folder in self.folders)
-        images, objects, number = len(self.images), counts.total(), len(classes)
         return (
-            f"{kinds}, {images:,} image{'s' * (images != 1)}, {objects:,} "
-            f"object{'s' * (objects != 1)}, {number} class{'es' * (number != 1)} ({shown}{more})"
+            f"{kinds}, {counted(len(self.images), 'image')}, {counted(counts.total(), 'object')}, "
+            f"{counted(len(classes), 'class')} ({shown}{more})"
         )
 
     def declared_splits(self) -> dict[str, list[LabelledImage]]:
@@ -184,6 +183,8 @@ def log_notes(notes: Counter, difficult: str) -> None:
         "outline": "objects are polygons or rotated: the box around each is taken",
         "empty": "objects are left out: their boxes have no area inside the image",
         "clipped": "boxes reached out of their image and were cut",
+        "labelImg": "boxes are labelImg's, which counts from 0, and are read as VOC's, their left "
+        "and upper sides a pixel further out: import-data --zero-based reads them exactly",
         "from 0": "boxes begin at 0, where VOC begins at 1: if the tool that wrote them counts "
         "from 0, give --zero-based",
     }

@@ -59,6 +59,7 @@ class LabelledImage:
         objects: may be empty.
         split: the part of the data set that its folder or file says; empty where neither does.
         lost: for each object that cannot be used, what is wrong with it.
+        from_zero: whether boxes that are read as VOC's come from a tool that counts from 0.
     """
 
     file: Path
@@ -67,6 +68,7 @@ class LabelledImage:
     objects: tuple[LabelledObject, ...] = ()
     split: str = ""
     lost: tuple[str, ...] = ()
+    from_zero: bool = False
 
 
 def checked_size(file: Path, width: Any = None, height: Any = None) -> tuple[int, int]:
@@ -184,7 +186,8 @@ def to_coco(
         The content, and how many objects were treated in other than the plain way: "difficult",
         "empty" (no area inside the image, left out), "clipped" (reached out of the image),
         "swapped" (xmin was larger than xmax, or ymin than ymax), "outline" (the box around a
-        polygon or rotated box), "from 0" (began at 0, where VOC begins at 1), and
+        polygon or rotated box), "from 0" (began at 0, where VOC begins at 1), "labelImg"
+        (is of a tool that counts from 0), and
         `("class", name)` for objects of other classes, left out.
     """
     ids = {name: number for number, name in enumerate(classes, start=1)}
@@ -232,6 +235,7 @@ def _box(
     notes["outline"] += bool(item.polygons)
     low = min(x0, y0)
     notes["from 0"] += from_one and low == 0
+    notes["labelImg"] += from_one and image.from_zero
     x0, y0 = max(x0 - from_one, 0), max(y0 - from_one, 0)
     right, bottom = min(x1, image.width), min(y1, image.height)
     if right <= x0 or bottom <= y0:

@@ -42,7 +42,19 @@ def read_annotation(root: Element, xml: Path, images: dict[str, list[Path]]) -> 
             objects.append(_object(node))
         except ValueError as error:
             lost.append(str(error))
-    return LabelledImage(file, width, height, tuple(objects), lost=tuple(lost))
+    return LabelledImage(
+        file, width, height, tuple(objects), lost=tuple(lost), from_zero=_is_of_labelimg(root)
+    )
+
+
+def _is_of_labelimg(root: Element) -> bool:
+    """Whether labelImg wrote a file: only it has all of these, in this order."""
+    tags = [node.tag for node in root if node.tag != "object"]
+    return (
+        tags == ["folder", "filename", "path", "source", "size", "segmented"]
+        and root.findtext("source/database") == "Unknown"
+        and all(node.findtext("pose") == "Unspecified" for node in root.iter("object"))
+    )
 
 
 def _file_name(text: str) -> str:
