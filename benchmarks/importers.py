@@ -2,6 +2,7 @@
 
     pip install globox      # in an environment of its own: they want other versions of each other
     python benchmarks/importers.py --library globox
+    python benchmarks/importers.py      # the table of docs/labels.md
 
 One library a call, whose column of benchmarks/results/importers.json is replaced. Each is called as
 its documentation says for this kind of labels, with the folder of the labels and that of the images
@@ -157,11 +158,43 @@ def outcome(case: ToolCase, read: Callable[[ToolCase, Path], Objects]) -> str:
     return "another class or box, silently"
 
 
+def table() -> str:
+    """The table of docs/labels.md: what each library does with the folders of each tool."""
+    content = json.loads(FILE.read_text())
+    tools = dict.fromkeys(case.tool or "none or several" for case in TOOL_CASES.values())
+    head = [f"{name} {column['version']}" for name, column in content.items()]
+    lines = [f"| labels | folders | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+    total = {name: Counter() for name in content}
+    for tool in tools:
+        cases = [n for n, case in TOOL_CASES.items() if (case.tool or "none or several") == tool]
+        cells = []
+        for name, column in content.items():
+            counts = Counter(_word(column["cases"][case]) for case in cases)
+            total[name] += counts
+            cells.append(_cell(counts))
+        lines.append(f"| {tool} | {len(cases)} | {' | '.join(cells)} |")
+    cells = [_cell(total[name]) for name in content]
+    return "\n".join([*lines, f"| all | {len(TOOL_CASES)} | {' | '.join(cells)} |"])
+
+
+def _word(text: str) -> str:
+    known = ("right", "stops", "not supported")
+    return next((word for word in known if text.startswith(word)), "silently other")
+
+
+def _cell(counts: Counter) -> str:
+    words = ("right", "silently other", "stops", "not supported")
+    return ", ".join(f"{counts[word]} {word}" for word in words if counts[word])
+
+
 def main() -> None:
-    """Run one library on all folders."""
+    """Run one library on all folders, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--library", required=True, choices=LIBRARIES)
+    parser.add_argument("--library", choices=LIBRARIES)
     library = parser.parse_args().library
+    if library is None:
+        print(table())
+        return
     logging.disable(logging.CRITICAL)
     assert DISC[0] == _NUMBERS["0"] and BAR[0] == _NUMBERS["1"]
     cases = {name: outcome(case, LIBRARIES[library]) for name, case in TOOL_CASES.items()}

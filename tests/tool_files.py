@@ -230,6 +230,29 @@ YOLO = {
 }
 
 
+def linked(folder: Path) -> None:
+    """The images are links to files elsewhere."""
+    yolo()(folder)
+    for image in list(folder.rglob("*.png")):
+        target = folder.parent / f"store_{folder.name}" / image.name
+        target.parent.mkdir(exist_ok=True)
+        image.symlink_to(image.rename(target))
+
+
+def elsewhere(folder: Path) -> None:
+    """data.yaml lies in a folder of its own."""
+    yolo("path: ../sets/my\ntrain: images/train\nval: images/val\n" + NAMES)(folder / "sets" / "my")
+    (folder / "yaml").mkdir()
+    (folder / "sets" / "my" / "data.yaml").rename(folder / "yaml" / "data.yaml")
+
+
+YOLO |= {
+    "yolo, links": ToolCase("YOLO", linked, BOTH, splits=SPLIT),
+    "yolo, the yaml": ToolCase("YOLO", yolo(), BOTH, splits=SPLIT, source="data.yaml"),
+    "yolo, the yaml elsewhere": ToolCase("YOLO", elsewhere, BOTH, splits=SPLIT, source="yaml"),
+}
+
+
 # labelme: one JSON file an image
 def shape(box: list[float], label: str, kind: str = "rectangle", **more: Any) -> dict[str, Any]:
     """A shape with the corners of a box, all of them or two."""

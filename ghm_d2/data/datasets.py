@@ -168,7 +168,7 @@ def _resolve(dataset: CocoDataset) -> list[CocoDataset]:
             split=split,
             labels=tuple(splits[split]),
             classes=declared,
-            image_root=str(folder.images) if path.is_file() else dataset.image_root,
+            image_root=dataset.image_root if folder.path == path.resolve() else str(folder.images),
         )
         for name, split in _chosen(dataset, list(splits)).items()
     ]

@@ -116,6 +116,8 @@ def find_folder(path: Path, images: Path | None = None) -> LabelFolder:
         UserError: it does not exist, or holds no labels or those of several tools.
     """
     path = path.expanduser().resolve()
+    if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
+        path = path.parent
     if path.is_file():
         folder, files = path.parent, [path]
         annotations = path
@@ -134,10 +136,10 @@ def find_folder(path: Path, images: Path | None = None) -> LabelFolder:
     _find_json(files, found)
     made = LabelFolder(folder, "", (), annotations, root)
     texts = [f for f in files if f.suffix.lower() == ".txt"]
-    labels_above = root != folder and not texts  # labels and images in folders side by side
-    yolo = find_yolo(folder, texts, made.image_files) if path.is_dir() or labels_above else None
+    yolo = find_yolo(folder, texts, made.image_files) if path.is_dir() else None
     if yolo:
         found[YOLO] = []
+        folder, root = (yolo.root, yolo.root) if yolo.root else (folder, root)
     if len(found) > 1:
         where = ", ".join(f"{k} ({f[0].name})" if f else k for k, f in sorted(found.items()))
         raise UserError(f"{path} holds labels of several kinds, {where}: give the file of one.")

@@ -1,6 +1,7 @@
 """YOLO labels: a text file an image, its objects as fractions of the image."""
 
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,12 +34,14 @@ class YoloSet:
         splits: images, lists of images or folders of images of each, by its name.
         points: numbers that stand for keypoints behind each box.
         declared: the file that names the classes.
+        root: the folder that `path` of data.yaml leads to, where it is another one.
     """
 
     names: tuple[str, ...] = ()
     splits: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     points: int = 0
     declared: str = ""
+    root: Path | None = None
 
 
 def find_yolo(folder: Path, labels: Sequence[Path], images: Mapping[str, Any]) -> YoloSet | None:
@@ -77,7 +80,8 @@ def _declared(folder: Path) -> YoloSet | None:
                 shape = content.get("kpt_shape")
                 points = shape[0] * shape[1] if isinstance(shape, list) and len(shape) == 2 else 0
                 splits = _splits(content, file) if place == folder else {}
-                return YoloSet(_names(content), splits, points, file.name)
+                root = _root(content, file) if splits else None
+                return YoloSet(_names(content), splits, points, file.name, root)
         for name in _NAME_FILES:
             for file in (place / name, place / "labels" / name, place / "train" / name):
                 if file.is_file() and (place == folder or _near(place, folder)):
@@ -142,6 +146,12 @@ def _splits(content: dict[str, Any], file: Path) -> dict[str, list[Path]]:
     return {s: p for k, (s, p) in enumerate(found.items()) if p not in [*found.values()][:k]}
 
 
+def _root(content: dict[str, Any], file: Path) -> Path | None:
+    path = content.get("path")
+    root = Path(os.path.normpath(file.parent / path)) if isinstance(path, str) and path else None
+    return root if root and root.is_dir() and not file.is_relative_to(root) else None
+
+
 def _place(text: str, root: Any, file: Path) -> Path | None:
     """Where a path of data.yaml leads on this machine: it may be that of another one."""
     text = text.replace("\\", "/")
@@ -149,8 +159,9 @@ def _place(text: str, root: Any, file: Path) -> Path | None:
     if isinstance(root, str) and root:
         bases.insert(0, file.parent / root.replace("\\", "/"))
     for base in bases:
-        if (base / text).exists():
-            return base / text
+        place = Path(os.path.normpath(base / text))  # images may be links, which stay as they are
+        if place.exists():
+            return place
     parts = [part for part in text.split("/") if part not in ("", ".", "..")]
     ends = (file.parent.joinpath(*parts[k:]) for k in range(len(parts)))
     return next((end for end in ends if end.exists()), None)
@@ -202,15 +213,13 @@ def _members(found: YoloSet, images: Sequence[Path]) -> Iterator[tuple[str, Path
     if not found.splits:
         yield from (("", image) for image in images)
         return
-    by_end = {image.resolve(): image for image in images}
     names: dict[str, list[Path]] = defaultdict(list)
     for image in images:
         names[image.name].append(image)
     for split, places in found.splits.items():
         for place in places:
             if place.is_dir():
-                root = place.resolve()
-                yield from ((split, i) for end, i in by_end.items() if root in end.parents)
+                yield from ((split, image) for image in images if place in image.parents)
                 continue
             for line in place.read_text(encoding="utf-8-sig", errors="replace").splitlines():
                 path = Path(line.strip().replace("\\", "/"))

@@ -37,8 +37,9 @@ def tiled(
 
     predict.input_format = "RGB"  # what SAHI asks of Detectron2's predictor
     model = sahi.models.detectron2.Detectron2DetectionModel(
-        model=predict, confidence_threshold=threshold, device="cpu"
+        confidence_threshold=threshold, device="cpu", load_at_init=False
     )
+    model.model = predict
 
     def run(rgb: np.ndarray) -> Instances:
         result = sahi.predict.get_sliced_prediction(

@@ -1,5 +1,6 @@
 """Folders of every labelling tool: found out, read, registered, and converted likewise."""
 
+import importlib
 import json
 import logging
 import re
@@ -12,7 +13,7 @@ from detectron2.structures import BoxMode
 from ghm_d2.cli import import_data
 from ghm_d2.data import register_datasets
 from ghm_d2.errors import UserError
-from tests.tiny import forget_program, one_sentence
+from tests.tiny import ROOT, forget_program, one_sentence
 from tests.tool_files import TOOL_CASES
 
 
@@ -100,3 +101,12 @@ def test_import_data_writes_the_same(tmp_path, capsys, name):
     words = capsys.readouterr().out.splitlines()[-1].split()[1::2]
     if all(case.objects.values()):
         assert len(register_datasets(words)) == 2
+
+
+def test_the_table_of_the_other_libraries_is_that_of_these_folders(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    importers = importlib.import_module("importers")
+    for column in json.loads(importers.FILE.read_text()).values():
+        assert set(column["cases"]) == set(TOOL_CASES)  # else run benchmarks/importers.py again
+    page = (ROOT / "docs" / "labels.md").read_text()
+    assert importers.table() in page and f"{len(TOOL_CASES)} small ones are tests" in page
