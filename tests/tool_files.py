@@ -653,6 +653,67 @@ def voc(tree: str = "{kind}/{name}") -> Callable[[Path], None]:
     return write
 
 
+def changed(old: str, new: str, encoding: str = "utf-8", suffix: str = ".xml") -> Any:
+    """The file of a.png with another text."""
+
+    def write(root: Path) -> None:
+        voc()(root)
+        file = root / "Annotations" / "a.xml"
+        text = file.read_text()
+        assert old in text
+        file.unlink()
+        file.with_suffix(suffix).write_bytes(text.replace(old, new).encode(encoding))
+
+    return write
+
+
+BOX = "<bndbox><xmin>5</xmin><ymin>7</ymin><xmax>24</xmax><ymax>16</ymax></bndbox>"
+OUTLINE = (
+    "<polygon><x1>4</x1><y1>6</y1><x2>24</x2><y2>6</y2><x3>24</x3><y3>16</y3><x4>4</x4><y4>16</y4>"
+    "</polygon>"
+)
+RED = "\u7ea2"
+VOC = {
+    "voc, a polygon": ToolCase("VOC or CVAT", changed(BOX, OUTLINE), BOTH),
+    "voc, an object without a box": ToolCase(
+        "VOC or CVAT",
+        changed("</annotation>", "<object><name>disc</name></object></annotation>"),
+        BOTH,
+        "1 objects are left out",
+    ),
+    "voc, a box that is no number": ToolCase(
+        "VOC or CVAT",
+        changed(
+            "</annotation>",
+            f"<object><name>disc</name>{BOX.replace('>5<', '>nan<')}</object></annotation>",
+        ),
+        BOTH,
+        "'nan', which is not a number",
+    ),
+    "voc, corners exchanged": ToolCase(
+        "VOC or CVAT",
+        changed(BOX, BOX.replace(">5<", ">0<").replace(">24<", ">5<").replace(">0<", ">24<")),
+        BOTH,
+        "1 boxes had their corners exchanged",
+    ),
+    "voc, GBK": ToolCase(
+        "VOC or CVAT",
+        changed("disc", RED, "gbk"),
+        {"a.png": [(RED, DISC[1])], "b.png": [BAR]},
+    ),
+    "voc, .XML": ToolCase("VOC or CVAT", changed("a.png", "a.png", suffix=".XML"), BOTH),
+    "voc, a path for a name": ToolCase(
+        "VOC or CVAT", changed("a.png", "C:\\data\\old name.png"), BOTH
+    ),
+    "voc, another size": ToolCase(
+        "VOC or CVAT", changed("<width>64<", "<width>640<"), {"b.png": [BAR]}, "640 x 48 pixels"
+    ),
+    "voc, half a file": ToolCase(
+        "VOC or CVAT", changed("</object>", ""), {"b.png": [BAR]}, "not well-formed XML"
+    ),
+}
+
+
 def cvat(subset: bool = False) -> Callable[[Path], None]:
     """CVAT for images."""
 
@@ -737,4 +798,4 @@ OTHERS = {
     ),
 }
 
-TOOL_CASES = {**YOLO, **LABELME, **VIA, **LABEL_STUDIO, **OTHERS}
+TOOL_CASES = {**YOLO, **LABELME, **VIA, **LABEL_STUDIO, **VOC, **OTHERS}

@@ -15,7 +15,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -223,7 +223,8 @@ def _histogram(axes: Axes, values: Sequence[np.ndarray], edges: np.ndarray, thin
 
 def _count_axis(axis: Axis, *, shares: bool) -> None:
     axis.set_major_locator(MaxNLocator(nbins=6, integer=not shares))
-    axis.set_major_formatter(PercentFormatter(1) if shares else StrMethodFormatter("{x:,.0f}"))
+    as_share = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
+    axis.set_major_formatter(as_share if shares else StrMethodFormatter("{x:,.0f}"))
 
 
 def _draw_logarithmic(axes: Axes, values: Sequence[np.ndarray], label: str) -> None:
