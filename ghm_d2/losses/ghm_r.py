@@ -101,18 +101,25 @@ class GHMRLoss(HarmonizedLoss):
             keep = keep.view(*keep.shape, *[1] * (pred.dim() - keep.dim()))
         return pred, target, keep
 
-    def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
-        return {"mu": self.mu} if self.density == "unit_region" else None
+    def _constants(self, raw: Sequence[Arguments]) -> dict[str, Any]:
+        return {"mu": self.mu}
 
-    def _kernel(self, arguments: Sequence[Arguments], eager: Eager) -> FusedExamples | None:
+    def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
+        return {} if self.density == "unit_region" else None
+
+    def _kernel(
+        self, arguments: Sequence[Arguments], eager: Eager, constants: dict[str, Any]
+    ) -> FusedExamples | None:
         if self.density == "exact":
             return None
-        return regression_kernel(arguments, self.mu, self.bins, eager)
+        return regression_kernel(arguments, constants["mu"], self.bins, eager)
 
-    def _eager(self, pred: Tensor, target: Tensor, keep: Tensor | None) -> EagerPart:
+    def _eager(
+        self, pred: Tensor, target: Tensor, keep: Tensor | None, constants: dict[str, Any]
+    ) -> EagerPart:
         if not pred.numel():
             return EagerPart.empty(pred)
         given = pred
         if keep is not None:
             pred, target = pred.masked_fill(~keep, 0), target.masked_fill(~keep, 0)
-        return EagerPart(*regression_examples(pred, target, self.mu), keep, given)
+        return EagerPart(*regression_examples(pred, target, constants["mu"]), keep, given)
