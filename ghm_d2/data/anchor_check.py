@@ -49,7 +49,7 @@ def anchor_report(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> tuple[str,
     iou = best_shape_iou(size.resize(boxes, images), anchors)
     share = float((iou >= ENOUGH_IOU).mean())
     text = (
-        f"{share:.0%} of {len(boxes)} boxes{f' (1 image in {every})' if every > 1 else ''} have "
+        f"{share:.0%} of {len(boxes):,} boxes{f' (1 image in {every})' if every > 1 else ''} have "
         f"an anchor with IoU >= {ENOUGH_IOU} by shape, after the resize of INPUT"
     )
     if share > 0.5:

@@ -48,6 +48,7 @@ from .agreement import of_main_process
 from .clipping import build_optimizer
 from .evaluation import AllThresholdsCOCOEvaluator, costs_recorded
 from .finite import FiniteCheck, FiniteWeights, WithoutTracebacks
+from .length import LengthEstimate
 from .output_folder import FolderIsThere
 from .preemption import StopOnSignal
 from .process_states import ProcessStates
@@ -121,6 +122,7 @@ class GHMTrainer(DefaultTrainer):
             build_gradient_statistics(self.model, settings.statistics_period, settings.output_dir),
             FolderIsThere(settings.output_dir) if is_main else None,
             FiniteWeights(settings.checkpoint_period),
+            LengthEstimate() if is_main else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._precise_bn(),  # changes the model, so that it comes before its checkpoint
