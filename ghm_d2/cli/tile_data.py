@@ -6,7 +6,9 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from ghm_d2.data.datasets import check_coco_dataset, parse_dataset, resolve
+from ghm_d2.data.dataset_folders import resolve
+from ghm_d2.data.dataset_option import parse_dataset
+from ghm_d2.data.datasets import check_coco_dataset
 from ghm_d2.data.split import describe, write_coco
 from ghm_d2.data.tiles import check_tiling, import_sahi, tile_coco
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments

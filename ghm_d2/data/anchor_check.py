@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import BoxMode
 
 from .anchors import ENOUGH_IOU, Anchors, InputSize, best_shape_iou, suggest
+from .augmentation import sets_size
 
 __all__ = ["anchor_report", "configured_anchors", "input_size", "log_anchor_fit"]
 
@@ -39,9 +40,12 @@ def anchor_report(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> tuple[str,
             of every k-th image are looked at.
 
     Returns:
-        The text, empty where the detector has no axis-aligned anchors or the data no box, and
-        whether most boxes have an anchor with IoU 0.5 or more.
+        The text, empty where the detector has no axis-aligned anchors, the data no box, or
+        `MODEL.GHM.AUGMENTATIONS` sets the size of images; and whether most boxes have an anchor
+        with IoU 0.5 or more.
     """
+    if sets_size(cfg):
+        return "", True
     anchors, size = configured_anchors(cfg), input_size(cfg)
     boxes, images, every = _box_sizes(records)
     if anchors is None or not len(boxes):

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from detectron2.data.detection_utils import build_augmentation
 from ghm_d2.errors import UserError, reason, shown, similar_names
 from ghm_d2.randomness import preserved
 
-__all__ = ["AUGMENTATIONS", "build_augmentations", "train_augmentations"]
+__all__ = ["AUGMENTATIONS", "build_augmentations", "sets_size", "train_augmentations"]
 
 # What needs an image alone; Detectron2's mapper hands them neither boxes nor classes.
 AUGMENTATIONS: dict[str, type[T.Augmentation]] = {
@@ -36,16 +37,26 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         UserError: an entry cannot be used; the message says why and what is allowed.
     """
     given = build_augmentations(cfg.MODEL.GHM.AUGMENTATIONS, "MODEL.GHM.AUGMENTATIONS")
-    kinds = [type(aug) for aug in given]
-    own = [
-        aug
-        for aug in build_augmentation(cfg, is_train=True)
-        if not (isinstance(aug, _SIZES) and any(issubclass(kind, _SIZES) for kind in kinds))
-        and not (isinstance(aug, T.RandomFlip) and T.RandomFlip in kinds)
-    ]
+    replaced: tuple[type, ...] = (T.RandomFlip,) if any(map(_is_flip, given)) else ()
+    replaced += _SIZES if _set_size(given) else ()
+    own = [a for a in build_augmentation(cfg, is_train=True) if not isinstance(a, replaced)]
     if cfg.INPUT.CROP.ENABLED:
         own.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
     return [*given, *own]
+
+
+def sets_size(cfg: CfgNode) -> bool:
+    """Whether `MODEL.GHM.AUGMENTATIONS` decides how large images become, not `INPUT`."""
+    node = cfg.MODEL.get("GHM", {})
+    return _set_size(build_augmentations(node.get("AUGMENTATIONS", ""), "MODEL.GHM.AUGMENTATIONS"))
+
+
+def _set_size(given: Sequence[T.Augmentation]) -> bool:
+    return any(isinstance(augmentation, _SIZES) for augmentation in given)
+
+
+def _is_flip(augmentation: T.Augmentation) -> bool:
+    return isinstance(augmentation, T.RandomFlip)
 
 
 def build_augmentations(text: str, key: str) -> list[T.Augmentation]:

@@ -3,13 +3,14 @@
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ghm_d2.errors import UserError, counted
 
-from .label_folders import LabelFolder, folder_split, is_image, read_images
+from .label_folders import LabelFolder, folder_split, is_image
+from .label_images import Images, read_images
 from .labels import LabelledImage
 from .split import choose
 
@@ -21,8 +22,6 @@ SPLITS = ("train", "val", "test")
 
 _LEVELS = {"outline": logging.INFO}
 
-Images = Mapping[tuple[LabelFolder, str], LabelledImage]
-
 
 @dataclass(frozen=True)
 class LabelSet:
@@ -30,7 +29,7 @@ class LabelSet:
 
     Attributes:
         folders: where they lie.
-        images: by folder and name; see :func:`~ghm_d2.data.label_folders.read_images`.
+        images: by folder and name; see :func:`~ghm_d2.data.label_images.read_images`.
         root: a folder that holds all images.
     """
 

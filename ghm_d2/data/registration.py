@@ -12,7 +12,9 @@ from detectron2.utils.file_io import PathManager
 from ghm_d2.errors import UserError
 
 from .annotations import Uses
-from .datasets import CocoDataset, check_coco_dataset, check_same_classes, parse_dataset, resolve
+from .dataset_folders import resolve
+from .dataset_option import CocoDataset, parse_dataset
+from .datasets import check_coco_dataset, check_same_classes, load_checked
 from .keypoints import mirrored_pairs
 from .overlap import log_shared_images
 
@@ -61,7 +63,7 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
             )
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    load = functools.cache(dataset.load)
+    load = functools.cache(lambda: load_checked(dataset))
     data = load()
 
     def records() -> list[dict[str, Any]]:

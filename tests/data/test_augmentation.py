@@ -6,6 +6,7 @@ import pytest
 from detectron2.data import transforms as T
 
 from ghm_d2.cli.look import main as look
+from ghm_d2.data.anchor_check import anchor_report
 from ghm_d2.data.augmentation import AUGMENTATIONS, build_augmentations, train_augmentations
 from ghm_d2.data.loader import build_train_mapper
 from ghm_d2.engine import main, python_build
@@ -47,6 +48,13 @@ def test_what_sets_the_size_or_flips_takes_the_place_of_detectron2_s():
     assert kinds(key, "RandomContrast(1, 1)", "INPUT.CROP.ENABLED", "True") == [
         "RandomContrast", "RandomCrop", "ResizeShortestEdge", "RandomFlip",
     ]  # fmt: skip
+
+
+def test_anchors_are_not_judged_by_a_size_that_images_do_not_have(tmp_path):
+    records = [record(tmp_path)]
+    for text, silent in ((JITTER, True), ("RandomFlip()", False)):
+        cfg = small_config("ghm_retinanet_R_50", *tiny_pairs(), "MODEL.GHM.AUGMENTATIONS", text)
+        assert (anchor_report(cfg, records)[0] == "") is silent
 
 
 def test_all_that_detectron2_has_for_images_are_known():

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import pickle
 import re
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from ghm_d2.cli import import_data
+from ghm_d2.cli import check_data, import_data, split_data
 from ghm_d2.data import register_datasets
+from ghm_d2.data.datasets import load_checked
 from ghm_d2.errors import UserError
 from tests.tiny import ROOT, forget_program, one_sentence
-from tests.tool_files import TOOL_CASES
+from tests.tool_files import BAR, TOOL_CASES
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +103,80 @@ def test_import_data_writes_the_same(tmp_path, capsys, name):
     words = capsys.readouterr().out.splitlines()[-1].split()[1::2]
     if all(case.objects.values()):
         assert len(register_datasets(words)) == 2
+
+
+def test_check_data_takes_a_folder_and_split_data_says_what_does(tmp_path, capsys):
+    TOOL_CASES["yolo"].write(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        check_data.main([str(tmp_path)])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.count("1 images, 1 annotations, 2 categories") == 2
+    assert f"{tmp_path} (val): " in text
+    argv = [tmp_path, "--output-dir", tmp_path / "o"]
+    assert "import-data" in one_sentence(split_data.main, argv, capsys, "ghm-d2 split-data")
+
+
+@pytest.mark.parametrize(
+    ("argument", "names"),
+    [
+        ("my={}", ["my_train", "my_val"]),
+        ("my={},valid", ["my"]),
+        ("my_val={}", ["my_val"]),
+        ("x-train={}", ["x-train"]),
+    ],
+)
+def test_splits_by_name(tmp_path, argument, names):
+    TOOL_CASES["yolo"].write(tmp_path)
+    found = register_datasets([argument.format(tmp_path)])
+    assert [dataset.name for dataset in found] == names
+    assert all(dataset.classes == ("disc", "bar") for dataset in found)
+    again = register_datasets([str(dataset) for dataset in found])  # what a summary prints
+    assert [(d.name, d.fingerprint) for d in again] == [(d.name, d.fingerprint) for d in found]
+    with pytest.raises(UserError, match="has the splits train, val, not test"):
+        register_datasets([f"y={tmp_path},test"])
+
+
+def test_folders_that_declare_no_classes_share_them(tmp_path):
+    TOOL_CASES["voc of Roboflow"].write(tmp_path)
+    found = register_datasets([f"a={tmp_path}/train", f"b={tmp_path}/valid"])
+    assert [dataset.classes for dataset in found] == [("bar", "disc")] * 2
+
+
+def test_another_process_reads_the_same(tmp_path):
+    TOOL_CASES["voc, a polygon"].write(tmp_path)
+    (dataset,) = register_datasets([f"a={tmp_path}"])
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert sent.data is None and load_checked(sent).content == dataset.data.content
+
+
+def test_masks_of_polygons_train_a_mask_head(tmp_path):
+    TOOL_CASES["labelme, polygons"].write(tmp_path)
+    register_datasets([f"m={tmp_path}"])
+    rows = [a for r in DatasetCatalog.get("m") for a in r["annotations"]]
+    assert [len(row.get("segmentation", ())) for row in rows] == [1, 0]
+
+
+LABELIMG = (
+    "<annotation><folder>x</folder><filename>a.png</filename><path>/x/a.png</path><source>"
+    "<database>Unknown</database></source><size><width>64</width><height>48</height><depth>3"
+    "</depth></size><segmented>0</segmented><object><name>disc</name><pose>Unspecified</pose>"
+    "<truncated>0</truncated><difficult>0</difficult><bndbox><xmin>4</xmin><ymin>6</ymin>"
+    "<xmax>24</xmax><ymax>16</ymax></bndbox></object></annotation>"
+)
+
+
+def test_labelimg_s_offset_is_said(tmp_path, caplog, capsys):
+    TOOL_CASES["voc"].write(tmp_path)
+    (tmp_path / "Annotations" / "a.xml").write_text(LABELIMG)
+    caplog.set_level(logging.INFO, "ghm_d2")
+    register_datasets([f"a={tmp_path}"])
+    words = "1 boxes are labelImg's, which counts from 0"
+    assert words in caplog.text
+    close(read(["a"], tmp_path), {"a.png": [("disc", [3, 5, 21, 11])], "b.png": [BAR]})
+    caplog.clear()
+    argv = ["--output-dir", str(tmp_path / "o"), "--val-fraction", "0.5", "--zero-based"]
+    import_data.main([str(tmp_path), *argv])
+    assert words not in caplog.text + capsys.readouterr().out
 
 
 def test_the_table_of_the_other_libraries_is_that_of_these_folders(monkeypatch):
