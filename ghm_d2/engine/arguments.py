@@ -53,7 +53,8 @@ def _parser() -> Parser:
     add_dataset_option(
         parser,
         "register COCO-format data, or a folder of any tool's labels; the first is trained on and "
-        "the others are tested on, unless DATASETS.TRAIN and DATASETS.TEST say otherwise (repeatable)",
+        "the others are tested on, unless DATASETS.TRAIN and DATASETS.TEST say otherwise "
+        "(repeatable)",
     )
     add_process_options(parser)
     return parser
