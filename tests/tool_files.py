@@ -246,7 +246,18 @@ def elsewhere(folder: Path) -> None:
     (folder / "sets" / "my" / "data.yaml").rename(folder / "yaml" / "data.yaml")
 
 
+def hidden(folder: Path) -> None:
+    """What macOS and notebooks leave behind."""
+    yolo()(folder)
+    put(folder, **{"__MACOSX/images/train/._a.png": "x", "images/train/._a.png": "x"})
+    put(folder, **{".ipynb_checkpoints/a-checkpoint.json": labelme_file("a.png")})
+
+
 YOLO |= {
+    "yolo, hidden files": ToolCase("YOLO", hidden, BOTH, splits=SPLIT),
+    "yolo, images alone": ToolCase(
+        "YOLO", yolo(), None, "give the folder that holds both", source="images/train"
+    ),
     "yolo, links": ToolCase("YOLO", linked, BOTH, splits=SPLIT),
     "yolo, the yaml": ToolCase("YOLO", yolo(), BOTH, splits=SPLIT, source="data.yaml"),
     "yolo, the yaml elsewhere": ToolCase("YOLO", elsewhere, BOTH, splits=SPLIT, source="yaml"),

@@ -53,7 +53,11 @@ def _resolve(dataset: CocoDataset) -> list[CocoDataset]:
             for file, root in [files[split]]
         ]
     labels = read_labels([folder])
-    splits = labels.declared_splits() or {"": list(labels.images.values())}
+    splits = labels.declared_splits()
+    if dataset.split and any(dataset.split in part.lists for part in labels.folders):
+        splits = labels.named_splits([dataset.split])  # such as VOC's trainval
+    elif "train" not in splits and not dataset.split:
+        splits = {"": list(labels.images.values())}
     declared = tuple(labels.classes) if folder.classes else ()
     return [
         replace(

@@ -1,5 +1,6 @@
 """Folders of labels: which tool wrote them, and where their files and images lie."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -42,6 +43,7 @@ _JSON = {
     LABEL_STUDIO: is_label_studio,
 }
 _KINDS = "COCO, YOLO, VOC, CVAT, labelme, VIA or Label Studio"
+_HIDDEN = (".", "__MACOSX")
 _MOST_LOOKED_AT = 200  # JSON files; of labelme there may be one for each image
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -86,7 +88,7 @@ class LabelFolder:
     def image_files(self) -> dict[str, list[Path]]:
         """All images, by their names without suffix."""
         found: dict[str, list[Path]] = defaultdict(list)
-        for file in sorted(self.images.rglob("*")):
+        for file in _below(self.images):
             if is_image(file):
                 found[file.stem].append(file)
         return found
@@ -118,7 +120,7 @@ def find_folder(path: Path, images: Path | None = None) -> LabelFolder:
         if inner := _inner(path):
             return find_folder(inner, images)
         annotations = _first(path / "Annotations", path / "annotations", path)
-        files = sorted(f for f in path.rglob("*") if not f.name.startswith("._"))
+        files = _below(path)
     else:
         raise UserError(f"the folder {path} does not exist.")
     root = images.expanduser().resolve() if images else _image_root(folder)
@@ -136,7 +138,10 @@ def find_folder(path: Path, images: Path | None = None) -> LabelFolder:
         where = ", ".join(f"{k} ({f[0].name})" if f else k for k, f in sorted(found.items()))
         raise UserError(f"{path} holds labels of several kinds, {where}: give the file of one.")
     if not found:
-        raise UserError(f"{path} holds no labels of {_KINDS}.")
+        raise UserError(
+            f"{path} holds no labels of {_KINDS}: give the folder that holds both labels and images, "
+            "or NAME=LABELS,image_dir."
+        )
     ((kind, labels),) = found.items()
     return LabelFolder(folder, kind, tuple(labels), annotations, root, yolo)
 
@@ -156,14 +161,23 @@ def _inner(path: Path) -> Path | None:
 
 def _image_root(folder: Path) -> Path:
     for name in ("JPEGImages", "images"):
-        if any(map(is_image, (folder / name).rglob("*"))):
+        if any(map(is_image, _below(folder / name))):
             return folder / name
     return folder
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file is an image by its name; macOS puts "._" files beside others."""
-    return file.suffix.lower() in _IMAGE_SUFFIXES and not file.name.startswith("._")
+    """Whether a file is an image by its name."""
+    return file.suffix.lower() in _IMAGE_SUFFIXES
+
+
+def _below(folder: Path) -> list[Path]:
+    """All files below a folder, but those that systems and editors hide there."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(_HIDDEN))
+        found += [Path(place, file) for file in sorted(files) if not file.startswith(_HIDDEN)]
+    return found
 
 
 def _find_json(files: Iterable[Path], found: dict[str, list[Path]]) -> None:

@@ -17,6 +17,7 @@ from ghm_d2.data.datasets import load_checked
 from ghm_d2.errors import UserError
 from tests.tiny import ROOT, forget_program, one_sentence
 from tests.tool_files import BAR, TOOL_CASES
+from tests.voc import write_lists
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,14 @@ def test_splits_by_name(tmp_path, argument, names):
     assert [(d.name, d.fingerprint) for d in again] == [(d.name, d.fingerprint) for d in found]
     with pytest.raises(UserError, match="has the splits train, val, not test"):
         register_datasets([f"y={tmp_path},test"])
+
+
+def test_lists_of_voc_by_name(tmp_path):
+    TOOL_CASES["voc"].write(tmp_path)
+    write_lists(tmp_path, trainval=["a"], test=["b"])
+    for argument, number in ((f"m={tmp_path}", 2), (f"m={tmp_path},trainval", 1)):
+        (dataset,) = register_datasets([argument])
+        assert len(dataset.labels) == number and dataset.name == "m"
 
 
 def test_folders_that_declare_no_classes_share_them(tmp_path):
