@@ -139,8 +139,8 @@ def find_folder(path: Path, images: Path | None = None) -> LabelFolder:
         raise UserError(f"{path} holds labels of several kinds, {where}: give the file of one.")
     if not found:
         raise UserError(
-            f"{path} holds no labels of {_KINDS}: give the folder that holds both labels and images, "
-            "or NAME=LABELS,image_dir."
+            f"{path} holds no labels of {_KINDS}: give the folder that holds both labels and "
+            "images, or NAME=LABELS,image_dir."
         )
     ((kind, labels),) = found.items()
     return LabelFolder(folder, kind, tuple(labels), annotations, root, yolo)

@@ -182,7 +182,7 @@ def read_yolo(
         UserError: an object is of a class that has no name.
     """
     texts: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(folder.rglob("*.txt")):
+    for file in sorted(f for f in folder.rglob("*.txt") if not f.name.startswith(".")):
         texts[file.stem].append(file)
     used: set[Path] = set()
     without = 0
