@@ -58,9 +58,9 @@ def globox(case: ToolCase, root: Path) -> Objects:
         sets = [AnnotationSet.from_via_json(file, image_folder=root, label_key="type")]
     elif case.tool == "COCO":
         sets = [AnnotationSet.from_coco(file) for file in root.rglob("*.json")]
-    elif list(root.glob("annotations.xml")):
+    elif case.tool == "CVAT":
         sets = [AnnotationSet.from_cvat(root / "annotations.xml")]
-    elif case.tool == "VOC or CVAT":
+    elif case.tool == "VOC":
         sets = [AnnotationSet.from_pascal_voc(root, recursive=True)]
     else:
         raise NotImplementedError
@@ -91,7 +91,7 @@ def supervision(case: ToolCase, root: Path) -> Objects:
             for file in root.rglob("*.json")
             for image in [next(root.rglob(json.loads(file.read_text())["images"][0]["file_name"]))]
         ]
-    elif case.tool == "VOC or CVAT" and not list(root.glob("annotations.xml")):
+    elif case.tool == "VOC":
         sets = [
             DetectionDataset.from_pascal_voc(str(images), str(labels))
             for labels, images in folders_of(root, ".xml")

@@ -685,15 +685,15 @@ OUTLINE = (
 )
 RED = "\u7ea2"
 VOC = {
-    "voc, a polygon": ToolCase("VOC or CVAT", changed(BOX, OUTLINE), BOTH),
+    "voc, a polygon": ToolCase("VOC", changed(BOX, OUTLINE), BOTH),
     "voc, an object without a box": ToolCase(
-        "VOC or CVAT",
+        "VOC",
         changed("</annotation>", "<object><name>disc</name></object></annotation>"),
         BOTH,
         "1 objects are left out",
     ),
     "voc, a box that is no number": ToolCase(
-        "VOC or CVAT",
+        "VOC",
         changed(
             "</annotation>",
             f"<object><name>disc</name>{BOX.replace('>5<', '>nan<')}</object></annotation>",
@@ -702,25 +702,23 @@ VOC = {
         "'nan', which is not a number",
     ),
     "voc, corners exchanged": ToolCase(
-        "VOC or CVAT",
+        "VOC",
         changed(BOX, BOX.replace(">5<", ">0<").replace(">24<", ">5<").replace(">0<", ">24<")),
         BOTH,
         "1 boxes had their corners exchanged",
     ),
     "voc, GBK": ToolCase(
-        "VOC or CVAT",
+        "VOC",
         changed("disc", RED, "gbk"),
         {"a.png": [(RED, DISC[1])], "b.png": [BAR]},
     ),
-    "voc, .XML": ToolCase("VOC or CVAT", changed("a.png", "a.png", suffix=".XML"), BOTH),
-    "voc, a path for a name": ToolCase(
-        "VOC or CVAT", changed("a.png", "C:\\data\\old name.png"), BOTH
-    ),
+    "voc, .XML": ToolCase("VOC", changed("a.png", "a.png", suffix=".XML"), BOTH),
+    "voc, a path for a name": ToolCase("VOC", changed("a.png", "C:\\data\\old name.png"), BOTH),
     "voc, another size": ToolCase(
-        "VOC or CVAT", changed("<width>64<", "<width>640<"), {"b.png": [BAR]}, "640 x 48 pixels"
+        "VOC", changed("<width>64<", "<width>640<"), {"b.png": [BAR]}, "640 x 48 pixels"
     ),
     "voc, half a file": ToolCase(
-        "VOC or CVAT", changed("</object>", ""), {"b.png": [BAR]}, "not well-formed XML"
+        "VOC", changed("</object>", ""), {"b.png": [BAR]}, "not well-formed XML"
     ),
 }
 
@@ -771,14 +769,12 @@ def coco(a: str, b: str = "", place_a: str = "{}", place_b: str = "{}") -> Calla
 
 
 OTHERS = {
-    "voc": ToolCase("VOC or CVAT", voc(), BOTH),
-    "voc of Roboflow": ToolCase("VOC or CVAT", voc("{split}/{name}"), BOTH, splits=SPLIT),
-    "voc, splits with folders": ToolCase(
-        "VOC or CVAT", voc("{split}/{kind}/{name}"), BOTH, splits=SPLIT
-    ),
-    "voc in VOCdevkit": ToolCase("VOC or CVAT", voc("VOC2007/{kind}/{name}"), BOTH),
-    "cvat": ToolCase("VOC or CVAT", cvat(), BOTH),
-    "cvat, subsets": ToolCase("VOC or CVAT", cvat(subset=True), BOTH, splits=SPLIT),
+    "voc": ToolCase("VOC", voc(), BOTH),
+    "voc of Roboflow": ToolCase("VOC", voc("{split}/{name}"), BOTH, splits=SPLIT),
+    "voc, splits with folders": ToolCase("VOC", voc("{split}/{kind}/{name}"), BOTH, splits=SPLIT),
+    "voc in VOCdevkit": ToolCase("VOC", voc("VOC2007/{kind}/{name}"), BOTH),
+    "cvat": ToolCase("CVAT", cvat(), BOTH),
+    "cvat, subsets": ToolCase("CVAT", cvat(subset=True), BOTH, splits=SPLIT),
     "coco": ToolCase("COCO", coco("annotations.json"), BOTH),
     "coco, images": ToolCase("COCO", coco("annotations.json", "", "images/{}", "images/{}"), BOTH),
     "coco of coco": ToolCase(

@@ -94,6 +94,14 @@ class LabelFolder:
         return found
 
     @property
+    def tool(self) -> str:
+        """What wrote the labels, for a message."""
+        if self.kind != XML:
+            return self.kind
+        with self.files[0].open("rb") as stream:
+            return "CVAT" if b"<annotations" in stream.read(4096) else "Pascal VOC"
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Those that the folder declares, in their order; empty where it does not."""
         return self.yolo.names if self.yolo else ()

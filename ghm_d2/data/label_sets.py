@@ -57,7 +57,7 @@ class LabelSet:
         classes = self.classes
         shown = ", ".join(f"{name} {counts[name]:,}" for name in classes[:10])
         more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-        kinds = "; ".join(f"{folder.path}: {folder.kind} labels" for folder in self.folders)
+        kinds = "; ".join(f"{folder.path}: {folder.tool} labels" for folder in self.folders)
         return (
             f"{kinds}, {counted(len(self.images), 'image')}, {counted(counts.total(), 'object')}, "
             f"{counted(len(classes), 'class')} ({shown}{more})"
