@@ -144,6 +144,16 @@ YOLO = {
         BOTH,
         splits=SPLIT,
     ),
+    "yolo, a list with an image that is gone": ToolCase(
+        "YOLO",
+        yolo(
+            "train: train.txt\nval: val.txt\n" + NAMES,
+            **{"train.txt": "./images/train/a.png\n./images/train/x.png\n", "val.txt": "b.png\n"},
+        ),
+        BOTH,
+        "train.txt: 1 of its images are not there, the first is ./images/train/x.png",
+        SPLIT,
+    ),
     "yolo, no val": ToolCase("YOLO", yolo("train: images\nval: images\n" + NAMES), BOTH),
     "yolo without a yaml": ToolCase(
         "YOLO", yolo(None, **{"classes.txt": "disc\nbar\n"}), BOTH, splits=SPLIT

@@ -1,5 +1,6 @@
 """Label Studio's JSON, whole or "JSON-MIN": shapes in per cent of the image."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -132,8 +133,8 @@ def _object(name: str, value: dict[str, Any], width: int, height: int) -> Labell
         return outline(name, [[v for x, y in points for v in (x * width / 100, y * height / 100)]])
     if radii := pixels("radiusX", "radiusY"):
         centre = pixels("x", "y")
-        degrees = number(value.get("rotation")) or 0
-        return centre and ellipse(name, centre, radii, degrees * 0.017453292519943295)
+        turn = math.radians(number(value.get("rotation")) or 0)
+        return centre and ellipse(name, centre, radii, turn)
     if (box := pixels("x", "y", "width", "height")) and box[2] > 0 and box[3] > 0:
         x, y, w, h = box
         return rectangle(name, (x, y, x + w, y + h), value.get("rotation"), centred=False)

@@ -115,7 +115,9 @@ def outline(
     return LabelledObject(name, (x, y, x + w, y + h), difficult, tuple(map(tuple, polygons)))
 
 
-def rectangle(name: str, box: Sequence[Any], degrees: Any = 0, centred: bool = True):
+def rectangle(
+    name: str, box: Sequence[Any], degrees: Any = 0, centred: bool = True
+) -> LabelledObject | None:
     """A box that may be turned; None where a number is none.
 
     Args:
@@ -137,7 +139,9 @@ def rectangle(name: str, box: Sequence[Any], degrees: Any = 0, centred: bool = T
     return outline(name, [points])
 
 
-def ellipse(name: str, centre: Sequence[Any], radii: Sequence[Any], radians: Any = 0):
+def ellipse(
+    name: str, centre: Sequence[Any], radii: Sequence[Any], radians: Any = 0
+) -> LabelledObject | None:
     """An ellipse or circle, as a polygon; None where a number is none or a radius is not positive.
 
     Args:

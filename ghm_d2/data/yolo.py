@@ -221,12 +221,22 @@ def _members(found: YoloSet, images: Sequence[Path]) -> Iterator[tuple[str, Path
             if place.is_dir():
                 yield from ((split, image) for image in images if place in image.parents)
                 continue
+            absent = []
             for line in place.read_text(encoding="utf-8-sig", errors="replace").splitlines():
                 path = Path(line.strip().replace("\\", "/"))
                 same = names.get(path.name, [])
                 near = [i for i in same if i.parent.name == path.parent.name]
-                if line.strip() and len(near or same) == 1:
+                if len(near or same) == 1:
                     yield split, (near or same)[0]
+                elif line.strip():
+                    absent.append(line.strip())
+            if absent:
+                logger.warning(
+                    "%s: %d of its images are not there, the first is %s",
+                    place,
+                    len(absent),
+                    shown(absent[0]),
+                )
 
 
 def _label_of(image: Path, texts: Mapping[str, Sequence[Path]]) -> Path | None:

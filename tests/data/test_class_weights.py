@@ -1,10 +1,13 @@
 """CLASS_WEIGHT by number, by name and balanced, down to the loss."""
 
+import itertools
 from collections import Counter
 
 import pytest
 
+from ghm_d2.data import register_datasets
 from ghm_d2.data.class_weights import class_weights
+from ghm_d2.data.loader import build_train_loader
 from ghm_d2.engine import main
 from ghm_d2.engine.setup import build_config
 from ghm_d2.modeling.build import build_losses
@@ -81,3 +84,20 @@ def test_a_baseline_has_none():
     cfg.MODEL.GHM.RETINANET.CLS.update(CLASS_WEIGHT="1 1 1", LOSS_TYPE="ohem")
     with pytest.raises(ValueError, match="CLASS_WEIGHT is of GHM-C"):
         build_losses(cfg, "RETINANET")
+
+
+def test_detectron2_s_sampler_repeats_images_of_a_rare_class(tmp_path):
+    content = coco_content(12)
+    for row in content["annotations"]:
+        row["category_id"] = 3 if row["image_id"] == 1 else 1
+    content["categories"] = [row for row in content["categories"] if row["id"] != 2]
+    register_datasets([f"rare={write_coco(tmp_path, content=content, images=12)}"])
+    cfg = small_config(
+        "ghm_retinanet_R_50", *tiny_pairs(), "DATASETS.TRAIN", ("rare",),
+        "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler",
+        "DATALOADER.REPEAT_THRESHOLD", 0.33,
+    )  # fmt: skip
+    batches = itertools.islice(build_train_loader(cfg, lambda record: record), 200)
+    drawn = Counter(record["image_id"] for batch in batches for record in batch)
+    others = (drawn.total() - drawn[1]) / 11
+    assert drawn[1] / others == pytest.approx((0.33 * 12) ** 0.5, rel=0.15)
