@@ -265,8 +265,9 @@ def hidden(folder: Path) -> None:
 
 YOLO |= {
     "yolo, hidden files": ToolCase("YOLO", hidden, BOTH, splits=SPLIT),
-    "yolo, images alone": ToolCase(
-        "YOLO", yolo(), None, "give the folder that holds both", source="images/train"
+    "yolo, images alone": ToolCase("YOLO", yolo(), {"a.png": [DISC]}, source="images/train"),
+    "yolo, images without labels": ToolCase(
+        "YOLO", yolo(NAMES, None, None, "{name}"), None, "give the folder that holds both"
     ),
     "yolo, links": ToolCase("YOLO", linked, BOTH, splits=SPLIT),
     "yolo, the yaml": ToolCase("YOLO", yolo(), BOTH, splits=SPLIT, source="data.yaml"),

@@ -5,11 +5,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ghm_d2.data.annotations import Uses
 from ghm_d2.data.checks import KINDS, Findings, Problem
 from ghm_d2.data.coco import CocoData, check_content
-from ghm_d2.data.dataset_folders import resolve
+from ghm_d2.data.dataset_folders import is_foreign, resolve
 from ghm_d2.data.dataset_option import CocoDataset
 from ghm_d2.data.datasets import read_content
 from ghm_d2.data.overlap import copies
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="ghm-d2 check-data", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("annotations", help="the annotation file, or a folder or file of any tool's labels")
-    add("images", nargs="?", help="the folder that its file names are relative to (its own)")
+    add("images", nargs="?", help="the folder that its file names are relative to")
     add("--unlabelled", action="store_true", help="a test set without annotations")
     add("--examples", type=int, default=5, metavar="N", help="of each kind (5)")
     add("--headers-only", action="store_true", help="do not decode the images")
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--examples must be at least 1, got {args.examples}.")
         if args.images and not os.path.isdir(args.images):
             raise UserError(f"the image folder {args.images} does not exist.")
+        if not args.images and not is_foreign(Path(args.annotations)):
+            raise UserError(f"the folder of the images of {args.annotations} is missing.")
         own = args.annotations if os.path.isdir(args.annotations) else None
         root = args.images or own or os.path.dirname(args.annotations) or "."
         name = os.path.basename(args.annotations)

@@ -93,16 +93,16 @@ def load_checked(dataset: CocoDataset) -> CocoData:
 
 
 def _read(dataset: CocoDataset, files: tuple[ImageFile | None, ...] | None = None) -> CocoData:
-    plain = dataset.labels is None and is_plain(dataset.json_file)
+    content = read_content(dataset, quiet=files is not None)
     data = check_content(
-        read_content(dataset, quiet=files is not None),
+        content,
         labelled=dataset.labelled,
         uses=dataset.uses,
         name=dataset.name,
         root=dataset.image_root,
         files=files,
     )
-    data.as_written &= plain
+    data.as_written &= dataset.labels is None and is_plain(dataset.json_file)
     return data
 
 

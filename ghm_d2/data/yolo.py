@@ -56,7 +56,7 @@ def find_yolo(folder: Path, labels: Sequence[Path], images: Mapping[str, Any]) -
         UserError: its data.yaml is damaged.
     """
     found = _declared(folder)
-    if found and (found.splits or any(images)):
+    if found and (found.splits or any(images) and (labels or _labels_of(folder) != folder)):
         return found
     candidates = [f for f in labels if f.stem in images and f.name not in _NAME_FILES]
     return (found or YoloSet()) if any(map(_is_label_file, candidates)) else None
@@ -182,7 +182,8 @@ def read_yolo(
         UserError: an object is of a class that has no name.
     """
     texts: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(f for f in folder.rglob("*.txt") if not f.name.startswith(".")):
+    files = {*folder.rglob("*.txt"), *_labels_of(folder).rglob("*.txt")}
+    for file in sorted(f for f in files if not f.name.startswith(".")):
         texts[file.stem].append(file)
     used: set[Path] = set()
     without = 0
@@ -207,6 +208,14 @@ def read_yolo(
         beside = file.parent.name == "labels" or "labels" in file.parts[-4:-1]
         if beside and file not in used and file.stem not in stems and file.name not in _NAME_FILES:
             report(f"{file} has no image")
+
+
+def _labels_of(folder: Path) -> Path:
+    """Where the labels of a folder of images are: labels/ in place of images/, if that is there."""
+    parts = list(folder.parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts) if Path(*parts).is_dir() else folder
 
 
 def _members(found: YoloSet, images: Sequence[Path]) -> Iterator[tuple[str, Path]]:
