@@ -80,6 +80,10 @@ def add_ghm_config(cfg: CN) -> None:
     cfg.MODEL.GHM.TRAINING.ACCUMULATION_STEPS = 1
     # Where the figures go besides the terminal, metrics.json and TensorBoard: "wandb", "mlflow".
     cfg.MODEL.GHM.TRAINING.WRITERS = ()
+    # Detectron2's augmentations for training images, as Python would call them:
+    # "RandomRotation([-10, 10]), RandomBrightness(0.8, 1.2)". They come before those of INPUT; one
+    # that sets the size takes the place of MIN_SIZE_TRAIN, and RandomFlip that of RANDOM_FLIP.
+    cfg.MODEL.GHM.AUGMENTATIONS = ""
 
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
     cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))
@@ -87,6 +91,9 @@ def add_ghm_config(cfg: CN) -> None:
     # "cross_entropy" (mean over all anchors; the paper's weight is 20) or "ohem" (3 negatives for
     # each positive). ENABLED False gives focal loss.
     cfg.MODEL.GHM.RETINANET.CLS.LOSS_TYPE = "ghm_c"
+    # Factor of GHM-C for each class: by name ("cup=2, bar=0.5", the others having 1), as a number
+    # for each ("1 2 0.5"), or "balanced": objects / (classes * objects of the class).
+    cfg.MODEL.GHM.RETINANET.CLS.CLASS_WEIGHT = ""
     # One histogram for each FPN "level" (authors' code) or for the whole "batch".
     cfg.MODEL.GHM.RETINANET.SCOPE = "level"
     # Images that share a histogram; 0: all images of the process. 2 makes one GPU with 16 images
@@ -102,6 +109,8 @@ def add_ghm_config(cfg: CN) -> None:
 
     # ROI_HEADS.NAME "GHMROIHeads", or "GHMCascadeROIHeads": every stage has these losses.
     cfg.MODEL.GHM.ROI_BOX_HEAD = _pair_node(_loss_node(30, 0.75, 0.25), _loss_node(10, 0.7, 0.25))
+    # As MODEL.GHM.RETINANET.CLS.CLASS_WEIGHT; with softmax, background has 1.
+    cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.CLASS_WEIGHT = ""
     # Foreground probability at the start with USE_SIGMOID_CE and GHM-C (softmax needs none).
     cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB = 0.01
 
