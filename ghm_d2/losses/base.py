@@ -300,10 +300,11 @@ class HarmonizedLoss(nn.Module):
             return loss
         checks, recomputed = ValueChecks(), self._is_recomputed()
         writes = self.training and torch.is_grad_enabled() and not recomputed
+        state = self._next_state(raw, writes, recomputed)
         device = self._device_examples(raw)
         arguments = self._all_values(raw, checks) if device is None or _observers else []
         examples = self._examples(arguments) if device is None else device
-        state = counts = region_weights = None
+        counts = region_weights = None
         if self.density == "exact":
             # no kernel computes the exact density
             loss = self.loss_weight * self._exact_sum(cast(EagerExamples, examples), pooled)
@@ -312,7 +313,8 @@ class HarmonizedLoss(nn.Module):
             if pooled and len(raw) > 1:
                 counts = counts.sum(0, keepdim=True)
             scale = self.loss_weight * self._pool(counts, writes)
-            region_weights, state = self._walk(counts)
+            region_weights, walked = self._walk(counts)
+            state |= walked
             weights = region_weights if scale == 1 else region_weights * scale
             if device is not None:
                 buffers = {name: getattr(self, name) for name in state} if writes else None
@@ -325,9 +327,15 @@ class HarmonizedLoss(nn.Module):
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
         holds = checks.all_hold()
         checks.defer_to(self._failures)
-        if state is not None and writes:
+        if writes:
             self._write(state, holds)
         return loss if holds is None else torch.where(holds, loss, torch.nan)
+
+    def _next_state(
+        self, raw: Sequence[Arguments], writes: bool, recomputed: bool
+    ) -> dict[str, Tensor]:
+        """Buffers of a subclass after this step, by name, which its examples are made with."""
+        return {}
 
     def _bits_of(self, device: FusedExamples, raw: Sequence[Arguments]) -> Tensor:
         """int64 (1,): what was refused since the last :meth:`raise_deferred_errors`."""
@@ -439,7 +447,7 @@ class HarmonizedLoss(nn.Module):
             state_dict.setdefault(f"{prefix}num_updates", (acc_sum > 0).long() * _STEADY)
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *args)
-        own = {f"{prefix}acc_sum", f"{prefix}num_updates"}
+        own = {prefix + name for name in self._buffers}
         missing_keys += [key for key in missing if key not in own]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HarmonizedLoss":
