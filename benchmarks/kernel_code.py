@@ -73,16 +73,18 @@ def specialisations() -> Iterator[Specialisation]:
     names = ("negative", "class", "soft", "delta")
     kinds = {name: getattr(kernels, name.upper()).value for name in names}
     for dtype, pointer in DTYPES.items():
-        for kind, weighted, bins in (
-            *((name, 0, BINS) for name in kinds),
-            *((("class", 1, BINS), ("class", 2, BINS), ("soft", 2, BINS), ("delta", 1, BINS),
-               ("delta", 2, BINS), ("negative", 0, 20), ("negative", 0, 1000))
+        for kind, weighted, bins, mu in (
+            *((name, 0, BINS, 0.02) for name in kinds),
+            ("delta", 0, BINS, None),
+            *((("class", 1, BINS, 0.0), ("class", 2, BINS, 0.0), ("soft", 2, BINS, 0.0),
+               ("delta", 1, BINS, 0.02), ("delta", 2, BINS, 0.02), ("negative", 0, 20, 0.0),
+               ("negative", 0, 1000, 0.0))
               if dtype == "float32" else ()),
         ):  # fmt: skip
             target = {"soft": "*fp32", "delta": pointer}.get(kind, "*i64")
             types = {
                 "xs": five(pointer), "ys": five(target), "ws": five("*fp32"),
-                "outs": five(pointer), "sizes": five("i32"), "marks_ptr": "*i8",
+                "outs": five(pointer), "sizes": five("i32"), "marks_ptr": "*i8", "mu_ptr": "*fp32",
                 "counts_ptr": "*i64", "bits_ptr": "*i64", "weights_ptr": "*fp32",
                 "factor_ptr": "*fp32", "partial_ptr": "*fp32", "row_stride": "i32",
             }  # fmt: skip
@@ -91,12 +93,16 @@ def specialisations() -> Iterator[Specialisation]:
             constants = {
                 "KIND": kinds[kind], "IGNORED": -1 if kind == "class" else None,
                 "COLUMNS": (4 if kind == "delta" else COLUMNS) if by_rows else 1,
-                "WEIGHTED": weighted, "MARKED": marked, "MU": 0.02, "BINS": bins,
+                "WEIGHTED": weighted, "MARKED": marked, "MU": mu, "BINS": bins,
                 "FLOOR_IS_EXACT": bins == BINS, "ITERATIONS": ITERATIONS, "TILE": TILE,
                 "LEVELS": LEVELS,
             }  # fmt: skip
             suffix = "".join(
-                (f"-weighted{weighted}" * (weighted > 0), f"-M{bins}" * (bins != BINS))
+                (
+                    f"-weighted{weighted}" * (weighted > 0),
+                    f"-M{bins}" * (bins != BINS),
+                    "-mu" * (mu is None),  # on the device
+                )
             )
             read = _BYTES[pointer] + _BYTES.get(target, 0) + 4 * (weighted == 2)
             width = {"WIDTH": 1024 if bins > 31 else 32}

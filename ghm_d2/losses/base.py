@@ -227,11 +227,32 @@ class HarmonizedLoss(nn.Module):
     def _all_values(self, raw: Sequence[Arguments], checks: ValueChecks) -> list[Arguments]:
         return [self._values(*each, checks) for each in raw]
 
-    def _eager(self, prediction: Tensor, target: Tensor, keep: Tensor | None) -> EagerPart:
+    def _constants(
+        self, raw: Sequence[Arguments], writes: bool, recomputed: bool
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the examples of one call depend on besides its tensors, such as `mu`.
+
+        Args:
+            raw: what :meth:`_layout` made of its tensors; the values are not checked yet.
+            writes: whether this is a training step.
+            recomputed: see :meth:`_is_recomputed`; they must then be those of the first pass.
+
+        Returns:
+            These, as :func:`device_examples` takes them by name: a derivative is taken with those
+            of its own forward pass, so that a tensor among them must not be written to later. And
+            the buffers that they came from, after this step.
+        """
+        return {}, {}
+
+    def _eager(
+        self, prediction: Tensor, target: Tensor, keep: Tensor | None, constants: dict[str, Any]
+    ) -> EagerPart:
         """The examples of what :meth:`_values` made of one tensor, as whole tensors."""
         raise NotImplementedError
 
-    def _kernel(self, arguments: Sequence[Arguments], eager: Eager) -> FusedExamples | None:
+    def _kernel(
+        self, arguments: Sequence[Arguments], eager: Eager, constants: dict[str, Any]
+    ) -> FusedExamples | None:
         """The same of several tensors, for a CPU kernel; None where there is none."""
         raise NotImplementedError
 
@@ -239,42 +260,52 @@ class HarmonizedLoss(nn.Module):
         """What :func:`device_examples` has to know besides; None where it knows no such loss."""
         raise NotImplementedError
 
-    def _examples(self, arguments: Sequence[Arguments]) -> Examples:
+    def _examples(self, arguments: Sequence[Arguments], constants: dict[str, Any]) -> Examples:
         """The examples of several tensors, some of which may hold none."""
 
         def eager(predictions: Sequence[Tensor]) -> EagerExamples:
             pairs = zip(predictions, arguments, strict=True)
-            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
+            parts = [self._eager(x, y, keep, constants) for x, (_, y, keep) in pairs]
+            return EagerExamples(parts)
 
-        return self._kernel(arguments, eager) or eager([x for x, _, _ in arguments])
+        kernel = self._kernel(arguments, eager, constants)
+        return kernel or eager([x for x, _, _ in arguments])
 
-    def _device_examples(self, raw: Sequence[Arguments]) -> FusedExamples | None:
+    def _device_examples(
+        self, raw: Sequence[Arguments], constants: dict[str, Any]
+    ) -> FusedExamples | None:
         """The examples of a device that checks values itself, made of what :meth:`_layout` gave."""
 
         def eager(predictions: Sequence[Tensor]) -> EagerExamples:
             pairs = zip(predictions, self._all_values(raw, ValueChecks()), strict=True)
-            return EagerExamples([self._eager(x, y, keep) for x, (_, y, keep) in pairs])
+            parts = [self._eager(x, y, keep, constants) for x, (_, y, keep) in pairs]
+            return EagerExamples(parts)
 
         more = self._device_arguments(raw[0][1])
         if more is None or torch.compiler.is_compiling():
             return None
-        return device_examples(raw, self.bins, eager, **more)
+        return device_examples(raw, self.bins, eager, **more, **constants)
 
-    def _compiled_loss(self, raw: Sequence[Arguments], pooled: bool) -> Tensor | None:
+    def _compiled_loss(
+        self, raw: Sequence[Arguments], constants: dict[str, Any], pooled: bool
+    ) -> Tensor | None:
         """The loss by an operator that torch.compile leaves whole; None where there is none."""
         more = self._device_arguments(raw[0][1])
         if more is None or compiled_loss is None or not torch.compiler.is_compiling():
             return None
-        found = device_settings(raw, self.bins, "mu" not in more)
+        mu = constants.get("mu")
+        found = device_settings(raw, self.bins, mu is None)
         if found is None:
             return None
+        if isinstance(mu, float):
+            mu = self.acc_sum.new_full((), mu)
         writes = self.training and torch.is_grad_enabled()
         processes = self._processes()
         loss, _, *state = compiled_loss(
             [x.contiguous() for x, _, _ in raw], [y for _, y, _ in raw],
             [w for _, _, w in raw if w is not None], self.acc_sum,
             self.num_updates if self.bias_correction else None, *found, more.get("ignored"),
-            more.get("mu", 0.0), self.momentum, self.normalize_by, self.decay_empty_bins,
+            mu, self.momentum, self.normalize_by, self.decay_empty_bins,
             self.loss_weight * processes, pooled and len(raw) > 1, processes, writes,
         )  # fmt: skip
         if writes:
@@ -296,14 +327,17 @@ class HarmonizedLoss(nn.Module):
         Returns:
             A scalar, float32 at least.
         """
-        if (loss := self._compiled_loss(raw, pooled)) is not None:
-            return loss
-        checks, recomputed = ValueChecks(), self._is_recomputed()
+        recomputed = self._is_recomputed()
         writes = self.training and torch.is_grad_enabled() and not recomputed
-        state = self._next_state(raw, writes, recomputed)
-        device = self._device_examples(raw)
+        constants, state = self._constants(raw, writes, recomputed)
+        if (loss := self._compiled_loss(raw, constants, pooled)) is not None:
+            if writes and state:
+                self._write(state, torch.isfinite(loss.detach()))
+            return loss
+        checks = ValueChecks()
+        device = self._device_examples(raw, constants)
         arguments = self._all_values(raw, checks) if device is None or _observers else []
-        examples = self._examples(arguments) if device is None else device
+        examples = self._examples(arguments, constants) if device is None else device
         counts = region_weights = None
         if self.density == "exact":
             # no kernel computes the exact density
@@ -314,15 +348,18 @@ class HarmonizedLoss(nn.Module):
                 counts = counts.sum(0, keepdim=True)
             scale = self.loss_weight * self._pool(counts, writes)
             region_weights, walked = self._walk(counts)
-            state |= walked
             weights = region_weights if scale == 1 else region_weights * scale
             if device is not None:
-                buffers = {name: getattr(self, name) for name in state} if writes else None
-                device.conclude_with(state, buffers, self._bits_of(device, raw))
+                buffers = {name: getattr(self, name) for name in walked} if writes else None
+                device.conclude_with(walked, buffers, self._bits_of(device, raw))
+            else:
+                state |= walked
             loss = examples.weighted_sum(weights.expand(len(raw), -1))
         if not recomputed and _observers:
             self._tell(arguments, counts, region_weights, pooled)
         if device is not None:
+            if writes and state:
+                self._write(state, torch.isfinite(loss.detach()))
             return loss
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
         holds = checks.all_hold()
@@ -330,12 +367,6 @@ class HarmonizedLoss(nn.Module):
         if writes:
             self._write(state, holds)
         return loss if holds is None else torch.where(holds, loss, torch.nan)
-
-    def _next_state(
-        self, raw: Sequence[Arguments], writes: bool, recomputed: bool
-    ) -> dict[str, Tensor]:
-        """Buffers of a subclass after this step, by name, which its examples are made with."""
-        return {}
 
     def _bits_of(self, device: FusedExamples, raw: Sequence[Arguments]) -> Tensor:
         """int64 (1,): what was refused since the last :meth:`raise_deferred_errors`."""

@@ -23,6 +23,7 @@ __all__ = [
     "check_plain",
     "check_non_negative",
     "check_positive",
+    "check_width",
     "is_plain",
     "raise_first",
 ]
@@ -54,6 +55,24 @@ def check_positive(name: str, value: float) -> float:
     if not _is_real(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     return float(value)
+
+
+def check_width(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:
+    """Returns `value`; raises ValueError unless it is above 0, a number or a tensor of one.
+
+    A tensor is a 0-d float32 one on `device`; its value is looked at on the CPU alone, where that
+    takes no wait.
+    """
+    if not isinstance(value, Tensor):
+        return check_positive(name, value)
+    if value.dim() or value.dtype != torch.float32 or value.device != device:
+        raise ValueError(
+            f"{name} must be a number or a 0-d float32 tensor on {device}, got one of shape "
+            f"{tuple(value.shape)} and {value.dtype} on {value.device}"
+        )
+    if device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(value):
+        check_positive(name, value.item())
+    return value.detach()
 
 
 def check_non_negative(name: str, value: float) -> float:

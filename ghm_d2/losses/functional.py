@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_choice, check_floating, check_positive, is_plain
+from .checks import check_choice, check_floating, check_width, is_plain
 
 __all__ = [
     "Averaging",
@@ -40,14 +40,15 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def authentic_smooth_l1_loss(
-    pred: Tensor, target: Tensor, mu: float = 0.02, reduction: str = "none"
+    pred: Tensor, target: Tensor, mu: float | Tensor = 0.02, reduction: str = "none"
 ) -> Tensor:
     """Authentic smooth L1, `sqrt(d^2 + mu^2) - mu` with `d = pred - target` (paper, eq. 12).
 
     Args:
         pred: predicted deltas, any shape, floating point.
         target: same shape.
-        mu: width of the quadratic part, above 0, in the units of the deltas.
+        mu: width of the quadratic part, above 0, in the units of the deltas; a number, or a 0-d
+            float32 tensor on their device, a constant of the derivative.
         reduction: "none", "mean" or "sum".
 
     Returns:
@@ -55,7 +56,8 @@ def authentic_smooth_l1_loss(
         no elements is 0, on the graph.
 
     Raises:
-        ValueError: shapes differ, `mu` is not above 0, or `reduction` is unknown.
+        ValueError: shapes differ, `mu` is not above 0 (that of a CUDA tensor is not looked at), or
+            `reduction` is unknown.
     """
     check_choice("reduction", reduction, ("none", "mean", "sum"))
     check_floating("pred", pred)
@@ -64,24 +66,25 @@ def authentic_smooth_l1_loss(
         raise ValueError(
             f"target must have pred's shape {tuple(pred.shape)}, got {tuple(target.shape)}"
         )
-    loss, _ = regression_examples(pred, target, check_positive("mu", mu))
+    loss, _ = regression_examples(pred, target, check_width("mu", mu, pred.device))
     if reduction == "none":
         return loss
     return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
 
 
-def regression_examples(pred: Tensor, target: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+def regression_examples(pred: Tensor, target: Tensor, mu: float | Tensor) -> tuple[Tensor, Tensor]:
     """Authentic smooth L1 and its gradient norm `|d| / sqrt(d^2 + mu^2)` (paper, eq. 13).
 
     Args:
         pred: predicted deltas, any shape.
         target: same shape.
-        mu: above 0.
+        mu: above 0, a number or a 0-d float32 tensor without gradient.
 
     Returns:
         `(loss, gradient_norm)`, both of `pred`'s shape; the norm in [0, 1] carries no gradient.
     """
     d = at_least_float32(pred) - at_least_float32(target)
+    mu = mu.to(d.dtype) if isinstance(mu, Tensor) else mu
     root = torch.sqrt(mu * mu + d * d)
     # d^2 / (root + mu) is root - mu without the cancellation that leaves nothing of a small d.
     loss = d * d / (root + mu)

@@ -243,10 +243,14 @@ class GHMCLoss(HarmonizedLoss):
             return None
         return {"ignored": self.ignore_index if target.dim() == 2 else self._ignored}
 
-    def _kernel(self, arguments: Sequence[Arguments], eager: Eager) -> FusedExamples | None:
+    def _kernel(
+        self, arguments: Sequence[Arguments], eager: Eager, constants: dict[str, Any]
+    ) -> FusedExamples | None:
         return sigmoid_kernel(arguments, self.bins, eager) if self._plain else None
 
-    def _eager(self, logits: Tensor, labels: Tensor, keep: Tensor | None) -> EagerPart:
+    def _eager(
+        self, logits: Tensor, labels: Tensor, keep: Tensor | None, constants: dict[str, Any]
+    ) -> EagerPart:
         if not logits.numel():
             return EagerPart.empty(logits)
         softmax = self.activation == "softmax"

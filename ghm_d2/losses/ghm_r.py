@@ -24,12 +24,12 @@ class GHMRLoss(HarmonizedLoss):
     One example is one coordinate of one positive.
 
     Attributes:
+        mu: the width; with `mu="auto"` a float32 scalar, that of the last call.
         running_median: float32 scalar, with `mu="auto"` alone: the moving average of the median of
             |d|, -1 before the first; saved and written like `acc_sum`.
     """
 
     running_median: Tensor
-
     argument_names = ("pred", "target")
     not_finite_message = (
         "pred and target must be finite; they hold NaN or infinite values "
@@ -72,19 +72,14 @@ class GHMRLoss(HarmonizedLoss):
             sync=sync,
             density=density,
         )
-        self._mu: float | Tensor | None = None if mu == "auto" else _check_mu(mu)
         self.follows = mu == "auto"
         if self.follows:
             self.register_buffer("running_median", torch.tensor(-1.0))
-
-    @property
-    def mu(self) -> float | Tensor:
-        """The width; with "auto" that of the last call, a scalar tensor."""
-        return _width(self.running_median) if self._mu is None else self._mu
+        self.mu: float | Tensor = _width(self.running_median) if self.follows else _check_mu(mu)
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
-        mu = "auto" if self.follows else self._mu
+        mu = "auto" if self.follows else self.mu
         return f"mu={mu!r}, {super().extra_repr()}"
 
     def reset_parameters(self) -> None:
@@ -93,7 +88,7 @@ class GHMRLoss(HarmonizedLoss):
         if self.follows:
             with torch.no_grad():
                 self.running_median.fill_(-1)
-            self._mu = None
+            self.mu = _width(self.running_median)
 
     @torch.jit.unused
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -114,11 +109,11 @@ class GHMRLoss(HarmonizedLoss):
         return self.forward_pooled([pred], [target], [weight])
 
     @torch.no_grad()
-    def _next_state(
+    def _constants(
         self, raw: Sequence[Arguments], writes: bool, recomputed: bool
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not self.follows:
-            return {}
+            return {"mu": self.mu}, {}
         average = self.running_median
         if not recomputed:  # which has been averaged in by the first computation
             median, count = _median_error(raw, average)
@@ -128,13 +123,15 @@ class GHMRLoss(HarmonizedLoss):
                 median, count = total[0] / total[1].clamp(min=1), total[1]
             moved = torch.where(average < 0, median, torch.lerp(median, average, _MOMENTUM))
             average = torch.where(count > 0, moved, average)
-        self._mu = _width(average)
-        return {"running_median": average}
+        mu = _width(average)
+        if not torch.compiler.is_compiling():
+            self.mu = mu
+        return {"mu": mu}, {"running_median": average}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.follows:
-            self._mu = None
+            self.mu = _width(self.running_median)
 
     def _layout(self, pred: Tensor, target: Tensor, weight: Tensor | None) -> Arguments:
         check_floating("pred", pred)
@@ -155,21 +152,24 @@ class GHMRLoss(HarmonizedLoss):
         return pred, target, keep
 
     def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
-        known = self.density == "unit_region" and not self.follows
-        return {"mu": self.mu} if known else None
+        return {} if self.density == "unit_region" else None
 
-    def _kernel(self, arguments: Sequence[Arguments], eager: Eager) -> FusedExamples | None:
-        if self.density == "exact" or self.follows:
+    def _kernel(
+        self, arguments: Sequence[Arguments], eager: Eager, constants: dict[str, Any]
+    ) -> FusedExamples | None:
+        if self.density == "exact":
             return None
-        return regression_kernel(arguments, self.mu, self.bins, eager)
+        return regression_kernel(arguments, constants["mu"], self.bins, eager)
 
-    def _eager(self, pred: Tensor, target: Tensor, keep: Tensor | None) -> EagerPart:
+    def _eager(
+        self, pred: Tensor, target: Tensor, keep: Tensor | None, constants: dict[str, Any]
+    ) -> EagerPart:
         if not pred.numel():
             return EagerPart.empty(pred)
         given = pred
         if keep is not None:
             pred, target = pred.masked_fill(~keep, 0), target.masked_fill(~keep, 0)
-        return EagerPart(*regression_examples(pred, target, self.mu), keep, given)
+        return EagerPart(*regression_examples(pred, target, constants["mu"]), keep, given)
 
 
 def _check_mu(mu: float | str) -> float:

@@ -189,6 +189,29 @@ def test_regression_equals_eager(size, dtype, masked, threads):
     )
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_mu_may_be_a_tensor(dtype):
+    pred, target = torch.randn(2, 500, generator=torch.Generator().manual_seed(0)).to(dtype) * 0.1
+    weights, one = torch.rand(1, 10), torch.ones(())
+    found = []
+    for mu in (0.125, torch.tensor(0.125)):
+        kernel = regression_kernel(pred.clone().requires_grad_(), target, None, mu, 10)
+        results = kernel.counts(10), kernel.loss(weights), kernel.gradient(weights, one)[0]
+        found.append(results)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_mu_overwritten_before_the_backward_pass():
+    mu = torch.tensor(0.125)
+    pred = torch.randn(9, requires_grad=True)
+    kernel = regression_kernel(pred, torch.zeros(9), None, mu, 10)
+    kernel.counts(10)
+    loss = kernel.weighted_sum(torch.ones(1, 10))
+    mu += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_modules_use_the_kernels(monkeypatch):
     used = []
     fused = kernels.FusedExamples

@@ -204,11 +204,12 @@ def test_linear_in_loss_weight(evaluate, seed, loss_weight):
     np.testing.assert_allclose(scaled_grad, loss_weight * grad, rtol=1e-5, atol=1e-9)
 
 
-@given(seed=seeds, mu=st.floats(1e-3, 10))
-def test_authentic_smooth_l1_value_and_gradient(seed, mu):
+@given(seed=seeds, mu=st.floats(2**-10, 10, width=32), tensor=st.booleans())
+def test_authentic_smooth_l1_value_and_gradient(seed, mu, tensor):
     rng = np.random.default_rng(seed)
     pred, target = rng.normal(size=(2, 7, 4))
     expected = ref.asl1_examples(pred, target, mu=mu)
+    mu = torch.tensor(mu, requires_grad=True) if tensor else mu  # but its gradient is not taken
     v, t = torch.tensor(pred).requires_grad_(), torch.tensor(target)
     none = authentic_smooth_l1_loss(v, t, mu)
     np.testing.assert_allclose(none.detach().numpy(), expected.loss, rtol=1e-9, atol=1e-12)
@@ -218,6 +219,16 @@ def test_authentic_smooth_l1_value_and_gradient(seed, mu):
     np.testing.assert_allclose(v.grad.numpy(), expected.gradient, rtol=1e-9)
     mean = authentic_smooth_l1_loss(v, t, mu, reduction="mean")
     assert mean.item() == pytest.approx(expected.loss.mean())
+
+
+@pytest.mark.parametrize(
+    "mu",
+    [torch.zeros(()), torch.ones(1), torch.tensor(0.1).double(), torch.tensor(1)],
+    ids=["zero", "of an axis", "float64", "integer"],
+)
+def test_a_tensor_that_is_no_mu(mu):
+    with pytest.raises(ValueError, match="^mu must be"):
+        authentic_smooth_l1_loss(torch.zeros(3), torch.zeros(3), mu)
 
 
 def test_authentic_smooth_l1_is_smooth_at_zero():
@@ -317,3 +328,14 @@ def test_the_following_mu_is_saved_and_a_checkpoint_without_it_is_taken():
 def test_a_width_that_is_none_is_refused(mu):
     with pytest.raises(ValueError, match="mu must be"):
         GHMRLoss(mu)
+
+
+def test_kernels_take_the_following_mu():
+    """More coordinates than the whole-tensor operations get on a CPU."""
+    pred, target = torch.randn(3000, 4, requires_grad=True), torch.zeros(3000, 4)
+    fused, eager = GHMRLoss("auto"), GHMRLoss("auto")
+    for size in (0.1, 0.3):
+        (found,) = torch.autograd.grad(fused(pred * size, target), pred)
+        (expected,) = torch.autograd.grad(eager(pred.double() * size, target), pred)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+        assert torch.equal(fused.mu, eager.mu) and fused.mu > 0.1

@@ -113,9 +113,12 @@ def test_logits(dtype, weighted, kind, rows, columns):
 
 @DTYPES
 @pytest.mark.parametrize("weighted", [None, "rows", "elements"])
-def test_deltas(dtype, weighted):
+@pytest.mark.parametrize("mu", ["number", "tensor"])
+def test_deltas(dtype, weighted, mu):
     rng = np.random.default_rng(1)
     loss_fn, oracle = GHMRLoss().to(DEVICE), ref.ghm_r()
+    if mu == "tensor":  # beside others, as in a buffer of several
+        loss_fn.mu = torch.tensor([9.0, 0.02, 9.0]).to(DEVICE)[1]
     for _ in range(2):
         pred, target = ref.draw_boxes(rng, 2500)
         pred, target = (torch.tensor(a).to(dtype) for a in (pred, target))
@@ -302,8 +305,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("mu", ["number", "tensor"])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2), (torch.float16, 3)], ids=str)
-def test_device_operations_of_a_retinanet_step(dtype, most, launched):
+def test_device_operations_of_a_retinanet_step(dtype, most, mu, launched):
     """Both losses over five levels, counted and without a wait for the device."""
     rows = (40, 12, 4, 2, 1)
     logits = [torch.randn(2, n, 80, dtype=dtype, requires_grad=True) for n in rows]
@@ -318,6 +322,8 @@ def test_device_operations_of_a_retinanet_step(dtype, most, launched):
         )
     ghm_c = DenseLoss(GHMCLoss()).to(DEVICE)
     ghm_r = DenseLoss(GHMRLoss(loss_weight=10.0)).to(DEVICE)
+    if mu == "tensor":
+        ghm_r[0].mu = torch.tensor(0.1).to(DEVICE)
     ones = [torch.ones((), device=DEVICE)] * 2
     for _ in range(2):  # the first call keeps a place for what is refused
         launched.clear()
@@ -351,9 +357,9 @@ def test_a_single_delta():
 
 
 @pytest.mark.skipif(kernels.compiled_loss is None, reason="PyTorch before 2.4")
-@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize(("mu", "corrected"), [("number", False), ("tensor", True)])
 @DTYPES
-def test_torch_compile_keeps_the_kernels(dtype, corrected, launched):
+def test_torch_compile_keeps_the_kernels(dtype, mu, corrected, launched):
     """Levels of both losses behind a layer, in one graph."""
 
     class Losses(torch.nn.Module):
@@ -361,6 +367,8 @@ def test_torch_compile_keeps_the_kernels(dtype, corrected, launched):
             super().__init__()
             self.ghm_c = GHMCLoss(bias_correction=corrected)
             self.ghm_r = GHMRLoss(loss_weight=10.0)
+            if mu == "tensor":
+                self.ghm_r.mu = torch.tensor(0.05).to(DEVICE)
 
         def forward(self, logits, labels, deltas, targets, weight):
             loss = self.ghm_c.forward_levels([x * 1.5 for x in logits], labels)

@@ -106,7 +106,7 @@ def sigmoid_kernel(
 
 def regression_kernel(
     arguments: Sequence[Arguments],
-    mu: float,
+    mu: float | Tensor,
     bins: int,
     eager: Callable[[Sequence[Tensor]], EagerExamples],
 ) -> FusedExamples | None:
@@ -115,7 +115,7 @@ def regression_kernel(
     Args:
         arguments: for each tensor predicted deltas, targets of the same shape, and a bool mask that
             can be expanded to it, False drops an example; None keeps all.
-        mu: width of the quadratic part.
+        mu: width of the quadratic part, a number or a 0-d float32 tensor.
         bins: number of unit regions.
         eager: makes the same examples of the predictions.
     """
@@ -184,7 +184,7 @@ def device_examples(
     eager: Callable[[Sequence[Tensor]], EagerExamples] | None,
     *,
     ignored: int | None = None,
-    mu: float | None = None,
+    mu: float | Tensor | None = None,
 ) -> FusedExamples | None:
     """The examples of a CUDA device, which check and write by themselves, or None.
 
@@ -192,12 +192,13 @@ def device_examples(
         raw, bins: see :func:`device_settings`.
         eager: makes the same examples of the predictions.
         ignored: what is ignored in the labels.
-        mu: width of the quadratic part, of deltas; None: these are logits.
+        mu: width of the quadratic part, of deltas, a number or a 0-d float32 tensor on their
+            device, which no wait for the device reads; None: these are logits.
     """
     if (found := device_settings(raw, bins, mu is None)) is None:
         return None
     kind, columns = found
     examples: FusedExamples = _triton().TritonExamples(
-        raw, eager, bins, kind=kind, columns=columns, ignored=ignored, mu=mu or 0.0
+        raw, eager, bins, kind=kind, columns=columns, ignored=ignored, mu=0.0 if mu is None else mu
     )
     return examples

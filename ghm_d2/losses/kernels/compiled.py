@@ -16,7 +16,7 @@ from .examples import FusedExamples
 __all__ = ["harmonized_loss"]
 
 # Written out, because each version of PyTorch derives a schema from other annotations.
-_SETTINGS = "int kind, int columns, int? ignored, float mu"
+_SETTINGS = "int kind, int columns, int? ignored, Tensor? mu"
 _TENSORS = "Tensor[] predictions, Tensor[] targets, Tensor[] weights"
 _LOSS = (
     f"({_TENSORS}, Tensor acc_sum, Tensor? num_updates, {_SETTINGS}, float momentum, "
@@ -30,14 +30,15 @@ def _examples(
     predictions: Sequence[Tensor],
     targets: Sequence[Tensor],
     weights: Sequence[Tensor],
-    settings: tuple[int, int, int, int | None, float],
+    settings: tuple[int, int, int, int | None, Tensor | None],
 ) -> FusedExamples:
     from .triton_launch import TritonExamples
 
     bins, kind, columns, ignored, mu = settings
     own: list[Tensor | None] = list(weights) or [None] * len(predictions)
     raw = list(zip(predictions, targets, own, strict=True))
-    return TritonExamples(raw, None, bins, kind=kind, columns=columns, ignored=ignored, mu=mu)
+    width = 0.0 if mu is None else mu
+    return TritonExamples(raw, None, bins, kind=kind, columns=columns, ignored=ignored, mu=width)
 
 
 @torch.library.custom_op("ghm_d2::harmonized_loss", mutates_args=(), schema=_LOSS)
@@ -50,7 +51,7 @@ def harmonized_loss(
     kind: int,
     columns: int,
     ignored: int | None,
-    mu: float,
+    mu: Tensor | None,
     momentum: float,
     normalize_by: str,
     decay_empty_bins: bool,
@@ -119,7 +120,7 @@ def harmonized_gradient(
     kind: int,
     columns: int,
     ignored: int | None,
-    mu: float,
+    mu: Tensor | None,
 ) -> list[Tensor]:
     """The gradients of :func:`harmonized_loss` with respect to its predictions, times a scalar."""
     bins = region_weights.shape[1]
@@ -135,16 +136,16 @@ def _(predictions, *_):  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     predictions, targets, weights, _, _, *settings = inputs
-    ctx.lengths, ctx.settings = (len(predictions), len(targets)), settings[:4]
-    ctx.save_for_backward(*predictions, *targets, *weights, output[1])
+    ctx.lengths, ctx.settings = (len(predictions), len(targets)), settings[:3]
+    ctx.save_for_backward(*predictions, *targets, *weights, output[1], settings[3])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, factor, *_):  # type: ignore[no-untyped-def]
-    *tensors, region_weights = ctx.saved_tensors
+    *tensors, region_weights, mu = ctx.saved_tensors
     first, second = ctx.lengths
     parts = tensors[:first], tensors[first : first + second], tensors[first + second :]
-    gradients = harmonized_gradient(*parts, region_weights, factor, *ctx.settings)
+    gradients = harmonized_gradient(*parts, region_weights, factor, *ctx.settings, mu)
     return gradients, [None] * second, [None] * len(parts[2]), *[None] * 13
 
 

@@ -217,17 +217,18 @@ class RegressionExamples(_CpuExamples):
         eager: Callable[[Sequence[Tensor]], EagerExamples],
         targets: Sequence[Tensor],
         dropped: Sequence[Tensor],
-        mu: float,
+        mu: float | Tensor,
     ) -> None:
         """
         Args:
             preds, eager: see :class:`FusedExamples`; deltas in float32, float16 or bfloat16.
             targets: contiguous deltas.
             dropped: for each tensor, ascending int64 positions that do not count.
-            mu: width of the quadratic part.
+            mu: width of the quadratic part; may be a 0-d tensor.
         """
         super().__init__(preds, eager, dropped)
-        self.mu = mu
+        self.mu = float(mu)
+        self.others = (mu,) if isinstance(mu, Tensor) else ()
         flat = [target.view(-1) for target in targets]
         self._pairs = list(zip(*map(self._blocks.split, (self.data, flat)), strict=True))
 

@@ -112,9 +112,12 @@ class FusedExamples:
     Attributes:
         concludes: whether :meth:`loss` itself checks the values and writes the running counts, as
             :meth:`conclude_with` tells it to.
+        others: what else the backward pass reads; overwriting it before is an error, as for a
+            prediction.
     """
 
     concludes = False
+    others: tuple[Tensor, ...] = ()
 
     def __init__(
         self,
@@ -169,7 +172,7 @@ class FusedExamples:
 class _FusedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, examples: FusedExamples, weights: Tensor, *predictions: Tensor) -> Tensor:
-        ctx.save_for_backward(*predictions)
+        ctx.save_for_backward(*predictions, *examples.others)
         ctx.examples, ctx.weights = examples, weights
         return examples.loss(weights)
 
@@ -177,7 +180,7 @@ class _FusedSum(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         examples, weights = ctx.examples, ctx.weights
         # A saved tensor also knows whether it was overwritten since.
-        predictions = ctx.saved_tensors
+        predictions = ctx.saved_tensors[: len(examples.predictions)]
         if not torch.is_grad_enabled():
             gradients = examples.gradient(weights, grad_output)
             pairs = zip(gradients, predictions, strict=True)

@@ -142,10 +142,19 @@ def _size(odd):
 
 
 @triton.jit
+def _mu(mu_ptr, MU: tl.constexpr):
+    """The width of the quadratic part of deltas: MU, or where MU is None what the device holds."""
+    if MU is None:
+        return tl.load(mu_ptr)
+    else:
+        return MU
+
+
+@triton.jit
 def _examples(
-    x, y_ptr, w_ptr, start, i, inside,
+    x, y_ptr, w_ptr, mu, start, i, inside,
     KIND: tl.constexpr, COLUMNS: tl.constexpr, IGNORED: tl.constexpr, WEIGHTED: tl.constexpr,
-    MASKED: tl.constexpr, MU: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """(norm, loss, slope, what counts, what is refused) of one tile; the fourth is 1 for all."""
     x = x.to(tl.float32)
@@ -200,23 +209,23 @@ def _examples(
         d = x - y.to(tl.float32)
         if WEIGHTED:
             d = tl.where(counts, d, 0.0)
-        square = d * d + MU * MU
+        square = d * d + mu * mu
         inverse = _rsqrt(square)
         slope = d * inverse
         norm = tl.minimum(tl.abs(slope), 1.0)
-        loss = d * d * _reciprocal(square * inverse + MU)
+        loss = d * d * _reciprocal(square * inverse + mu)
     return norm, loss, slope, counts, bad
 
 
 @triton.jit
 def _count_tile(
-    x, y_ptr, w_ptr, bits_ptr, start, i, inside,
+    x, y_ptr, w_ptr, mu, bits_ptr, start, i, inside,
     KIND: tl.constexpr, COLUMNS: tl.constexpr, IGNORED: tl.constexpr, WEIGHTED: tl.constexpr,
-    MASKED: tl.constexpr, MU: tl.constexpr, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr,
+    MASKED: tl.constexpr, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     norm, _, _, counts, bad = _examples(
-        x, y_ptr, w_ptr, start, i, inside, KIND, COLUMNS, IGNORED, WEIGHTED, MASKED, MU
+        x, y_ptr, w_ptr, mu, start, i, inside, KIND, COLUMNS, IGNORED, WEIGHTED, MASKED
     )
     region = _region(norm, BINS, FLOOR_IS_EXACT)
     if MASKED or WEIGHTED or KIND == CLASS or KIND == SOFT:
@@ -231,7 +240,7 @@ def _count_tile(
 
 @triton.jit
 def count_kernel(
-    xs, ys, ws, marks_ptr, counts_ptr, bits_ptr, sizes,
+    xs, ys, ws, mu_ptr, marks_ptr, counts_ptr, bits_ptr, sizes,
     KIND: tl.constexpr, COLUMNS: tl.constexpr, IGNORED: tl.constexpr, WEIGHTED: tl.constexpr,
     MARKED: tl.constexpr, MU: tl.constexpr, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr,
     WIDTH: tl.constexpr, ITERATIONS: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr,
@@ -243,6 +252,7 @@ def count_kernel(
     x_ptr, y_ptr, w_ptr, _, size, level, begin, before = _tensor(
         xs, ys, ws, xs, sizes, ITERATIONS, TILE, LEVELS
     )
+    mu = _mu(mu_ptr, MU)
     i = tl.arange(0, TILE)
     total = tl.zeros([WIDTH], dtype=tl.int32)
     full = (size // TILE).to(tl.int32)
@@ -252,8 +262,8 @@ def count_kernel(
         x = tl.load(x_ptr + start + i)
         if MARKED == 0 or tl.load(marks_ptr + before + tile) == MARKED - 1:
             total += _count_tile(
-                x, y_ptr, w_ptr, bits_ptr, start, i, i < TILE, KIND, COLUMNS, IGNORED, WEIGHTED,
-                False, MU, BINS, FLOOR_IS_EXACT, WIDTH,
+                x, y_ptr, w_ptr, mu, bits_ptr, start, i, i < TILE, KIND, COLUMNS, IGNORED, WEIGHTED,
+                False, BINS, FLOOR_IS_EXACT, WIDTH,
             )  # fmt: skip
         tile += 1
     if (begin <= full) & (full < begin + ITERATIONS) & (full.to(tl.int64) * TILE < size):
@@ -262,8 +272,8 @@ def count_kernel(
             inside = i < size - start
             x = tl.load(x_ptr + start + i, mask=inside, other=0.0)
             total += _count_tile(
-                x, y_ptr, w_ptr, bits_ptr, start, i, inside, KIND, COLUMNS, IGNORED, WEIGHTED,
-                True, MU, BINS, FLOOR_IS_EXACT, WIDTH,
+                x, y_ptr, w_ptr, mu, bits_ptr, start, i, inside, KIND, COLUMNS, IGNORED, WEIGHTED,
+                True, BINS, FLOOR_IS_EXACT, WIDTH,
             )  # fmt: skip
     place = tl.arange(0, WIDTH)
     tl.atomic_add(
@@ -273,13 +283,13 @@ def count_kernel(
 
 @triton.jit
 def _weigh_tile(
-    x, y_ptr, w_ptr, weights_ptr, factor, start, i, inside,
+    x, y_ptr, w_ptr, mu, weights_ptr, factor, start, i, inside,
     KIND: tl.constexpr, COLUMNS: tl.constexpr, IGNORED: tl.constexpr, WEIGHTED: tl.constexpr,
-    MASKED: tl.constexpr, MU: tl.constexpr, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr,
+    MASKED: tl.constexpr, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr,
 ):  # fmt: skip
     """(weighted loss, weighted slope) of one tile."""
     norm, loss, slope, counts, _ = _examples(
-        x, y_ptr, w_ptr, start, i, inside, KIND, COLUMNS, IGNORED, WEIGHTED, MASKED, MU
+        x, y_ptr, w_ptr, mu, start, i, inside, KIND, COLUMNS, IGNORED, WEIGHTED, MASKED
     )
     weight = tl.load(weights_ptr + _region(norm, BINS, FLOOR_IS_EXACT)) * factor
     if MASKED or WEIGHTED or KIND == CLASS or KIND == SOFT:
@@ -289,7 +299,7 @@ def _weigh_tile(
 
 @triton.jit
 def loss_kernel(
-    xs, ys, ws, outs, marks_ptr, weights_ptr, factor_ptr, partial_ptr, sizes, row_stride,
+    xs, ys, ws, mu_ptr, outs, marks_ptr, weights_ptr, factor_ptr, partial_ptr, sizes, row_stride,
     KIND: tl.constexpr, COLUMNS: tl.constexpr, IGNORED: tl.constexpr, WEIGHTED: tl.constexpr,
     MARKED: tl.constexpr, MU: tl.constexpr, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr,
     LOSS: tl.constexpr, GRADIENT: tl.constexpr, ITERATIONS: tl.constexpr, TILE: tl.constexpr,
@@ -303,6 +313,7 @@ def loss_kernel(
         xs, ys, ws, outs, sizes, ITERATIONS, TILE, LEVELS
     )
     weights_ptr += level * row_stride
+    mu = _mu(mu_ptr, MU)
     factor = 1.0
     if not LOSS:
         factor = tl.load(factor_ptr)
@@ -315,8 +326,8 @@ def loss_kernel(
         x = tl.load(x_ptr + start + i)
         if MARKED == 0 or tl.load(marks_ptr + before + tile) == MARKED - 1:
             loss, gradient = _weigh_tile(
-                x, y_ptr, w_ptr, weights_ptr, factor, start, i, i < TILE, KIND, COLUMNS, IGNORED,
-                WEIGHTED, False, MU, BINS, FLOOR_IS_EXACT,
+                x, y_ptr, w_ptr, mu, weights_ptr, factor, start, i, i < TILE, KIND, COLUMNS,
+                IGNORED, WEIGHTED, False, BINS, FLOOR_IS_EXACT,
             )  # fmt: skip
             if LOSS:
                 total += loss
@@ -329,8 +340,8 @@ def loss_kernel(
             inside = i < size - start
             x = tl.load(x_ptr + start + i, mask=inside, other=0.0)
             loss, gradient = _weigh_tile(
-                x, y_ptr, w_ptr, weights_ptr, factor, start, i, inside, KIND, COLUMNS, IGNORED,
-                WEIGHTED, True, MU, BINS, FLOOR_IS_EXACT,
+                x, y_ptr, w_ptr, mu, weights_ptr, factor, start, i, inside, KIND, COLUMNS,
+                IGNORED, WEIGHTED, True, BINS, FLOOR_IS_EXACT,
             )  # fmt: skip
             if LOSS:
                 total += loss

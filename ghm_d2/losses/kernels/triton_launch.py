@@ -69,7 +69,7 @@ class TritonExamples(FusedExamples):
         kind: int,
         columns: int,
         ignored: int | None = None,
-        mu: float = 0.0,
+        mu: float | Tensor = 0.0,
     ) -> None:
         """
         Args:
@@ -80,9 +80,11 @@ class TritonExamples(FusedExamples):
             kind: CLASS, SOFT or DELTA of triton.py.
             columns: elements of a row.
             ignored: the label that drops a row, or the target that drops an element.
-            mu: width of the quadratic part, of deltas.
+            mu: width of the quadratic part, of deltas; a tensor is float32, on their device, and
+                read there.
         """
         super().__init__([x.contiguous() for x, _, _ in raw], eager)
+        self.others = (mu,) if isinstance(mu, Tensor) else ()
         self.targets = [_bytes(y) for _, y, _ in raw]
         weights = [self.data[0] if w is None else _bytes(w) for _, _, w in raw]
         self.weights, first = weights, raw[0][2]
@@ -100,8 +102,8 @@ class TritonExamples(FusedExamples):
         by_rows = kind == kernels.CLASS.value or weighted == 1
         self.settings = {
             "KIND": kind, "COLUMNS": columns if by_rows else 1, "IGNORED": ignored,
-            "WEIGHTED": weighted, "MARKED": 0, "MU": mu, "BINS": bins,
-            "FLOOR_IS_EXACT": region_finder(bins).floor_is_exact,
+            "WEIGHTED": weighted, "MARKED": 0, "MU": None if self.others else mu,
+            "BINS": bins, "FLOOR_IS_EXACT": region_finder(bins).floor_is_exact,
             "ITERATIONS": self.iterations, "TILE": TILE, "LEVELS": len(sizes),
         }  # fmt: skip
         self._gradients: list[Tensor] | None = None
@@ -140,8 +142,9 @@ class TritonExamples(FusedExamples):
         )  # fmt: skip
         return marks
 
-    def _pointers(self) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple(self.data), tuple(self.targets), tuple(self.weights)
+    def _pointers(self) -> tuple[tuple[Tensor, ...] | Tensor, ...]:
+        mu = self.others[0] if self.others else self.data[0]
+        return tuple(self.data), tuple(self.targets), tuple(self.weights), mu
 
     def conclude_with(
         self,
