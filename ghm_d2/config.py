@@ -5,7 +5,7 @@ from typing import Any
 
 from detectron2.config import CfgNode as CN
 
-__all__ = ["AUTO_KEYS", "add_ghm_config"]
+__all__ = ["add_ghm_config"]
 
 # The keys of a number that may also be "auto".
 AUTO_KEYS = tuple(
@@ -37,7 +37,7 @@ class _Config(CN):
 
     def _open(self, keys: Iterable[str]) -> None:
         for key in keys:
-            if key in AUTO_KEYS and not self.is_frozen():
+            if key in AUTO_KEYS:
                 node, _, leaf = key.rpartition(".")
                 _value(self, node)[leaf] = None
 

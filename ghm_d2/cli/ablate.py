@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ghm_d2.ablation import TABLES, Run, load_grid, plan_runs, write_report
+from ghm_d2.ablation import TABLES, Grid, Run, load_grid, plan_runs, tune, write_report
 from ghm_d2.ablation.execute import CLUSTERS, Outcome, execute
 from ghm_d2.ablation.results import Store
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
@@ -85,31 +85,49 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     parameters = _parameters(args.cluster_option)
     grid = load_grid(TABLES[args.table] if args.table else args.grid)
+    if grid.tuning and (both := set(grid.tuning.seeds) & set(args.seeds)):
+        raise UserError(f"--seeds {min(both)} is a seed that the grid is tuned with: give others.")
+    if grid.tuning and (both := set(grid.tuning.keys) & set(args.opts[::2])):
+        raise UserError(f"{min(both)} cannot be set for all runs: the grid tunes it.")
     try:
         store = Store(Path(args.output))
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be written ({error}).") from error
-    runs = plan_runs(
-        grid,
-        args.seeds,
-        datasets=args.dataset,
-        pairs=args.opts,
-        config_file=args.config_file and locate_config_file(args.config_file),
-        num_gpus=args.num_gpus,
-        scratch=store.work,
-        complete=not args.report_only,
-    )
-    _warn_of_equal_rows(runs)
+
+    def plan(rows: Grid, seeds: Sequence[int], datasets: Sequence[str]) -> list[Run]:
+        return plan_runs(
+            rows,
+            seeds,
+            datasets=datasets,
+            pairs=args.opts,
+            config_file=args.config_file and locate_config_file(args.config_file),
+            num_gpus=args.num_gpus,
+            scratch=store.work,
+            complete=not args.report_only,
+        )
+
     outcome = Outcome()
-    if not args.report_only:
+
+    def bring(runs: Sequence[Run]) -> dict[str, str]:
+        if args.report_only:
+            return {}
         threads = args.threads or max(machine()["cores"] // args.jobs, 1)
-        outcome = execute(runs, store, args.jobs, threads, args.num_gpus, args.cluster, parameters)
-    text, files = write_report(grid, runs, store, outcome.failed)
+        done = execute(runs, store, args.jobs, threads, args.num_gpus, args.cluster, parameters)
+        outcome.failed |= done.failed
+        return done.failed
+
+    tuned = None
+    if grid.tuning:
+        tuned = tune(grid, grid.tuning, args.dataset, store, plan, bring)
+    runs = plan(tuned.grid if tuned else grid, args.seeds, args.dataset)
+    _warn_of_equal_rows(runs)
+    bring(runs)
+    text, files = write_report(grid, runs, store, outcome.failed, tuned)
     print(f"\n{text}")
     for file in files:
         print(f"  {file}")
     if outcome.failed:
-        number = len({run.id for run in runs})
+        number = len({run.id for run in [*runs, *(tuned.runs if tuned else [])]})
         logger.warning(
             "%d of %d runs failed; the same command tries them again", len(outcome.failed), number
         )
