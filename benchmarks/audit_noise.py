@@ -179,7 +179,7 @@ def main() -> None:
     add("--note", default="", help="how these came about, for the record")
     add("--output", type=Path, required=True)
     args = parser.parse_args()
-    data = check_coco_dataset(parse_dataset(args.dataset)).load()
+    data = check_coco_dataset(parse_dataset(args.dataset)).data
     files = [file for pattern in args.predictions for file in sorted(glob.glob(pattern))]
     detections = read_predictions(files, data.content, complete=True)
     images = {row["id"] for row in data.content["images"]}

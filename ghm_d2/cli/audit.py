@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{file} exists already: name another --output, or replace it with --overwrite."
                 )
         dataset = check_coco_dataset(parse_dataset(args.dataset[0]))
-        data = dataset.load()
+        data = dataset.data
         if not data.keep_written_ids():
             logger.warning("annotation ids are missing, equal or no numbers: they are given anew")
         found = _detections(args, data, dataset.image_root)
