@@ -59,6 +59,28 @@ def add_ghm_config(cfg: CN) -> None:
     # Whether GHMRetinaNet clips boxes to the image before NMS, as mmdetection does, not after it.
     cfg.MODEL.GHM.CLIP_BEFORE_NMS = False
 
+    # How a training of any detector goes on, and where its figures go; all of it is off.
+    cfg.MODEL.GHM.TRAINING = CN()
+    # The figure of an evaluation that says which model is the best, as metrics.json names it:
+    # "bbox/AP", with several data sets "NAME/bbox/AP", or a "validation/..." loss, the lowest of
+    # which is the best.
+    cfg.MODEL.GHM.TRAINING.VAL_METRIC = "bbox/AP"
+    # Whether model_best.pth holds the weights of the best evaluation.
+    cfg.MODEL.GHM.TRAINING.SAVE_BEST = False
+    # Evaluations in a row without a better figure after which the training stops; 0: never.
+    cfg.MODEL.GHM.TRAINING.PATIENCE = 0
+    # Whether evaluations also compute the losses of the test data, each image by itself, without
+    # touching running counts, random states or gradients.
+    cfg.MODEL.GHM.TRAINING.VALIDATION_LOSS = False
+    # Decay of a moving average of the weights, in [0, 1); the average is what is evaluated and
+    # saved. The first updates take less: min(EMA_DECAY, (1 + n) / (10 + n)). 0: none.
+    cfg.MODEL.GHM.TRAINING.EMA_DECAY = 0.0
+    # Forward passes that the SOLVER.IMS_PER_BATCH images of an iteration are divided among. Each
+    # pass has histograms of its own images and updates the running counts.
+    cfg.MODEL.GHM.TRAINING.ACCUMULATION_STEPS = 1
+    # Where the figures go besides the terminal, metrics.json and TensorBoard: "wandb", "mlflow".
+    cfg.MODEL.GHM.TRAINING.WRITERS = ()
+
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
     cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))
     # "ghm_c", or a baseline of the paper with ENABLED and LOSS_WEIGHT alone of the other keys:

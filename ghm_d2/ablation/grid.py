@@ -15,7 +15,7 @@ __all__ = ["TABLES", "Grid", "Row", "load_grid"]
 TABLES = {path.stem: path for path in sorted((Path(__file__).parent / "tables").glob("*.yaml"))}
 
 SPEED = "seconds_per_iteration"
-_SCALARS = (str, int, float, bool, list)
+_SCALARS = (str, int, float, bool, list, type(None))
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def _overrides(where: str, content: Any) -> dict[str, Any]:
     for key, value in content.items():
         if not isinstance(value, _SCALARS):
             raise UserError(
-                f"{where}: the override {key} must be a number, a text, True, False or a list, "
-                f"got {value!r} (write the whole key, A.B.C, on one line)."
+                f"{where}: the override {key} must be a number, a text, True, False, null or a "
+                f"list, got {value!r} (write the whole key, A.B.C, on one line)."
             )
     return content
 

@@ -61,7 +61,7 @@ class Job:
         begin = time.perf_counter()
         options = {None: [], FINAL_CHECKPOINT: ["--resume", "--eval-only"]}
         last = RunFolder(output).last_checkpoint()
-        argv = [*run.argv, "OUTPUT_DIR", str(output), *options.get(last, ["--resume"])]
+        argv = [*run.argv_into(output), *options.get(last, ["--resume"])]
         if reason := self._train(argv):
             return reason
         seconds = round(time.perf_counter() - begin, 1)

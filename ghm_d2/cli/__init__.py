@@ -25,6 +25,8 @@ COMMANDS = {
     "split-data": "a COCO-format file into train.json and val.json",
     "check-data": "everything that is wrong with a data set",
     "look": "pictures and figures of a data set, before any training",
+    "corrupt": "a COCO-format file with errors of stated shares in it",
+    "audit": "annotations that a trained detector does not believe",
     "ablate": "the paper's tables, or your own grid, over seeds",
     "figures": "the paper's figures of a trained detector",
     "replay": "look at a batch that stopped a training",

@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = _options(args)
         _check_output(Path(args.output))
         files = list_files(args.check, IMAGE_SUFFIXES)
-        cfg, model, classes = build_detector(args)
+        detector = build_detector(args)
+        cfg, model, classes = detector.cfg, detector.model, detector.metadata
         prepare = image_preparer(cfg)
         images = {str(f): prepare(read_image(f)) for f in files}
         _check_sizes(images, model, args.format)

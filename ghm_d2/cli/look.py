@@ -12,12 +12,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from ghm_d2.data import register_datasets
-from ghm_d2.data.anchor_check import anchor_report
+from ghm_d2.data.anchor_check import AnchorSettings, anchor_report
 from ghm_d2.data.annotations import Uses
 from ghm_d2.data.look_pictures import draw_grid, draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
-from ghm_d2.engine.setup import build_config, is_python
+from ghm_d2.engine.python_config import read_anchors
+from ghm_d2.engine.settings import read_settings
+from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
 __all__ = ["main"]
@@ -61,22 +63,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.images < 1:
             raise UserError(f"--images must be at least 1, got {args.images}.")
         setup_logger(name="ghm_d2")
-        cfg, names = _data_sets(args)
+        anchors, names = _data_sets(args)
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot("made", f"--output {args.output}", error) from error
         for name in names:
-            _look(name, cfg, args)
+            _look(name, anchors, args)
 
 
-def _data_sets(args: argparse.Namespace) -> tuple[CfgNode | None, list[str]]:
+def _data_sets(args: argparse.Namespace) -> tuple[AnchorSettings | None, list[str]]:
     if args.config_file:
-        if is_python(args.config_file):
-            raise UserError("--config-file must be a YAML file, whose anchors this tool knows.")
         cfg, datasets = build_config(args.config_file, args.opts, args.dataset, log_to_file=False)
-        names = [dataset.name for dataset in datasets] or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-        return cfg, list(dict.fromkeys(names))
+        settings = read_settings(cfg)
+        names = [dataset.name for dataset in datasets] or [*settings.train, *settings.test]
+        anchors = AnchorSettings.of(cfg) if isinstance(cfg, CfgNode) else read_anchors(cfg)
+        return anchors, list(dict.fromkeys(names))
     if args.opts:
         raise UserError(f"{args.opts[0]} overrides a config: give --config-file FILE too.")
     if not args.dataset:
@@ -85,7 +87,7 @@ def _data_sets(args: argparse.Namespace) -> tuple[CfgNode | None, list[str]]:
     return None, [dataset.name for dataset in register_datasets(args.dataset, uses=boxes)]
 
 
-def _look(name: str, cfg: CfgNode | None, args: argparse.Namespace) -> None:
+def _look(name: str, anchors: AnchorSettings | None, args: argparse.Namespace) -> None:
     if name not in DatasetCatalog:
         raise UserError(f"there is no data set {name}: give --dataset {name}=ann.json,image_dir.")
     try:
@@ -97,7 +99,7 @@ def _look(name: str, cfg: CfgNode | None, args: argparse.Namespace) -> None:
     metadata = MetadataCatalog.get(name)
     data = count_data(name, records, metadata.get("thing_classes") or ())
     text = summary(data)
-    if cfg is not None and (fit := anchor_report(cfg, records)[0]):
+    if fit := anchor_report(anchors, records)[0]:
         text += f"\nanchors of {args.config_file}: {fit}"
     stem = re.sub(r"[^\w.-]", "_", name)  # a data set may be called anything
     files = [args.output / f"{stem}_{what}" for what in ("images.png", "boxes.png", "summary.txt")]

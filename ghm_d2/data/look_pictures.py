@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .look_statistics import DataStatistics
 from .pictures import UnreadableError, draw_boxes, read_image
 
-__all__ = ["draw_grid", "draw_histograms", "spread"]
+__all__ = ["draw_grid", "draw_histograms", "sheet", "spread"]
 
 _COLUMNS, _TILE, _GAP, _CAPTION = 4, 400, 8, 24
 # Okabe and Ito's, which colour-blind readers tell apart.
@@ -61,11 +61,12 @@ def draw_grid(records: Sequence[dict[str, Any]], metadata: Metadata, file: Path)
         ]
         tiles.append((Path(record["file_name"]).name, draw_boxes(pixels, boxes, metadata)))
     if tiles:
-        _sheet(tiles).save(file)
+        sheet(tiles).save(file)
     return unreadable
 
 
-def _sheet(tiles: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
+def sheet(tiles: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
+    """Pictures under their captions, four in a row; each (H, W, 3) uint8, RGB, of a tile's size."""
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)  # matplotlib ships it
     rows = [tiles[i : i + _COLUMNS] for i in range(0, len(tiles), _COLUMNS)]
     heights = [max(tile.shape[0] for _, tile in row) + _CAPTION + _GAP for row in rows]

@@ -97,10 +97,11 @@ def dense_settings(cfg: CfgNode) -> dict[str, Any]:
             f"(0 = all images of the process), got {node.IMAGES_PER_HISTOGRAM!r}"
         )
     images = node.IMAGES_PER_HISTOGRAM
+    batch = cfg.SOLVER.IMS_PER_BATCH // max(cfg.MODEL.GHM.TRAINING.ACCUMULATION_STEPS, 1)
     return {
         "ghm_scope": node.SCOPE,
         "images_per_histogram": images,
-        "num_histogram_groups": groups_of_images(cfg.SOLVER.IMS_PER_BATCH, images),
+        "num_histogram_groups": groups_of_images(batch, images),
     }
 
 

@@ -84,7 +84,7 @@ def loaded(exported):
 
 
 def assert_same(model, run, images):
-    """At least one detection in every image, and the same from both, as the issue asks."""
+    """At least one detection in every image, and the same from both."""
     for image in images:
         with torch.no_grad():
             expected, actual = detect(model, image), run(image)
