@@ -26,6 +26,8 @@ COMMANDS = {
     "tile-data": "large images, and their objects, cut into tiles",
     "check-data": "everything that is wrong with a data set",
     "look": "pictures and figures of a data set, before any training",
+    "corrupt": "a COCO-format file with errors of stated shares in it",
+    "audit": "annotations that a trained detector does not believe",
     "ablate": "the paper's tables, or your own grid, over seeds",
     "figures": "the paper's figures of a trained detector",
     "replay": "look at a batch that stopped a training",

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from ghm_d2.data import register_datasets
-from ghm_d2.data.anchor_check import anchor_report
+from ghm_d2.data.anchor_check import AnchorSettings, anchor_report
 from ghm_d2.data.annotations import Uses
 from ghm_d2.data.loader import build_train_mapper
 from ghm_d2.data.look_pictures import (
@@ -23,8 +23,11 @@ from ghm_d2.data.look_pictures import (
     spread,
 )
 from ghm_d2.data.look_statistics import DataStatistics, count_data, summary
+from ghm_d2.engine import python_build
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
-from ghm_d2.engine.setup import build_config, is_python
+from ghm_d2.engine.python_config import read_anchors
+from ghm_d2.engine.settings import Config, read_settings
+from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
 __all__ = ["main"]
@@ -87,12 +90,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"\nAll of them in one picture:\n  {args.output / 'compared.png'}")
 
 
-def _data_sets(args: argparse.Namespace) -> tuple[CfgNode | None, list[str]]:
+def _data_sets(args: argparse.Namespace) -> tuple[Config | None, list[str]]:
     if args.config_file:
-        if is_python(args.config_file):
-            raise UserError("--config-file must be a YAML file, whose anchors this tool knows.")
         cfg, datasets = build_config(args.config_file, args.opts, args.dataset, log_to_file=False)
-        names = [dataset.name for dataset in datasets] or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+        names = [dataset.name for dataset in datasets]
+        if not names:
+            settings = read_settings(cfg)
+            names = [*settings.train, *settings.test]
         return cfg, list(dict.fromkeys(names))
     if args.augmented:
         raise UserError("--augmented shows what a config does: give --config-file FILE too.")
@@ -104,7 +108,22 @@ def _data_sets(args: argparse.Namespace) -> tuple[CfgNode | None, list[str]]:
     return None, [dataset.name for dataset in register_datasets(args.dataset, uses=boxes)]
 
 
-def _look(name: str, cfg: CfgNode | None, args: argparse.Namespace) -> DataStatistics:
+def _anchors(cfg: Config) -> AnchorSettings | None:
+    return AnchorSettings.of(cfg) if isinstance(cfg, CfgNode) else read_anchors(cfg)
+
+
+def _mapper(cfg: Config) -> DatasetMapper:
+    build = build_train_mapper if isinstance(cfg, CfgNode) else python_build.build_train_mapper
+    mapper = build(cfg)
+    if not isinstance(mapper, DatasetMapper):
+        raise UserError(
+            f"--augmented shows what Detectron2's DatasetMapper makes of images, and "
+            f"dataloader.train.mapper is {type(mapper).__name__}."
+        )
+    return mapper
+
+
+def _look(name: str, cfg: Config | None, args: argparse.Namespace) -> DataStatistics:
     if name not in DatasetCatalog:
         raise UserError(f"there is no data set {name}: give --dataset {name}=ann.json,image_dir.")
     try:
@@ -116,7 +135,7 @@ def _look(name: str, cfg: CfgNode | None, args: argparse.Namespace) -> DataStati
     metadata = MetadataCatalog.get(name)
     data = count_data(name, records, metadata.get("thing_classes") or ())
     text = summary(data)
-    if cfg is not None and (fit := anchor_report(cfg, records)[0]):
+    if cfg is not None and (fit := anchor_report(_anchors(cfg), records)[0]):
         text += f"\nanchors of {args.config_file}: {fit}"
     stem = re.sub(r"[^\w.-]", "_", name)  # a data set may be called anything
     parts = ("images.png", "boxes.png", "summary.txt", "augmented.png")
@@ -132,8 +151,7 @@ def _look(name: str, cfg: CfgNode | None, args: argparse.Namespace) -> DataStati
     if len(data.sides):
         draw_histograms([data], files[1])
     if args.augmented:
-        mapper = build_train_mapper(cfg)
-        draw_augmented(picked[: -(-args.images // 2)], mapper, metadata, files[3], cfg.INPUT.FORMAT)
+        draw_augmented(picked[: -(-args.images // 2)], _mapper(cfg), metadata, files[3])
     files[2].write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n")
     for file in files:

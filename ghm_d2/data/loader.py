@@ -24,7 +24,7 @@ from ghm_d2.errors import command
 from ghm_d2.randomness import numpy_state, preserved, seeded, set_numpy_state
 
 from . import workers
-from .anchor_check import log_anchor_fit
+from .anchor_check import AnchorSettings, log_anchor_fit
 from .augmentation import train_augmentations
 from .readable import UnusableData
 
@@ -95,7 +95,7 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
         return _train_loader_from_config(cfg, mapper, dataset=records)["sampler"]
 
     if isinstance(records, list):
-        log_anchor_fit(cfg, records)
+        log_anchor_fit(AnchorSettings.of(cfg), records)
     return build_train_loader_from_parts(parts, build_sampler)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import Metadata
+from detectron2.data import DatasetMapper, Metadata
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import BoxMode
 from matplotlib import font_manager
@@ -24,7 +24,14 @@ from ghm_d2.errors import counted
 from .look_statistics import DataStatistics
 from .pictures import UnreadableError, draw_boxes, read_image
 
-__all__ = ["MOST_COMPARED", "draw_augmented", "draw_grid", "draw_histograms", "spread"]
+__all__ = [
+    "MOST_COMPARED",
+    "draw_augmented",
+    "draw_grid",
+    "draw_histograms",
+    "sheet",
+    "spread",
+]
 
 _COLUMNS, _TILE, _GAP, _CAPTION = 4, 400, 8, 24
 # Okabe and Ito's, which colour-blind readers tell apart.
@@ -57,22 +64,20 @@ def draw_grid(records: Sequence[dict[str, Any]], metadata: Metadata, file: Path)
 
 def draw_augmented(
     records: Sequence[dict[str, Any]],
-    mapper: Callable[[dict[str, Any]], dict[str, Any]],
+    mapper: DatasetMapper,
     metadata: Metadata,
     file: Path,
-    image_format: str,
 ) -> list[str]:
     """As :func:`draw_grid`, of what a mapper makes of the images; each is drawn twice.
 
     Args:
         records, metadata, file: see there.
         mapper: of the training; its random numbers are those of Python, NumPy and PyTorch.
-        image_format: of its images, `INPUT.FORMAT`.
     """
 
     def tile(record: dict[str, Any]) -> tuple[str, np.ndarray]:
         sample = mapper(copy.deepcopy(record))
-        pixels = convert_image_to_rgb(sample["image"].permute(1, 2, 0), image_format)
+        pixels = convert_image_to_rgb(sample["image"].permute(1, 2, 0), mapper.image_format)
         found = sample["instances"]
         boxes = found.gt_boxes.tensor.tolist()
         items = [(box, k, "") for box, k in zip(boxes, found.gt_classes.tolist(), strict=True)]
@@ -109,11 +114,12 @@ def _draw_tiles(
         except UnreadableError as error:
             unreadable.append(str(error))
     if tiles:
-        _sheet(tiles).save(file)
+        sheet(tiles).save(file)
     return unreadable
 
 
-def _sheet(tiles: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
+def sheet(tiles: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
+    """Pictures under their captions, four in a row; each (H, W, 3) uint8, RGB, of a tile's size."""
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)  # matplotlib ships it
     rows = [tiles[i : i + _COLUMNS] for i in range(0, len(tiles), _COLUMNS)]
     heights = [max(tile.shape[0] for _, tile in row) + _CAPTION + _GAP for row in rows]

@@ -101,21 +101,23 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
     _registered_here.add(name)
 
 
-def log_more_objects_than(limit: int, name: str) -> None:
+def log_more_objects_than(limit: int, name: str, key: str = "TEST.DETECTIONS_PER_IMAGE ") -> None:
     """Warns of a test set in which images hold more objects than a detector may find.
 
     Args:
-        limit: TEST.DETECTIONS_PER_IMAGE.
+        limit: detections of an image.
         name: of a registered data set.
+        key: what to type before another limit.
     """
     most = MetadataCatalog.get(name).get("most_objects", 0)
     if most > limit:
         logger.warning(
             "an image of %s has %d objects, and a detector may find %d in one: the others count "
-            "as missed; give TEST.DETECTIONS_PER_IMAGE %d, which the evaluation follows",
+            "as missed; give %s%d, which the evaluation follows",
             name,
             most,
             limit,
+            key,
             most,
         )
 

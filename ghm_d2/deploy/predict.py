@@ -40,6 +40,7 @@ class Predictor:
     Attributes:
         done: images and frames that were run.
         unreadable: files that could not be read.
+        best: the highest score of all, also below the threshold; None without a detection.
         seconds: time that the model took for them, preparing and results included.
     """
 
@@ -64,6 +65,7 @@ class Predictor:
         self._results: list[dict[str, Any]] = []
         self.done = 0
         self.unreadable = 0
+        self.best: float | None = None
         self.seconds = 0.0
 
     def run(
@@ -125,6 +127,8 @@ class Predictor:
         start = time.perf_counter()
         with torch.no_grad():
             found = self._look(rgb)
+        if len(found):
+            self.best = max(self.best or 0.0, float(found.scores.max()))
         found = found[found.scores >= self.threshold]
         self._record(found, rgb.shape[:2], record)
         self.seconds += time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from ghm_d2 import data, model_zoo, modeling  # noqa: F401  (they register what configs name)
 from ghm_d2.config import add_ghm_config
@@ -32,13 +33,17 @@ from .settings import (
 )
 
 __all__ = [
+    "as_typed",
+    "as_words",
     "build_config",
     "choose_device",
     "choose_splits",
+    "given_values",
     "is_python",
     "load_config",
     "locate_config_file",
     "merge_config_file",
+    "output_words",
     "setup_ghm_logger",
 ]
 
@@ -50,11 +55,40 @@ def is_python(file: str) -> bool:
     return file.endswith(".py")
 
 
-def given_keys(file: str, overrides: Sequence[str]) -> set[str]:
-    """The keys that the overrides of a config file name."""
+def given_values(file: str, overrides: Sequence[str]) -> dict[str, str]:
+    """The keys that the overrides of a config file name, and their values as they were typed."""
     if is_python(file):
-        return {text.partition("=")[0] for text in overrides}
-    return set(overrides[::2])
+        return {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    return dict(zip(overrides[::2], overrides[1::2], strict=True))
+
+
+def given_keys(file: str, overrides: Sequence[str]) -> set[str]:
+    """The keys alone."""
+    return set(given_values(file, overrides))
+
+
+def as_words(file: str, values: Mapping[str, str]) -> list[str]:
+    """The overrides of a config file that :func:`given_values` reads."""
+    if is_python(file):
+        return [f"{key}={value}" for key, value in values.items()]
+    return [word for pair in values.items() for word in pair]
+
+
+def as_typed(file: str, value: Any) -> str:
+    """What a user types for a value: Hydra takes a text in quotes alone, whatever it holds."""
+    if not is_python(file):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(as_typed(file, item) for item in value)}]"
+    if isinstance(value, str):
+        return QuotedString(value, Quote.single).with_quotes()
+    return "null" if value is None else str(value)
+
+
+def output_words(file: str, folder: str | os.PathLike[str]) -> list[str]:
+    """The override that sends whatever a run leaves to a folder."""
+    key = "train.output_dir" if is_python(file) else "OUTPUT_DIR"
+    return as_words(file, {key: as_typed(file, str(folder))})
 
 
 def build_config(

@@ -8,18 +8,33 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from ghm_d2.config import add_ghm_config
+from ghm_d2.config import AUTO_KEYS, add_ghm_config
 from ghm_d2.data.augmentation import train_augmentations
 from ghm_d2.data.class_weights import BALANCED
 from ghm_d2.data.fields import number
 from ghm_d2.errors import UserError
-from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
+from ghm_d2.losses import (
+    ASL1Loss,
+    CrossEntropyLoss,
+    FocalLoss,
+    GHMCLoss,
+    GHMRLoss,
+    OHEMLoss,
+    SmoothL1Loss,
+)
 
-from .dense import SCOPES, groups_of_images
+from .dense import SCOPES, TARGETS, groups_of_images
 
 __all__ = ["build_losses", "validate_ghm_config"]
 
-CLS_BASELINES = {"cross_entropy": CrossEntropyLoss, "ohem": OHEMLoss}
+CLS_BASELINES = {"focal": FocalLoss, "cross_entropy": CrossEntropyLoss, "ohem": OHEMLoss}
+REG_BASELINES = {"smooth_l1": SmoothL1Loss, "asl1": ASL1Loss}
+# Where Detectron2 keeps the delta of smooth L1.
+_BETA = {
+    "RETINANET": "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA",
+    "RPN": "MODEL.RPN.SMOOTH_L1_BETA",
+    "ROI_BOX_HEAD": "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA",
+}
 
 # The keys that choose the parts of a detector that have harmonised losses.
 _CHOSEN_BY = {
@@ -44,7 +59,7 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
         part: "RETINANET", "RPN" or "ROI_BOX_HEAD".
 
     Returns:
-        `ghm_c`, `ghm_r` and `asl1`, and for RetinaNet `cls_baseline`; None where a loss is
+        `ghm_c`, `ghm_r` and `reg_baseline`, and for RetinaNet `cls_baseline`; None where a loss is
         not enabled or `LOSS_TYPE` names another one.
 
     Raises:
@@ -53,7 +68,7 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
     """
     _check_boxes(cfg, part)
     prefix, node = f"MODEL.GHM.{part}", cfg.MODEL.GHM[part]
-    losses: dict[str, nn.Module | None] = dict.fromkeys(("ghm_c", "ghm_r", "asl1"))
+    losses: dict[str, nn.Module | None] = dict.fromkeys(("ghm_c", "ghm_r", "reg_baseline"))
     if "LOSS_TYPE" in node.CLS:  # the paper's baselines are those of a dense detector
         losses["cls_baseline"] = None
     if part == "ROI_BOX_HEAD":
@@ -75,10 +90,14 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
                     "loss: leave one of the two out"
                 )
             else:
-                losses["cls_baseline"] = CLS_BASELINES[kind](loss_weight=node.CLS.LOSS_WEIGHT)
+                more = {"loss_weight": node.CLS.LOSS_WEIGHT}
+                if kind == "focal":
+                    focal = cfg.MODEL.RETINANET
+                    more |= {"alpha": focal.FOCAL_LOSS_ALPHA, "gamma": focal.FOCAL_LOSS_GAMMA}
+                losses["cls_baseline"] = CLS_BASELINES[kind](**more)
     if node.REG.ENABLED:
         kind = node.REG.LOSS_TYPE
-        _check_choice(f"{prefix}.REG.LOSS_TYPE", kind, ("ghm_r", "asl1"))
+        _check_choice(f"{prefix}.REG.LOSS_TYPE", kind, ("ghm_r", *REG_BASELINES))
         replaced = cfg.MODEL[part].BBOX_REG_LOSS_TYPE
         if replaced != "smooth_l1":
             raise UserError(
@@ -90,12 +109,18 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
             if kind == "ghm_r":
                 losses["ghm_r"] = GHMRLoss(mu=node.REG.MU, **_arguments(cfg, node.REG))
             else:
-                losses["asl1"] = ASL1Loss(mu=node.REG.MU, loss_weight=node.REG.LOSS_WEIGHT)
+                more = (
+                    {"mu": node.REG.MU}
+                    if kind == "asl1"
+                    else {"beta": attrgetter(_BETA[part])(cfg)}
+                )
+                loss = REG_BASELINES[kind](loss_weight=node.REG.LOSS_WEIGHT, **more)
+                losses["reg_baseline"] = loss
     return losses
 
 
 def dense_settings(cfg: CfgNode) -> dict[str, Any]:
-    """The arguments of :class:`~ghm_d2.modeling.DenseLoss` that `MODEL.GHM.RETINANET` gives.
+    """What `MODEL.GHM.RETINANET` gives :class:`~ghm_d2.modeling.GHMRetinaNet` besides losses.
 
     Raises:
         UserError: a key holds a value that is not allowed; the message names it.
@@ -108,10 +133,14 @@ def dense_settings(cfg: CfgNode) -> dict[str, Any]:
             f"(0 = all images of the process), got {node.IMAGES_PER_HISTOGRAM!r}"
         )
     images = node.IMAGES_PER_HISTOGRAM
+    batch = cfg.SOLVER.IMS_PER_BATCH // max(cfg.MODEL.GHM.TRAINING.ACCUMULATION_STEPS, 1)
+    targets = node.CLS.TARGETS if node.CLS.ENABLED else TARGETS[0]
+    _check_choice("MODEL.GHM.RETINANET.CLS.TARGETS", targets, TARGETS)
     return {
+        "cls_targets": targets,
         "ghm_scope": node.SCOPE,
         "images_per_histogram": images,
-        "num_histogram_groups": groups_of_images(cfg.SOLVER.IMS_PER_BATCH, images),
+        "num_histogram_groups": groups_of_images(batch, images),
     }
 
 
@@ -178,7 +207,8 @@ def _naming_keys(prefix: str) -> Iterator[None]:
         yield
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        raise UserError(f"{prefix}.{name.upper()} {rest}") from None
+        key = {"gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "beta": _BETA[prefix.split(".")[2]]}
+        raise UserError(f"{key.get(name, f'{prefix}.{name.upper()}')} {rest}") from None
 
 
 def _check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -195,9 +225,11 @@ def _check_types(node: CfgNode, default: CfgNode, prefix: str) -> None:
                 raise UserError(f"{name} must hold keys of its own, got {value!r}")
             _check_types(value, expected, name)
             continue
+        if name in AUTO_KEYS and value == "auto":
+            continue
         wanted = (int, float) if isinstance(expected, float) else type(expected)
         if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(expected, bool):
-            kind = type(expected).__name__
+            kind = type(expected).__name__ + (' or "auto"' if name in AUTO_KEYS else "")
             raise UserError(f"{name} must be of type {kind}, as in {expected!r}, got {value!r}")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,8 +19,10 @@ from ghm_d2.ablation import job
 from ghm_d2.ablation.execute import _Submitter, execute
 from ghm_d2.ablation.plan import Run
 from ghm_d2.ablation.results import Store, read_study
+from ghm_d2.ablation.tuning import next_points
 from ghm_d2.cli.ablate import main
 from ghm_d2.errors import UserError, exits_with_one_sentence
+from tests.kinds import KINDS, Kind
 from tests.tiny import RETINANET, ROOT, TINY, forget_program, write_coco
 
 ROWS = [
@@ -71,9 +74,9 @@ def wait_for(condition, seconds=600):
 
 
 def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
-    """2 rows x 2 seeds really train; Ctrl-C comes in the middle of the first one."""
+    """2 rows really train; Ctrl-C comes in the middle of the first one."""
     grid, out = write_grid(tmp_path), tmp_path / "out"
-    argv = ["--grid", str(grid), "--output", str(out), "--seeds", "1", "2", *data]
+    argv = ["--grid", str(grid), "--output", str(out), "--seeds", "2", *data]
     argv += ["--threads", "1"]
 
     def interrupt():
@@ -95,9 +98,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     main(argv)
     text = capsys.readouterr().out
     runs = {p.stem: json.loads(p.read_text()) for p in out.glob("runs/*.json")}
-    assert sorted((r["row"], r["seed"]) for r in runs.values()) == [
-        ("M = 5", 1), ("M = 5", 2), ("focal", 1), ("focal", 2)
-    ]  # fmt: skip
+    assert sorted((r["row"], r["seed"]) for r in runs.values()) == [("M = 5", 2), ("focal", 2)]
     assert runs[cut]["starts"] == 2
     logs = [log.read_text() for log in (out / "work" / "logs" / cut).glob("*_log.out")]
     assert len(logs) == 2
@@ -105,7 +106,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     told = f"{stopped} is written: go on with --resume."
     assert sum(told in log for log in logs) == 1
     assert sum(f"Starting training from iteration {int(stopped[6:13]) + 1}" in x for x in logs) == 1
-    one = next(r for r in runs.values() if r["row"] == "M = 5" and r["seed"] == 2)
+    one = next(r for r in runs.values() if r["row"] == "M = 5")
     assert one["config"]["MODEL.GHM.RETINANET.CLS.BINS"] == 5 and one["config"]["SEED"] == 2
     assert one["iterations"] == 20 and one["threads"] == 1
     assert one["seconds_per_iteration"] > 0 and one["peak_rss_mb"] > 100
@@ -117,7 +118,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     for name in ("tiny.md", "tiny.json", "tiny.png", "tiny.svg"):
         assert (out / name).stat().st_size > 0
     report = (out / "tiny.md").read_text()
-    assert report in text and "| M = 5 | 2 | " in report and " | 33.4 |" in report
+    assert report in text and "| M = 5 | 1 | " in report and " | 33.4 |" in report
     assert "1 runs were cut off" in report
     summary = json.loads((out / "tiny.json").read_text())
     assert [row["name"] for row in summary["rows"]] == ["focal", "M = 5"]
@@ -132,14 +133,23 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
         (out / name).rename(tmp_path / name)
     main(argv)
     assert (out / "tiny.md").read_text() == report
-    assert "4 runs are done already" in capsys.readouterr().out
+    assert "2 runs are done already" in capsys.readouterr().out
 
 
-def test_cut_off_in_its_evaluation(tmp_path, data):
+PYTHON_GRID = {
+    "config_file": "tiny.py",
+    "overrides": {"model.test_score_thresh": 0.0},
+    "rows": [{"name": "focal", "overrides": {"model.ghm_c": None}}],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cut_off_in_its_evaluation(tmp_path, data, name):
     """Only the evaluation is done again, with the same result; in this process."""
-    out = tmp_path / "out"
-    argv = ["--grid", str(write_grid(tmp_path, rows=ROWS[:1])), "--output", str(out), *data]
-    argv += ["--seeds", "1", "--cluster", "debug", "--threads", "1"]
+    out, kind = tmp_path / "out", Kind(name, tmp_path)
+    grid = write_grid(tmp_path, **(PYTHON_GRID if kind.python else {"rows": ROWS[:1]}))
+    argv = ["--grid", str(grid), "--output", str(out), "--seeds", "1", "--threads", "1", *data]
+    argv += [*kind.words(max_iter=2), "--cluster", "debug"]
     main(argv)
     (file,) = out.glob("runs/*.json")
     one = json.loads(file.read_text())
@@ -187,15 +197,15 @@ def fake_runs(count, name="id"):
     data = {"train": {"a": "1"}, "test": {"b": "2"}}
     names = [f"{name}{i}" for i in range(count)] if name == "id" else [name]
     return [
-        Run(one, f"row {i}", 1, (str(i),), {}, {"SEED": 1}, data, {}, 10)
+        Run(one, f"row {i}", 1, ("--config-file", str(i)), {}, {"SEED": 1}, data, {}, 10)
         for i, one in enumerate(names)
     ]
 
 
 def fake_training(argv):
-    """In place of the trainer, whose arguments are: number of the run, OUTPUT_DIR, folder, ..."""
-    number, output = int(argv[0]), Path(argv[2])
-    (output / "started").write_text(" ".join([os.environ["OMP_NUM_THREADS"], *argv[3:]]))
+    """In place of the trainer: --config-file, the run's number, OUTPUT_DIR, folder, ..."""
+    number, output = int(argv[1]), Path(argv[3])
+    (output / "started").write_text(" ".join([os.environ["OMP_NUM_THREADS"], *argv[4:]]))
     if number == 1:
         with exits_with_one_sentence("train_net.py"):
             raise UserError("the lamp is off.")
@@ -389,6 +399,128 @@ def test_failed_runs_end_in_exit_code_1(tmp_path, data, monkeypatch, capsys):
     assert stop.value.code == 1
     text = capsys.readouterr().out
     assert "2 of 2 runs failed" in text and "- M = 5, seed 7: no lamp" in text
+
+
+WEIGHT, RATE = "MODEL.GHM.RETINANET.CLS.LOSS_WEIGHT", "SOLVER.BASE_LR"
+TUNED_ROWS = [
+    {
+        "name": "focal",
+        "overrides": {"MODEL.GHM.RETINANET.CLS.LOSS_TYPE": "focal", WEIGHT: 0.25},
+    },
+    {"name": "M = 5", "overrides": {"MODEL.GHM.RETINANET.CLS.BINS": 5}},
+]
+
+
+def tuned_training(calls, interrupt_at=None):
+    """In place of the trainer: best with weight 2 for GHM-C, 0.25 for focal loss, and rate 0.02;
+    seed 3 adds 1, and a try with weight 0.5 fails."""
+
+    def train(argv):
+        if len(calls) == interrupt_at:
+            raise KeyboardInterrupt
+        given = dict(zip(argv[2::2], argv[3::2], strict=False))
+        weight, rate = float(given.get(WEIGHT, 1)), float(given.get(RATE, 0.01))
+        calls.append((given["--dataset"], given["SEED"], weight, rate))
+        if weight == 0.5:
+            sys.exit("it diverged")
+        optimum = 0.25 if "MODEL.GHM.RETINANET.CLS.LOSS_TYPE" in given else 2
+        ap = 50 - abs(math.log2(weight / optimum)) - abs(math.log2(rate / 0.02))
+        output = Path(given["OUTPUT_DIR"])
+        (output / "inference").mkdir()
+        ap += given["SEED"] == "3"
+        (output / "inference" / "results.json").write_text(json.dumps({"bbox/AP": ap}))
+        (output / "metrics.json").write_text('{"total_loss": 1.0, "iteration": 19, "time": 0.1}')
+
+    return train
+
+
+def test_equal_tries_on_held_out_images(tmp_path, data, monkeypatch, capsys):
+    tuning = {"keys": {WEIGHT: 2.0, RATE: 2.0}, "tries": 7, "seeds": [8, 9]}
+    grid = write_grid(tmp_path, rows=TUNED_ROWS, tuning=tuning)
+    out = tmp_path / "out"
+    argv = ["--grid", str(grid), "--output", str(out), "--seeds", "2", "3", *data]
+    argv += ["--cluster", "debug"]
+    calls = []
+    monkeypatch.setattr("ghm_d2.ablation.execute._POLL", 0)
+    monkeypatch.setattr(job, "main", tuned_training(calls, interrupt_at=11))
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main(argv)
+    monkeypatch.setattr(job, "main", tuned_training(calls))
+    with pytest.raises(SystemExit) as stop:  # for the tries that failed
+        main(argv)
+    assert stop.value.code == 1
+    text = capsys.readouterr().out
+    summary = json.loads((out / "tiny.json").read_text())
+    record = summary["tuning"]
+    for name, chosen in (("focal", (0.25, 0.02)), ("M = 5", (2.0, 0.02))):
+        row = record["rows"][name]
+        assert row["complete"] and len(row["tries"]) == 7
+        assert row["chosen"] == dict(zip((WEIGHT, RATE), chosen, strict=True))
+        values = [tuple(one["values"].values()) for one in row["tries"]]
+        assert len(set(values)) == 7
+        failed = [one["score"] is None for one in row["tries"]]
+        assert failed == [value[0] == 0.5 for value in values] and any(failed)
+        assert f"| {name} | 7 | " in text and f"| 50.0 | {chosen[0]:g} | {chosen[1]:g} |" in text
+        (reported,) = (r for r in summary["rows"] if r["name"] == name)
+        assert reported["figures"]["AP"]["by_seed"] == {"2": 50.0, "3": 51.0}
+    # Each try once, but for those that failed; what is reported was no try, nor its images.
+    tries = [call for call in calls if call[1] in "89"]
+    well = [call for call in tries if call[2] != 0.5]
+    assert len(set(well)) == len(well)
+    parts = [json.loads((out / "work/tuning" / f"{n}.json").read_text()) for n in PARTS]
+    names = [{image["file_name"] for image in part["images"]} for part in parts]
+    assert all(names) and not names[0] & names[1]
+    assert record["images"] == dict(zip(PARTS, map(len, names), strict=True))
+    studied = read_study(out / "tiny.json")
+    assert len(studied) == len(set(well)) + 4
+    assert {tuple(run["data"]["train"]) for run in studied if run["seed"] in (8, 9)} == {
+        ("first_rest",)
+    }
+
+    # The study is enough to know what has ended by.
+    monkeypatch.delattr(job, "Job")
+    for name in ("work", "runs"):
+        (out / name).rename(tmp_path / name)
+    main([*argv, "--report-only"])
+    again = json.loads((out / "tiny.json").read_text())
+    assert "Not tuned yet: " in (out / "tiny.md").read_text()  # what has failed is not in it
+    assert again["tuning"]["rows"]["focal"]["tries"][0] == record["rows"]["focal"]["tries"][0]
+    assert len(read_study(out / "tiny.json")) == len(studied)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "sentence"),
+    [
+        ({"keys": {}, "tries": 3}, "keys must map config keys to factors"),
+        ({"keys": {WEIGHT: 1.0}, "tries": 3}, "must be above 1, got 1.0"),
+        ({"keys": {WEIGHT: 2}, "tries": 1}, "tries must be a whole number >= 2, got 1"),
+        ({"keys": {WEIGHT: 2}, "tries": 3, "fraction": 1}, "fraction must lie between 0 and 1"),
+        ({"keys": {WEIGHT: 2}, "tries": 3, "seeds": []}, "seeds must be whole numbers"),
+        ({"keys": {WEIGHT: 2}, "tries": 3, "seeds": [7]}, "--seeds 7 is a seed that the grid"),
+        ({"keys": {"MODEL.RETINANET.NORM": 2}, "tries": 3}, "MODEL.RETINANET.NORM cannot be tuned"),
+    ],
+)
+def test_mistakes_of_a_tuning_are_one_sentence(
+    tuning, sentence, tmp_path, data, monkeypatch, capsys
+):
+    monkeypatch.setattr(job, "main", tuned_training([]))
+    grid = write_grid(tmp_path, rows=TUNED_ROWS, tuning=tuning)
+    argv = ["--grid", str(grid), "--output", str(tmp_path / "out"), "--seeds", "7", *data]
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--cluster", "debug"])
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_the_nearest_untried_points_come_first():
+    assert next_points({}, 2, 1) == [(0, 0)]
+    assert next_points({(0, 0): 1.0}, 2, 4) == [(1, 0), (-1, 0), (0, 1), (0, -1)]
+    scores = {(0, 0): 1.0, (1, 0): 3.0, (-1, 0): -math.inf}
+    assert next_points(scores, 2, 3) == [(2, 0), (1, 1), (1, -1)]
+    everything = next_points(scores, 2, 40)
+    assert len(set(everything)) == 40 and not set(everything) & set(scores)
+
+
+PARTS = ("rest", "held_out")
 
 
 def test_report_only_runs_nothing(tmp_path, data, monkeypatch, capsys):

@@ -10,7 +10,8 @@ from PIL import Image
 from ghm_d2.cli.look import main
 from ghm_d2.data.look_pictures import draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
-from tests.tiny import ROOT, coco_content, forget_program, write_coco
+from tests.kinds import KINDS, Kind
+from tests.tiny import coco_content, forget_program, write_coco
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +59,14 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
     assert not lit[:, 230:].any() and not lit[270:].any()
 
 
-def test_a_config_brings_its_data_and_its_anchors(tmp_path, capsys):
-    data = write_coco(tmp_path / "data")
-    config = ROOT / "configs" / "ghm_retinanet_R_50.yaml"
-    words = ("--config-file", config, "--dataset", f"m={data}", "--output", tmp_path / "o")
-    look(*words, "INPUT.MIN_SIZE_TRAIN", "(32,)")
-    assert "Most boxes have no anchor that fits" in capsys.readouterr().out
+@pytest.mark.parametrize("name", KINDS)
+def test_a_config_brings_its_data_and_its_anchors(name, tmp_path, capsys):
+    data, kind = write_coco(tmp_path / "data"), Kind(name, tmp_path)
+    size = kind.words(train_size=[32] if kind.python else (32,))
+    look("--config-file", kind.file, "--dataset", f"m={data}", "--output", tmp_path / "o", *size)
+    text = capsys.readouterr().out
+    way_out = '"model.anchor_generator.sizes=' if kind.python else 'MODEL.ANCHOR_GENERATOR.SIZES "'
+    assert "Most boxes have no anchor that fits" in text and way_out in text
 
 
 def boxes(*rows, image=(100, 50)):
