@@ -13,7 +13,7 @@ from tests.tiny import ROOT
 LAYERS = (
     ("errors", "markdown", "randomness", "config"),
     ("config_files", "files"),
-    ("plotting", "provenance", "run_parts"),
+    ("plotting", "provenance", "run_logs", "run_parts"),
     ("run_folder",),
     ("losses",),
     ("data", "checkpoint"),

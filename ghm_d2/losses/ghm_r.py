@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Eager, HarmonizedLoss, check_weight, example_mask
-from .checks import ValueChecks, check_floating, check_positive
+from .base import Eager, HarmonizedLoss
+from .checks import ValueChecks, check_floating, check_positive, check_weight, example_mask
 from .functional import regression_examples
 from .kernels import Arguments, EagerPart, FusedExamples, regression_kernel
 
@@ -104,7 +104,7 @@ class GHMRLoss(HarmonizedLoss):
     def _constants(self, raw: Sequence[Arguments]) -> dict[str, Any]:
         return {"mu": self.mu}
 
-    def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
+    def _device_arguments(self) -> dict[str, Any] | None:
         return {} if self.density == "unit_region" else None
 
     def _kernel(

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from ghm_d2.losses import GHMCLoss
 from ghm_d2.losses.base import raise_deferred_errors
 
-from .dense import DenseLoss, SteadyNormalizer
+from .dense import DenseLoss, SteadyNormalizer, levels_of_labels
 
 __all__ = ["GHMFCOS"]
 
@@ -74,7 +73,7 @@ class GHMFCOS(SteadyNormalizer, FCOS):
         rest = gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
         if self.ghm_c is None:
             return super().losses(anchors, pred_logits, *rest)
-        labels = torch.stack(gt_labels).split([x.shape[1] for x in pred_logits], dim=1)
+        labels = levels_of_labels(gt_labels, [x.shape[1] for x in pred_logits])
         loss_cls = self.ghm_c(pred_logits, labels)
         # Detectron2's method gives the other two losses and logs the positives. The focal loss that
         # is then replaced costs one pass without a graph, over a ninth of a RetinaNet's logits.

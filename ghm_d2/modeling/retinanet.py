@@ -18,7 +18,7 @@ from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLo
 from ghm_d2.losses.base import raise_deferred_errors
 
 from .build import build_losses, dense_settings
-from .dense import DenseLoss, SteadyNormalizer
+from .dense import DenseLoss, SteadyNormalizer, levels_of_labels
 from .targets import anchor_deltas
 
 __all__ = ["GHMRetinaNet"]
@@ -144,7 +144,7 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
         loss_cls = loss_box_reg = None
         if self.ghm_c is not None:
             sizes = [x.shape[1] for x in pred_logits]
-            loss_cls = self.ghm_c(pred_logits, labels.split(sizes, dim=1))
+            loss_cls = self.ghm_c(pred_logits, levels_of_labels(gt_labels, sizes))
         elif self.cls_baseline is not None:
             logits = cat(pred_logits, dim=1).flatten(0, 1)
             loss_cls = self.cls_baseline(logits, labels.flatten())
