@@ -161,7 +161,8 @@ def test_measurements_are_those_of_the_files(generate, tmp_path):
     for report in generate.RESULTS.glob("small_data*/*.md"):
         assert report.read_text().splitlines()[4] in generate.small_data(generate.RESULTS)
     for file in generate.RESULTS.glob("audit_*.json"):
-        first = json.loads(file.read_text())["rows"]["wrong class"][0]["precision"]
-        assert f"| ghm-d2 audit | {first:.3f} |" in generate.audit(generate.RESULTS)
+        for found in json.loads(file.read_text())["rows"].values():
+            first = f"| ghm-d2 audit | {found[0]['precision']:.3f} |"
+            assert first in generate.audit(generate.RESULTS)
     assert generate.small_data(tmp_path) == generate.performance(tmp_path) == ""
     assert generate.audit(tmp_path) == ""
