@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ghm_d2.data.coco import check_content
 from ghm_d2.data.corrupt import KINDS, corrupt_coco
-from ghm_d2.data.registration import log_repairs, refuse
+from ghm_d2.data.datasets import log_repairs, refuse
 from ghm_d2.data.split import describe, write_coco
 from ghm_d2.data.tables import read_annotations
 from ghm_d2.engine.arguments import Parser
