@@ -1,6 +1,9 @@
 # `make` lists the targets. PYTHON is only what .venv is made with; everything runs in .venv.
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
+# A process for each core, four at most; a file's tests stay together, so that what they share is
+# built once. PYTEST_XDIST_AUTO_NUM_WORKERS=1 runs them one after the other.
+PYTEST := $(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
 CONFIG ?= configs/quickstart/ghm_retinanet_quickstart.yaml
 ARGS ?=
 
@@ -24,7 +27,7 @@ quickstart: setup ## set up, generate the default data, train a small GHM Retina
 	@$(VENV_PYTHON) train_net.py --config-file $(CONFIG) $(if $(filter file,$(origin CONFIG)),--overwrite) $(ARGS)
 
 test: setup ## run the tests, without the slow ones
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-reference: setup ## run the tests that need the reference material (GHM_D2_SHARED, or ../shared)
 	@$(VENV_PYTHON) -m pytest -m reference $(ARGS)
@@ -33,7 +36,7 @@ test-slow: setup ## run the slow tests only
 	@$(VENV_PYTHON) -m pytest -m slow $(ARGS)
 
 coverage: setup ## run the tests and list the lines of losses and models that they miss
-	@$(VENV_PYTHON) -m pytest --cov=ghm_d2.losses --cov=ghm_d2.modeling --cov-report=term-missing --cov-fail-under=95 $(ARGS)
+	@$(PYTEST) --cov=ghm_d2.losses --cov=ghm_d2.modeling --cov-report=term-missing --cov-fail-under=95 $(ARGS)
 
 lint: setup ## check style, formatting and the types of ghm_d2.losses
 	@$(VENV_PYTHON) -m ruff check .

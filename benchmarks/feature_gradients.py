@@ -30,7 +30,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from feature_gradients_report import write_figure, write_table
+from feature_gradients_report import write_table
 from gradient_measures import measure_gradient, summarize
 from gradient_variants import Predictions, Variant, box_variants, cls_variants
 from torch import Tensor, nn
@@ -213,8 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result["snapshots"] = list(run(args.dataset, args.steps, args.batches, args.opts))
     write_json(args.output, _rounded(result))
     write_table(result, args.output.with_suffix(".md"))
-    write_figure(result, args.output.with_suffix(""))
-    print(f"written: {args.output} and .md, .png, .svg beside it")
+    print(f"written: {args.output} and its .md")
 
 
 def _rounded(value: Any) -> Any:

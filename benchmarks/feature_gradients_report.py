@@ -1,15 +1,9 @@
-"""The tables and the figure of feature_gradients.py."""
+"""The tables of feature_gradients.py."""
 
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from ghm_d2.markdown import markdown_table
-from ghm_d2.plotting import save_figure
-
-__all__ = ["write_figure", "write_table"]
 
 Summary = dict[str, Any]
 
@@ -92,58 +86,3 @@ def write_table(result: Summary, file: Path) -> None:
 def _table(rows: dict[str, Summary], columns: dict[str, Any]) -> list[str]:
     cells = ([name, *(show(s) for show in columns.values())] for name, s in rows.items())
     return [markdown_table(["loss of", *columns], cells), ""]
-
-
-# Okabe and Ito's colours, which colour-blind readers tell apart; lines and markers differ as well.
-_STYLES = {
-    "focal": ("#0072B2", "--", "s"),
-    "cross entropy x 20": ("#56B4E9", ":", "v"),
-    "smooth L1": ("#0072B2", "--", "s"),
-    "authors": ("#000000", "-", "o"),
-    "level": ("#D55E00", "-", "^"),
-    "level, mu 0.1": ("#E69F00", "-.", "D"),
-    "batch": ("#009E73", "-", "P"),
-    "batch, mu 0.1": ("#CC79A7", "-.", "X"),
-    "batch, momentum 0.99": ("#E69F00", "-.", "D"),
-    "batch, separate": ("#CC79A7", "-.", "X"),
-}
-_PANELS = [
-    ("cls", "feature_norm", "Classification: gradient at the features", "L2 norm", True),
-    ("cls", "positives_share", "Classification: share of the positives", "share of sum |g|", False),
-    ("cls", "effective_examples", "Classification: effective logits", "number", True),
-    ("cls", "cosine_between_batches", "Classification: agreement of batches", "cosine", False),
-    ("box", "feature_norm", "Boxes: gradient at the features", "L2 norm", True),
-    ("box", "cosine_between_batches", "Boxes: agreement of batches", "cosine", False),
-]
-
-
-def write_figure(result: Summary, stem: Path) -> list[Path]:
-    """Draws the main losses over the steps, as `<stem>.png` and `<stem>.svg`."""
-    snapshots = [s for s in result["snapshots"] if s["prior"] is None]
-    figure = Figure(figsize=(16, 9.6), layout="constrained")
-    figure.suptitle(
-        f"{result['dataset']}: each loss on one detector trained with focal loss and smooth L1, "
-        f"means over {result['batches']} batches",
-    )
-    grid = figure.subplots(2, 3).flatten()
-    for axes, panel in zip(grid, _PANELS, strict=True):
-        _panel(axes, snapshots, *panel)
-    for axes in (grid[0], grid[4]):  # the first of each part names the lines of all
-        axes.legend(fontsize="small")
-    return save_figure(figure, stem, dpi=110)
-
-
-def _panel(
-    axes: Axes, snapshots: list[Summary], part: str, key: str, title: str, label: str, log: bool
-) -> None:
-    steps = [s["step"] for s in snapshots]
-    for name, (colour, line, marker) in _STYLES.items():
-        if name in snapshots[0][part]:
-            values = [s[part][name][key] for s in snapshots]
-            axes.plot(steps, values, color=colour, linestyle=line, marker=marker, label=name)
-    axes.set(title=title, xlabel="training step", ylabel=label)
-    axes.set_xscale("symlog", linthresh=10)
-    axes.set_xticks(steps, map(str, steps))
-    if log:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)

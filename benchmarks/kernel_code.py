@@ -67,11 +67,12 @@ class Specialisation:
 def specialisations() -> Iterator[Specialisation]:
     """All that a detector launches, and the rarer forms once."""
     from ghm_d2.losses.kernels import triton as kernels
+    from ghm_d2.losses.kernels import triton_examples as examples
     from ghm_d2.losses.kernels.triton_launch import TILE, launch_options
 
     five = lambda kind: (kind,) * LEVELS  # noqa: E731
     names = ("negative", "class", "soft", "delta")
-    kinds = {name: getattr(kernels, name.upper()).value for name in names}
+    kinds = {name: getattr(examples, name.upper()).value for name in names}
     for dtype, pointer in DTYPES.items():
         for kind, weighted, bins, mu in (
             *((name, 0, BINS, 0.02) for name in kinds),
@@ -89,13 +90,15 @@ def specialisations() -> Iterator[Specialisation]:
                 "factor_ptr": "*fp32", "partial_ptr": "*fp32", "row_stride": "i32",
             }  # fmt: skip
             by_rows = kind == "class" or weighted == 1
-            marked = {"negative": 1, "class": 0 if weighted == 2 else 2}.get(kind, 0)
+            tiles = {"negative": "PLAIN", "class": "ALL" if weighted == 2 else "OTHER"}.get(
+                kind, "ALL"
+            )
             constants = {
                 "KIND": kinds[kind], "IGNORED": -1 if kind == "class" else None,
                 "COLUMNS": (4 if kind == "delta" else COLUMNS) if by_rows else 1,
-                "WEIGHTED": weighted, "MARKED": marked, "MU": mu, "BINS": bins,
-                "FLOOR_IS_EXACT": bins == BINS, "ITERATIONS": ITERATIONS, "TILE": TILE,
-                "LEVELS": LEVELS,
+                "WEIGHTED": weighted, "TILES": getattr(kernels, tiles).value, "MU": mu,
+                "BINS": bins, "FLOOR_IS_EXACT": bins == BINS, "ITERATIONS": ITERATIONS,
+                "TILE": TILE, "LEVELS": LEVELS,
             }  # fmt: skip
             suffix = "".join(
                 (
@@ -111,7 +114,11 @@ def specialisations() -> Iterator[Specialisation]:
             yield Specialisation(f"count-{name}", "count", types, constants | width, options, read)
             together = dtype == "float32"
             for what in ("loss+gradient" if together else "loss", "gradient"):
-                outputs = {"LOSS": "loss" in what, "GRADIENT": "gradient" in what}
+                if what == "gradient" and kind == "negative":
+                    continue  # one launch writes the gradient of both kinds of tiles
+                either = what == "gradient" and tiles == "OTHER"
+                outputs = {"TILES": kernels.EITHER.value} if either else {}
+                outputs |= {"LOSS": "loss" in what, "GRADIENT": "gradient" in what}
                 written = _BYTES[pointer] * outputs["GRADIENT"]
                 yield Specialisation(
                     f"{what}-{name}", "loss", types, constants | outputs,

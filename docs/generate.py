@@ -24,6 +24,7 @@ def write_all(folder: Path) -> None:
         "configuration": configuration(),
         "performance": performance(RESULTS),
         "small_data": small_data(RESULTS),
+        "audit": audit(RESULTS),
     }
     for name, text in parts.items():
         write_text(folder / f"{name}.md", text)
@@ -115,7 +116,7 @@ def performance(folder: Path) -> str:
     renderers = {
         "bench_losses": losses_section,
         "bench_train_step": train_step_section,
-        "bench_layout": layout_section,
+        "kernel_code": kernel_section,
     }
     text = ""
     for stem, render in renderers.items():
@@ -185,13 +186,49 @@ def train_step_section(file: Path, record: Record) -> str:
     return text + markdown_table(head, rows) + "\n"
 
 
-def layout_section(file: Path, record: Record) -> str:
-    """What a loss that takes the logits as the network leaves them could save."""
+WIDTHS = ("loads", "stores")
+# What a RetinaNet step launches over its tensors, in either precision.
+LAUNCHED = (
+    ("float32", ("count-negative", "loss+gradient-negative", "scale")),
+    (
+        "float16",
+        ("count-negative", "loss-negative", "gradient-class"),
+    ),
+)
+LAUNCHED_FOR_BOXES = ("count-delta", "loss+gradient-delta", "loss-delta", "gradient-delta")
+
+
+def kernel_section(file: Path, record: Record) -> str:
+    """The machine code of the CUDA kernels, and the time that it would need."""
+    kernels = {(k["name"], k["arch"]): k for k in record["kernels"]}
+    names = [
+        name if name == "scale" else f"{name}-{dtype}"
+        for dtype, own in LAUNCHED
+        for name in (*own, *LAUNCHED_FOR_BOXES)
+    ]
+    rows = []
+    for name in names:
+        if (name, 90) not in kernels:
+            continue
+        kernel, loop = kernels[name, 90], kernels[name, 90]["loop"]
+        widths = {key: ", ".join(f"{n} x {w}" for w, n in loop[key].items()) for key in WIDTHS}
+        ratios = [
+            f"{kernels[name, gpu['arch']]['predicted'][label]['times_memory']:.2f}"
+            for label, gpu in record["gpus"].items()
+        ]
+        faults = kernel["stack_bytes"] + kernel["calls"] + kernel["divisions_64_bit"]
+        each = f"{loop['instructions_an_example']:.1f}"
+        code = [name, each, str(kernel["registers"]), str(faults), *widths.values()]
+        rows.append(code + ratios)
+    head = ("kernel", "instructions", "registers", "stack + calls + divisions", *WIDTHS)
     return (
-        f"## Layout of the logits ({record['device']})\n\n{source(file, record)}"
-        f"Detectron2 transposes the logits ({record['logits']:,} for one image of "
-        f"{record['image'][0]} x {record['image'][1]}) on their way to the loss; that is "
-        f"{record['share_of_step']:.2%} of a training step.\n"
+        f"## Machine code of the CUDA kernels\n\nFrom `{file.relative_to(ROOT)}`, compiled by "
+        f"Triton {record['triton']} without a GPU, read by nvdisasm {record['nvdisasm']}. sm_90: "
+        f"instructions an example in the main loop (of `gradient-class` in half precision, which "
+        f"has code for tiles with labels and without, both together), loads and stores of a "
+        f"thread in it by bits. The last columns are the predicted time over what the memory "
+        f"alone needs: 1.00 waits for the memory.\n\n"
+        f"{markdown_table((*head, *record['gpus']), rows)}\n"
     )
 
 
@@ -218,6 +255,31 @@ def small_data(folder: Path) -> str:
         picture = report.with_suffix(".png")
         if picture.exists():
             text += f"![{title.lstrip('# ')}: {name}]({relative(picture)})\n\n"
+    return text
+
+
+# --- audit --------------------------------------------------------------------------------------
+
+
+def audit(folder: Path) -> str:
+    """Precision of `ghm-d2 audit` and of cleanlab, from every `audit_*.json` in `folder`."""
+    text = ""
+    for file in sorted(folder.glob("audit_*.json")):
+        record = read_json(file)
+        text += f"### {record['dataset'].replace('_', ' ')}\n\n{source(file, record)}"
+        text += f"{record['note']} {record['images']} images, {record['objects']} objects.\n\n"
+        rows = [
+            (kind, str(record["errors"][kind]), row["scorer"], f"{row['precision']:.3f}")
+            for kind, found in record["rows"].items()
+            for row in found
+        ]
+        text += markdown_table(("kind", "errors", "scorer", "precision"), rows) + "\n\n"
+        rows = [
+            (kind, *(f"{found[0][f'default_{name}']:.3f}" for name in ("precision", "recall")))
+            for kind, found in record["rows"].items()
+        ]
+        text += "What is chosen without `--number`:\n\n"
+        text += markdown_table(("kind", "precision", "recall"), rows) + "\n\n"
     return text
 
 

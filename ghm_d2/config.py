@@ -106,6 +106,32 @@ def add_ghm_config(cfg: CN) -> None:
     # Whether GHMRetinaNet clips boxes to the image before NMS, as mmdetection does, not after it.
     cfg.MODEL.GHM.CLIP_BEFORE_NMS = False
 
+    # How a training of any detector goes on, and where its figures go; all of it is off.
+    cfg.MODEL.GHM.TRAINING = CN()
+    # The figure of an evaluation that says which model is the best, as metrics.json names it:
+    # "bbox/AP", with several data sets "NAME/bbox/AP", or a "validation/..." loss, the lowest of
+    # which is the best.
+    cfg.MODEL.GHM.TRAINING.VAL_METRIC = "bbox/AP"
+    # Whether model_best.pth holds the weights of the best evaluation.
+    cfg.MODEL.GHM.TRAINING.SAVE_BEST = False
+    # Evaluations in a row without a better figure after which the training stops; 0: never.
+    cfg.MODEL.GHM.TRAINING.PATIENCE = 0
+    # Whether evaluations also compute the losses of the test data, each image by itself, without
+    # touching running counts, random states or gradients.
+    cfg.MODEL.GHM.TRAINING.VALIDATION_LOSS = False
+    # Decay of a moving average of the weights, in [0, 1); the average is what is evaluated and
+    # saved. The first updates take less: min(EMA_DECAY, (1 + n) / (10 + n)). 0: none.
+    cfg.MODEL.GHM.TRAINING.EMA_DECAY = 0.0
+    # Forward passes that the SOLVER.IMS_PER_BATCH images of an iteration are divided among. Each
+    # pass has histograms of its own images and updates the running counts.
+    cfg.MODEL.GHM.TRAINING.ACCUMULATION_STEPS = 1
+    # Where the figures go besides the terminal, metrics.json and TensorBoard: "wandb", "mlflow".
+    cfg.MODEL.GHM.TRAINING.WRITERS = ()
+    # Detectron2's augmentations for training images, as Python would call them:
+    # "RandomRotation([-10, 10]), RandomBrightness(0.8, 1.2)". They come before those of INPUT; one
+    # that sets the size takes the place of MIN_SIZE_TRAIN, and RandomFlip that of RANDOM_FLIP.
+    cfg.MODEL.GHM.AUGMENTATIONS = ""
+
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
     cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))
     # "ghm_c", or a baseline of the paper with ENABLED, LOSS_WEIGHT and TARGETS alone of the other
@@ -113,6 +139,9 @@ def add_ghm_config(cfg: CN) -> None:
     # paper's weight is 20) or "ohem" (3 negatives for each positive). ENABLED False gives
     # Detectron2's focal loss as it is.
     cfg.MODEL.GHM.RETINANET.CLS.LOSS_TYPE = "ghm_c"
+    # Factor of GHM-C for each class: by name ("cup=2, bar=0.5", the others having 1), as a number
+    # for each ("1 2 0.5"), or "balanced": objects / (classes * objects of the class).
+    cfg.MODEL.GHM.RETINANET.CLS.CLASS_WEIGHT = ""
     # What a positive anchor's own class should score: "hard", 1; "iou", the IoU of its decoded box
     # with the box matched to it, so that scores rank boxes (with "focal": quality focal loss).
     cfg.MODEL.GHM.RETINANET.CLS.TARGETS = "hard"
@@ -131,17 +160,19 @@ def add_ghm_config(cfg: CN) -> None:
 
     # ROI_HEADS.NAME "GHMROIHeads", or "GHMCascadeROIHeads": every stage has these losses.
     cfg.MODEL.GHM.ROI_BOX_HEAD = _pair_node(_loss_node(30, 0.75, 0.25), _loss_node(10, 0.7, 0.25))
+    # As MODEL.GHM.RETINANET.CLS.CLASS_WEIGHT; with softmax, background has 1.
+    cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.CLASS_WEIGHT = ""
     # Foreground probability at the start with USE_SIGMOID_CE and GHM-C (softmax needs none).
     cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB = 0.01
 
     # BACKBONE.NAME "build_torchvision_fpn_backbone" (Faster R-CNN) or
-    # "build_retinanet_torchvision_fpn_backbone". MODEL.FPN.IN_FEATURES then names nodes of the
-    # network's graph, at strides that double; MODEL.BACKBONE.FREEZE_AT, which counts stages of a
-    # ResNet, has no effect.
+    # "build_retinanet_torchvision_fpn_backbone". "res2" to "res5" in MODEL.FPN.IN_FEATURES are the
+    # network's last feature maps of strides 4 to 32; it also takes nodes of the network's graph, at
+    # strides that double. MODEL.BACKBONE.FREEZE_AT, which counts stages of a ResNet, has no effect.
     cfg.MODEL.GHM.TORCHVISION = CN()
     # A classification network of torchvision.models.
     cfg.MODEL.GHM.TORCHVISION.NAME = "mobilenet_v2"
     # Its batch norm: "FrozenBN", "BN" or "SyncBN".
     cfg.MODEL.GHM.TORCHVISION.NORM = "FrozenBN"
-    # Graph node up to which nothing is trained; "": all is trained.
+    # "res2" to "res5" or graph node up to which nothing is trained; "": all is trained.
     cfg.MODEL.GHM.TORCHVISION.FREEZE_AT = ""

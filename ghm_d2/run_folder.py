@@ -6,7 +6,6 @@ raises a UserError with one sentence; what is left out of a usable one is told i
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -14,7 +13,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 from ghm_d2 import provenance
 from ghm_d2.errors import UserError, cannot
 from ghm_d2.files import PART, read_json, read_text, write_json
+from ghm_d2.run_logs import cut_rows
 from ghm_d2.run_parts import (
     Record,
     Rows,
@@ -44,11 +43,14 @@ RECORD = "training.json"
 CONFIG = "config.yaml"
 STATISTICS = "gradient_statistics.jsonl"
 FINAL_CHECKPOINT = "model_final.pth"
+BEST_CHECKPOINT = "model_best.pth"  # weights alone, of the best evaluation
 LAST_CHECKPOINT = "last_checkpoint"  # Detectron2's file with the name of the newest one
 
 # In metrics.json: what an evaluation during a training cost.
 SECONDS_PER_IMAGE = "inference/seconds_per_image"
 MEMORY_MIB = "inference/memory_mib"
+# In results.json and there: the task whose score_threshold gives detections the best F1.
+BEST_F1 = "best_f1"
 
 
 class RunFolder:
@@ -241,8 +243,8 @@ class RunFolder:
             # The row of the last evaluation has the number of the iteration after the last one.
             return row["iteration"] > start - ("total_loss" in row or not start)
 
-        _cut(self.folder / METRICS, is_undone)
-        _cut(self.folder / STATISTICS, lambda row: row["iteration"] >= start)
+        cut_rows(self.folder / METRICS, is_undone)
+        cut_rows(self.folder / STATISTICS, lambda row: row["iteration"] >= start)
 
     def last_checkpoint(self) -> str | None:
         """The name of the newest checkpoint; "" where its file is damaged, None without that file.
@@ -269,8 +271,16 @@ class RunFolder:
         earlier = [n for n, k in numbers.items() if k >= 0 and (last < 0 or k < last)]
         return [newest] * bool(newest) + sorted(earlier, key=numbers.__getitem__, reverse=True)
 
+    def weights(self) -> Path:
+        """The weights to predict with: those of the best evaluation where they were kept."""
+        best = self.folder / BEST_CHECKPOINT
+        return best if best.is_file() else self.folder / FINAL_CHECKPOINT
+
     def set_last_checkpoint_aside(self) -> None:
-        """Leaves the folder without a checkpoint to resume; no file with weights is touched."""
+        """Leaves the folder without a checkpoint to resume; no file with weights is deleted."""
+        best = self.folder / BEST_CHECKPOINT
+        if best.is_file():  # a training that keeps none would pass it off as its own
+            best.replace(best.with_name(f"{BEST_CHECKPOINT}.earlier"))
         pointer = self.folder / LAST_CHECKPOINT
         if pointer.is_file():
             aside = pointer.replace(f"{pointer}.earlier").name
@@ -289,27 +299,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a complete JSON object.")
     return content
-
-
-def _cut(file: Path, is_undone: Callable[[dict[str, Any]], bool]) -> None:
-    def goes(line: bytes) -> bool:
-        try:
-            return is_undone(json.loads(line))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return True  # the process was killed in the middle of this line
-
-    if not file.exists():
-        return
-    try:
-        lines = file.read_bytes().splitlines(keepends=True)
-        removed = len(list(takewhile(goes, reversed(lines))))
-        if removed:
-            os.truncate(file, sum(map(len, lines[:-removed])))
-    except OSError as error:
-        raise cannot("cut", file, error) from error
-    if removed:
-        message = "%s: removed %d row(s) of iterations after the checkpoint; they are done again"
-        logger.info(message, file, removed)
 
 
 def _number(name: str) -> int:

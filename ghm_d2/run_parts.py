@@ -47,6 +47,8 @@ class Record:
         hardware: in words.
         versions: of Python and packages.
         commit: of this project's checkout.
+        score_thresholds: from which on detections have the best F1, by class and "" for all of
+            them; a checkpoint has them, training.json has not.
     """
 
     date: str | None = None
@@ -58,6 +60,7 @@ class Record:
     hardware: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
+    score_thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
 def parse_record(content: Mapping[str, Any]) -> tuple[Record, list[str]]:
@@ -83,6 +86,13 @@ def _texts(value: Any) -> list[str]:
     return [_a(str, x) for x in _a(list, value)]
 
 
+def _score(value: Any) -> float:
+    score = _number(value)
+    if not 0 <= score <= 1:
+        raise ValueError("a score lies in [0, 1]")
+    return score
+
+
 def _paths(value: Any) -> tuple[Path, Path]:
     file, images = _texts(value)
     return Path(file), Path(images)
@@ -94,6 +104,7 @@ _RECORD: dict[str, Callable[[Any], Any]] = {
     "datasets": lambda x: {name: _paths(value) for name, value in _a(dict, x).items()},
     "data": lambda x: {name: _a(dict, value) for name, value in _a(dict, x).items()},
     "versions": lambda x: {k: _a(str, v) for k, v in _a(dict, x).items() if v is not None},
+    "score_thresholds": lambda x: {_a(str, k): _score(v) for k, v in _a(dict, x).items()},
 }
 
 
@@ -106,7 +117,7 @@ class Settings:
         python: whether it is a Python config, as LazyConfig.save writes it.
         detector: name of the class.
         train, test: names of the data sets.
-        iterations, images_per_batch: of the plan, None where the config does not say.
+        iterations, images_per_batch, detections_per_image: None where the config does not say.
     """
 
     tree: Mapping[str, Any] = field(default_factory=dict)
@@ -116,6 +127,7 @@ class Settings:
     test: tuple[str, ...] = ()
     iterations: int | None = None
     images_per_batch: int | None = None
+    detections_per_image: int | None = None
 
 
 def parse_settings(text: str) -> Settings:
@@ -152,6 +164,7 @@ _KEYS = (
     ("DATASETS.TEST", "dataloader.test.dataset.names"),
     ("SOLVER.MAX_ITER", "train.max_iter"),
     ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    ("TEST.DETECTIONS_PER_IMAGE", "dataloader.evaluator.max_dets_per_image"),
 )
 
 

@@ -14,7 +14,13 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(min(torch.get_num_threads(), 2))
+# Detectron2 reads it when it is imported; the tests bring their own `datasets` folders.
+os.environ.pop("DETECTRON2_DATASETS", None)
+
+# Where several processes share the tests, as `make test` has it, more threads would only get in
+# each other's way.
+_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(min(torch.get_num_threads(), _THREADS))
 
 # Derandomised: a suite that fails on one run in a hundred is read as noise.
 settings.register_profile("ghm", deadline=None, derandomize=True, max_examples=40)

@@ -18,10 +18,21 @@ _KEYS = {
     "workers": ("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers"),
     "test_workers": ("DATALOADER.NUM_WORKERS", "dataloader.test.num_workers"),
     "images": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    "train_size": (
+        "INPUT.MIN_SIZE_TRAIN",
+        "dataloader.train.mapper.augmentations.0.short_edge_length",
+    ),
     "lr": ("SOLVER.BASE_LR", "optimizer.lr"),
     "expected": ("TEST.EXPECTED_RESULTS", "train.expected_results"),
     "warmup": ("SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length"),
     "seed": ("SEED", "train.seed"),
+    "metric": ("MODEL.GHM.TRAINING.VAL_METRIC", "train.val_metric"),
+    "save_best": ("MODEL.GHM.TRAINING.SAVE_BEST", "train.save_best"),
+    "patience": ("MODEL.GHM.TRAINING.PATIENCE", "train.patience"),
+    "validation_loss": ("MODEL.GHM.TRAINING.VALIDATION_LOSS", "train.validation_loss"),
+    "ema": ("MODEL.GHM.TRAINING.EMA_DECAY", "train.ema_decay"),
+    "parts": ("MODEL.GHM.TRAINING.ACCUMULATION_STEPS", "train.accumulation_steps"),
+    "writers": ("MODEL.GHM.TRAINING.WRITERS", "train.writers"),
 }
 KINDS = ("yaml", "python")
 

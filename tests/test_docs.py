@@ -2,9 +2,11 @@
 
 import doctest
 import importlib
+import json
 import re
 import shlex
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -113,6 +115,13 @@ def test_links_and_files_exist(page):
         assert list(ROOT.glob(path)), f"{page} names {path}"
 
 
+def test_the_page_on_wrong_labels_counts_what_is_in_its_record():
+    rows = json.loads((ROOT / "benchmarks/results/bccd_published_suspects.json").read_text())
+    counts = Counter(row["kind"] for row in rows)
+    sentence = "{missing} missing objects, {spurious} spurious boxes, {moved} that lie badly and "
+    assert (sentence + "{wrong class} wrong classes").format(**counts) in PAGES["audit.md"]
+
+
 # --- what docs/generate.py makes ----------------------------------------------------------------
 
 
@@ -145,10 +154,15 @@ def test_a_key_without_comment_is_an_error(generate):
 
 def test_measurements_are_those_of_the_files(generate, tmp_path):
     text = generate.performance(generate.RESULTS)
-    for file in generate.RESULTS.glob("bench_*.json"):
+    for file in [*generate.RESULTS.glob("bench_*.json"), generate.RESULTS / "kernel_code.json"]:
         assert f"`benchmarks/results/{file.name}`" in text
     assert "| retinanet | train | 1.71 s | 1.67 s | 0.977 (0.964 to 0.982) | 0.85 |" in text
     assert generate.duration(0.0567) == "56.7 ms" and generate.duration(3.6e-5) == "36 µs"
     for report in generate.RESULTS.glob("small_data*/*.md"):
         assert report.read_text().splitlines()[4] in generate.small_data(generate.RESULTS)
+    for file in generate.RESULTS.glob("audit_*.json"):
+        for found in json.loads(file.read_text())["rows"].values():
+            first = f"| ghm-d2 audit | {found[0]['precision']:.3f} |"
+            assert first in generate.audit(generate.RESULTS)
     assert generate.small_data(tmp_path) == generate.performance(tmp_path) == ""
+    assert generate.audit(tmp_path) == ""

@@ -13,14 +13,14 @@ from tests.tiny import ROOT
 LAYERS = (
     ("errors", "markdown", "randomness", "config"),
     ("config_files", "files"),
-    ("plotting", "provenance", "run_parts"),
+    ("plotting", "provenance", "run_logs", "run_parts"),
     ("run_folder",),
     ("losses",),
     ("data", "checkpoint"),
     ("modeling",),
     ("engine",),
     ("analysis", "model_zoo", "deploy"),
-    ("report", "ablation"),
+    ("report", "ablation", "audit"),
     ("cli",),
     ("__main__",),
 )

@@ -5,13 +5,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from detectron2.data.datasets import builtin_meta
 
-from tests.tiny import ROOT, coco_content, tiny_pairs, write_coco
+from ghm_d2 import cli
+from ghm_d2.engine import main as train
+from tests.tiny import ROOT, coco_content, forget_program, tiny_pairs, write_coco
 
 TEXT = (ROOT / "README.md").read_text()
 SHELL = [block.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)]
@@ -24,13 +25,12 @@ COCO_THINGS = [
 ]
 
 
-def run(words, folder, **environment):
-    """Runs a command in ``folder`` with this interpreter; returns its output, or fails with it."""
-    programs = {"python": [sys.executable], "ghm-d2": [sys.executable, "-m", "ghm_d2"]}
+def run(words, folder):
+    """Runs a command in ``folder``; returns its output, or fails with it."""
     done = subprocess.run(
-        [*programs.get(words[0], words[:1]), *words[1:]],
+        words,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -43,8 +43,7 @@ def run(words, folder, **environment):
 def checkout(tmp_path_factory):
     """A folder that looks like the checkout, beside COCO-format data as the README names it."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("train_net.py", "configs"):
-        (folder / name).symlink_to(ROOT / name)
+    (folder / "configs").symlink_to(ROOT / "configs")
     for name in ("train", "val"):
         write_coco(folder / "data", name)
     coco = folder / "datasets" / "coco"
@@ -61,30 +60,35 @@ def test_every_shell_command_is_tested():
 
 
 @pytest.mark.parametrize("command", TOOLS, ids=lambda c: c.split()[1])
-def test_commands_know_their_options(command, checkout):
+def test_commands_know_their_options(command, capsys):
     """The commands run in tests of their own; here the README must not name an unknown option."""
     words = shlex.split(command)
-    text = run([*words[:2], "--help"], checkout)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([words[1], "--help"])
+    text = capsys.readouterr().out
     options = [word for word in words if word.startswith("--")]
-    assert [option for option in options if option not in text] == []
+    assert stop.value.code == 0 and [option for option in options if option not in text] == []
 
 
-def test_train_net_commands_run(checkout):
+def test_train_net_commands_run(checkout, monkeypatch, capsys):
     """In the README's order: the evaluation needs what the training before it wrote."""
+    monkeypatch.chdir(checkout)
     pairs = {key: value for key, value in zip(*[iter(tiny_pairs())] * 2, strict=True)}
     for command in TRAIN:
         words = shlex.split(command.replace("--num-gpus 8", "--num-gpus 1"))
         kept = {k: v for k, v in pairs.items() if not (k == "MODEL.WEIGHTS" and k in words)}
-        output = run([*words, *(word for pair in kept.items() for word in pair)], checkout)
+        train([*words[2:], *(word for pair in kept.items() for word in pair)])
+        forget_program()
+        output = capsys.readouterr().out
         # Two steps on noise find nothing, which Detectron2 reports in a sentence of its own.
         assert "Evaluation results for bbox" in output or "No predictions" in output, output[-2000:]
     assert (checkout / "output" / "model_final.pth").exists()
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
-def test_python_examples_run(block, tmp_path):
-    assert PYTHON
-    run(["python", "-c", block], tmp_path, PYTHONPATH=str(ROOT))
+def test_python_examples_run(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(block, {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("command", MAKE)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ghm_d2 import __file__ as _package
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 
 from .plan import Run
 from .results import Store
@@ -189,8 +189,9 @@ class _Submitter:
                 "ablations are run by submitit: pip install submitit (--report-only needs none)."
             ) from error
         except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"submitit cannot use --cluster {self._cluster}: {reason}") from error
+            raise UserError(
+                f"submitit cannot use --cluster {self._cluster}: {reason(error)}."
+            ) from error
         return executor
 
     def submit(self, run: Run, slot: int) -> _Active:

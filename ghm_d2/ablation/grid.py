@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ghm_d2.errors import UserError, cannot, similar_names
+from ghm_d2.errors import UserError, cannot, reason, similar_names
 
 __all__ = ["TABLES", "Grid", "Row", "Tuning", "load_grid"]
 
@@ -15,7 +15,7 @@ __all__ = ["TABLES", "Grid", "Row", "Tuning", "load_grid"]
 TABLES = {path.stem: path for path in sorted((Path(__file__).parent / "tables").glob("*.yaml"))}
 
 SPEED = "seconds_per_iteration"
-_SCALARS = (str, int, float, bool, list)
+_SCALARS = (str, int, float, bool, list, type(None))
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def load_grid(file: str | Path) -> Grid:
     except OSError as error:
         raise cannot("read", f"the grid {file}", error) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the grid {file} is not valid YAML: {reason}.") from error
+        raise UserError(f"the grid {file} is not valid YAML: {reason(error)}.") from error
     _check_fields(str(file), content, _GRID_FIELDS, required=("config_file", "rows"))
     if not isinstance(content["rows"], list) or not content["rows"]:
         raise UserError(f"{file}: rows must be a list that is not empty.")
@@ -211,8 +210,8 @@ def _overrides(where: str, content: Any) -> dict[str, Any]:
     for key, value in content.items():
         if not isinstance(value, _SCALARS):
             raise UserError(
-                f"{where}: the override {key} must be a number, a text, True, False or a list, "
-                f"got {value!r} (write the whole key, A.B.C, on one line)."
+                f"{where}: the override {key} must be a number, a text, True, False, null or a "
+                f"list, got {value!r} (write the whole key, A.B.C, on one line)."
             )
     return content
 

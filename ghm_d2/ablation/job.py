@@ -13,7 +13,7 @@ import torch
 from submitit.helpers import DelayedSubmission
 
 from ghm_d2.engine import main
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 from ghm_d2.provenance import machine
 from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
 
@@ -61,7 +61,7 @@ class Job:
         begin = time.perf_counter()
         options = {None: [], FINAL_CHECKPOINT: ["--resume", "--eval-only"]}
         last = RunFolder(output).last_checkpoint()
-        argv = [*run.argv, "OUTPUT_DIR", str(output), *options.get(last, ["--resume"])]
+        argv = [*run.argv_into(output), *options.get(last, ["--resume"])]
         if reason := self._train(argv):
             return reason
         seconds = round(time.perf_counter() - begin, 1)
@@ -96,7 +96,7 @@ def _reason(stop: SystemExit) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 def _usage() -> dict[str, Any]:

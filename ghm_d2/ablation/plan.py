@@ -5,20 +5,35 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation.testing import flatten_results_dict
 
 from ghm_d2.config import add_ghm_config
 from ghm_d2.data import CocoDataset
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.processes import Processes
-from ghm_d2.engine.setup import build_config
+from ghm_d2.engine.settings import (
+    Config,
+    as_leaves,
+    change,
+    class_counts,
+    key_of,
+    keys_of,
+    read_settings,
+)
+from ghm_d2.engine.setup import (
+    as_typed,
+    as_words,
+    build_config,
+    given_values,
+    is_python,
+    output_words,
+)
 from ghm_d2.errors import UserError
 
 from .grid import Grid, Row
@@ -27,10 +42,9 @@ __all__ = ["Run", "effective", "plan_runs"]
 
 # Keys that decide where and how a run is kept, not what comes out of it. The device is among them,
 # so that figures measured on a GPU are found again on a machine without one.
-_NO_INFLUENCE = ("OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.CHECKPOINT_PERIOD")
-SPLITS = ("DATASETS.TRAIN", "DATASETS.TEST")
-_NUM_CLASSES = ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
-_OWN = {"SEED": "--seeds", "OUTPUT_DIR": "--output"}
+_NO_INFLUENCE = keys_of("output_dir", "device", "checkpoint_period")
+SPLITS = keys_of("train", "test")
+_OWN = {"seed": "--seeds", "output_dir": "--output"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +54,15 @@ class Run:
     Attributes:
         id: hexadecimal hash of the configuration and of the data.
         row: name of the row.
-        seed: value of SEED.
-        argv: arguments of train_net.py, without OUTPUT_DIR and --resume.
+        seed: of the training.
+        argv: --config-file, FILE and more arguments of train_net.py, without the output folder and
+            --resume.
         overrides: what the grid, the row and the command line changed in the config file.
         config: the merged config, keys to plain values, without what is said in `data`,
             `weights`, machine-dependent paths and settings of disabled losses.
         data: split ("train", "test") to data set name to hash of its files.
-        weights: name and SHA-256 of MODEL.WEIGHTS where that is a file here.
-        iterations: SOLVER.MAX_ITER.
+        weights: name and SHA-256 of the weights to start from where they are a file here.
+        iterations: of the whole training.
     """
 
     id: str
@@ -59,6 +74,10 @@ class Run:
     data: dict[str, dict[str, str]]
     weights: dict[str, str]
     iterations: int
+
+    def argv_into(self, output: Path) -> list[str]:
+        """Arguments of train_net.py that train into a folder."""
+        return [*self.argv, *output_words(self.argv[1], output)]
 
     @property
     def name(self) -> str:
@@ -81,10 +100,10 @@ def plan_runs(
 
     Args:
         grid: the table.
-        seeds: values of SEED.
+        seeds: of the trainings.
         scratch: folder for the log of the checks.
         datasets: NAME=annotations.json,image_dir: the first trains, the others test.
-        pairs: KEY VALUE ..., for all rows.
+        pairs: KEY, VALUE ... (KEY=VALUE each with a Python config), for all rows.
         config_file: base config, instead of the grid's.
         num_gpus: processes of each run.
         complete: whether everything must be there that a training needs, weights among it.
@@ -96,86 +115,101 @@ def plan_runs(
     Raises:
         UserError: a config, a key or the data is wrong; the message names the row.
     """
-    _check_pairs(grid, pairs)
     options = ["--num-gpus", str(num_gpus)] if num_gpus > 1 else []
     given = [word for text in datasets for word in ("--dataset", text)]
-    base = Path(config_file) if config_file else grid.config_file
-    common = [*_words(grid.overrides), *pairs]
+    base = str(config_file or grid.config_file)
+    common = _typed(base, grid.overrides) | given_values(base, pairs)
     # The first config registers the data and finds the splits, which all rows then share.
     first, registered = _build(base, common, scratch, datasets)
-    shared = {key: _leaf(first, key) for key in (*SPLITS, *_NUM_CLASSES)} if datasets else {}
+    _check_overrides(first, grid, given_values(base, pairs))
+    settings = read_settings(first)
+    shared: dict[str, str] = {}
     # A training counts the classes of its data itself, but its splits must not depend on the order.
-    splits = _words({key: value for key, value in shared.items() if key in SPLITS})
-    device = ["MODEL.DEVICE", first.MODEL.DEVICE]  # chosen, and warned of, once
+    splits: dict[str, str] = {}
+    if datasets:
+        splits = {
+            key_of(first, name): as_typed(base, getattr(settings, name))
+            for name in ("train", "test")
+        }
+        shared = splits | {key: str(count) for key, count in class_counts(first).items()}
+    # Chosen, and warned of, once.
+    device = {key_of(first, "device"): as_typed(base, settings.device)}
 
     fingerprints = _Fingerprints(registered)
     runs = []
     for row in grid.rows:
-        own = [*common, *_words(row.overrides)]
-        file = row.config_file or base
+        own = common | _typed(base, row.overrides)
+        file = str(row.config_file or base)
         with _named(f"row {row.name!r}"):
-            words = [*own, *_words(shared), *device]
-            cfg, _ = _build(file, words, scratch)
+            if is_python(file) != is_python(base):
+                raise UserError(f"{file} is of another kind than {base}, whose keys all rows have.")
+            overrides = own | shared | device
+            cfg, _ = _build(file, overrides, scratch)
             if complete:
-                check_all(cfg, set(words[::2]), Processes(num_gpus))
-            if not cfg.DATASETS.TEST:
+                check_all(cfg, overrides.keys(), Processes(num_gpus))
+            if not read_settings(cfg).test:
+                test = key_of(cfg, "test")
                 raise UserError(
-                    "DATASETS.TEST is empty, and an ablation compares evaluations: give a second "
-                    "--dataset, or DATASETS.TEST."
+                    f"{test} is empty, and an ablation compares evaluations: give a second "
+                    f"--dataset, or {test}."
                 )
             data = {
-                split: {name: fingerprints.of(name) for name in cfg.DATASETS[split.upper()]}
+                split: {name: fingerprints.of(name) for name in getattr(read_settings(cfg), split)}
                 for split in ("train", "test")
             }
-        words = ["--config-file", str(file), *given, *options]
+        words = ["--config-file", file, *given, *options]
         for seed in seeds:
-            cfg.SEED = seed
+            change(cfg, "seed", seed)
             runs.append(_run(row, cfg, data, words, own, splits))
     runs.sort(key=lambda run: seeds.index(run.seed))  # stable: the rows stay in order
     return runs
 
 
+def _typed(file: str, overrides: Mapping[str, Any]) -> dict[str, str]:
+    return {key: as_typed(file, value) for key, value in overrides.items()}
+
+
 def _build(
-    file: Path, pairs: Sequence[str], scratch: Path, datasets: Sequence[str] = ()
-) -> tuple[CfgNode, list[CocoDataset]]:
-    return build_config(str(file), [*pairs, "OUTPUT_DIR", str(scratch)], datasets)
+    file: str, overrides: Mapping[str, str], scratch: Path, datasets: Sequence[str] = ()
+) -> tuple[Config, list[CocoDataset]]:
+    return build_config(file, [*as_words(file, overrides), *output_words(file, scratch)], datasets)
 
 
 def _run(
     row: Row,
-    cfg: CfgNode,
+    cfg: Config,
     data: dict[str, dict[str, str]],
     words: list[str],
-    own: list[str],
-    splits: list[str],
+    own: Mapping[str, str],
+    splits: Mapping[str, str],
 ) -> Run:
-    config = flat(cfg)
-    weights = _weights(config)
-    changed = {k: v for k, v in config.items() if k not in SPLITS and v != _defaults().get(k)}
+    settings, config, file = read_settings(cfg), flat(cfg), words[1]
+    weights = _weights(config, key_of(cfg, "weights"))
+    # A Python config has no defaults: all of it counts.
+    defaults = _defaults() if isinstance(cfg, CfgNode) else {}
+    changed = {k: v for k, v in config.items() if k not in SPLITS and v != defaults.get(k)}
     # By content, not by name: the same data under another name is the same run.
     content = [changed, [list(names.values()) for names in data.values()]]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    period = min(cfg.SOLVER.CHECKPOINT_PERIOD, max(cfg.SOLVER.MAX_ITER // 10, 1))
-    pairs = dict(zip(own[::2], own[1::2], strict=True))
-    last = _words({"SEED": cfg.SEED, "SOLVER.CHECKPOINT_PERIOD": period})
+    period = min(settings.checkpoint_period, max(settings.max_iter // 10, 1))
+    last = {key_of(cfg, "seed"): settings.seed, key_of(cfg, "checkpoint_period"): period}
+    overrides = {**own, **splits, **{key: str(value) for key, value in last.items()}}
     return Run(
         id=digest[:12],
         row=row.name,
-        seed=cfg.SEED,
-        argv=(*words, *_words(pairs), *splits, *last),
-        overrides={k: config[k] for k in pairs if k in config},
+        seed=settings.seed,
+        argv=(*words, *as_words(file, overrides)),
+        overrides={k: config[k] for k in own if k in config},
         config=config,
         data=data,
         weights=weights,
-        iterations=cfg.SOLVER.MAX_ITER,
+        iterations=settings.max_iter,
     )
 
 
-def flat(cfg: CfgNode) -> dict[str, Any]:
+def flat(cfg: Config) -> dict[str, Any]:
     """The leaves of a config as JSON has them, without the keys that change no result."""
-    leaves = {key.replace("/", "."): value for key, value in flatten_results_dict(cfg).items()}
-    kept = {k: v for k, v in leaves.items() if k not in _NO_INFLUENCE}
-    return json.loads(json.dumps(effective(kept)))
+    return effective({k: v for k, v in as_leaves(cfg).items() if k not in _NO_INFLUENCE})
 
 
 def effective(config: dict[str, Any]) -> dict[str, Any]:
@@ -203,12 +237,12 @@ def _defaults() -> dict[str, Any]:
     return flat(cfg)
 
 
-def _weights(config: dict[str, Any]) -> dict[str, str]:
+def _weights(config: dict[str, Any], key: str) -> dict[str, str]:
     """Replace the path of a local file by its name; returns name and hash of its content."""
-    path, mark, query = config["MODEL.WEIGHTS"].partition("?")
+    path, mark, query = (config.get(key) or "").partition("?")
     if not path or "://" in path:
         return {}
-    config["MODEL.WEIGHTS"] = os.path.basename(path) + mark + query
+    config[key] = os.path.basename(path) + mark + query
     found = {"sha256": _sha256(path)} if os.path.isfile(path) else {}
     return {"name": os.path.basename(path), **found}
 
@@ -241,13 +275,13 @@ class _Fingerprints:
         if (file := metadata.get("json_file")) and not os.path.isfile(file):
             DatasetCatalog.get(name)  # the default data set is drawn on first use
         found = self._files.get(name, (metadata.get("json_file"), metadata.get("image_root")))
-        if found[0] and found[1]:
+        if found[0] and found[1] and os.path.isfile(found[0]):
             annotations = _sha256(found[0])
             with open(found[0], encoding="utf-8") as stream:
                 names = [image["file_name"] for image in json.load(stream)["images"]]
             sizes = [os.path.getsize(os.path.join(found[1], name)) for name in names]
             content: list[Any] = [annotations, sorted(zip(names, sizes, strict=True))]
-        else:  # registered by the user's own code
+        else:  # registered by the user's own code, or a folder of labels
             records = DatasetCatalog.get(name)
             content = [
                 record | {"file_name": os.path.basename(record["file_name"])} for record in records
@@ -256,27 +290,18 @@ class _Fingerprints:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check_pairs(grid: Grid, pairs: Sequence[str]) -> None:
-    """Refuse pairs that belong to an option, or that would make rows equal."""
-    for key in [*pairs[::2], *grid.overrides, *(key for row in grid.rows for key in row.overrides)]:
-        if key in _OWN:
-            raise UserError(f"{key} is set by this tool: use {_OWN[key]} instead.")
+def _check_overrides(cfg: Config, grid: Grid, given: Mapping[str, str]) -> None:
+    """Refuse what belongs to an option, or would make rows equal."""
+    own = {key_of(cfg, name): option for name, option in _OWN.items()}
+    for key in [*given, *grid.overrides, *(key for row in grid.rows for key in row.overrides)]:
+        if key in own:
+            raise UserError(f"{key} is set by this tool: use {own[key]} instead.")
     for row in grid.rows:
         for key in row.overrides:
-            if key in pairs[::2]:
+            if key in given:
                 raise UserError(
                     f"{key} cannot be set for all runs: it is what row {row.name!r} differs in."
                 )
-
-
-def _words(overrides: dict[str, Any]) -> list[str]:
-    return [str(word) for pair in overrides.items() for word in pair]
-
-
-def _leaf(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 @contextlib.contextmanager

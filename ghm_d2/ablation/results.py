@@ -220,7 +220,7 @@ def _difference(run: Run, found: Result) -> str:
             return f"{key} {value!r} instead of {run.config.get(key)!r}"
     hashes = {found["weights"].get("sha256"), run.weights.get("sha256")} - {None}
     if len(hashes) > 1:  # a file that is missing here, as after a clone, is no difference
-        return f"other weights ({run.config['MODEL.WEIGHTS'] or 'none'})"
+        return f"other weights ({run.weights['name']})"
     return ""
 
 

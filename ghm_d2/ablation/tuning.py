@@ -14,11 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ghm_d2.data import check_coco_dataset, parse_dataset
 from ghm_d2.data.annotations import Uses
-from ghm_d2.data.coco import check_content
-from ghm_d2.data.registration import parse_dataset
 from ghm_d2.data.split import split_coco
-from ghm_d2.data.tables import read_annotations
 from ghm_d2.errors import UserError
 from ghm_d2.files import write_json
 
@@ -192,9 +190,8 @@ def _hold_out(
     """The training images in two parts, as --dataset has them, and the size of each."""
     if not datasets:
         raise UserError("tuning holds images out of the first --dataset, and there is none.")
-    first = parse_dataset(datasets[0])
-    data = check_content(read_annotations(first.json_file), uses=Uses(keypoints=False))
-    parts = split_coco(data.content, tuning.fraction, tuning.split_seed)
+    first = check_coco_dataset(parse_dataset(datasets[0]), uses=Uses(keypoints=False))
+    parts = split_coco(first.data.content, tuning.fraction, tuning.split_seed)
     texts, images = [], {}
     for suffix, content in zip(("rest", "held_out"), parts, strict=True):
         file = folder / f"{suffix}.json"

@@ -17,14 +17,14 @@ from ghm_d2.run_folder import STATISTICS as FILE
 
 from .statistics import SHARES, CallStatistics, measure, summarize
 
-__all__ = ["GradientStatistics", "build_gradient_statistics"]
+__all__ = ["GradientStatistics", "build_gradient_statistics", "losses_by_name"]
 
 _SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for name in SHARES))
 _SCALARS += ("non_empty_regions", "largest_weight")
 
 
 def build_gradient_statistics(
-    model: nn.Module, period: int, folder: str
+    model: nn.Module, period: int, folder: str, passes: int = 1
 ) -> "GradientStatistics | None":
     """The hook that writes to a folder.
 
@@ -32,6 +32,7 @@ def build_gradient_statistics(
         model: wrapped for several processes or not.
         period: in iterations; 0: never.
         folder: OUTPUT_DIR.
+        passes: forward passes of a step.
 
     Returns:
         None where the period is 0, the model has no harmonised loss, or another process writes
@@ -39,7 +40,7 @@ def build_gradient_statistics(
     """
     if not period or not comm.is_main_process():
         return None
-    hook = GradientStatistics(model, period, os.path.join(folder, FILE))
+    hook = GradientStatistics(model, period, os.path.join(folder, FILE), passes)
     return hook if hook.losses else None
 
 
@@ -51,22 +52,18 @@ class GradientStatistics(HookBase):
     counts are those of all processes.
     """
 
-    def __init__(self, model: nn.Module, period: int, file: str) -> None:
+    def __init__(self, model: nn.Module, period: int, file: str, passes: int = 1) -> None:
         """
         Args:
             model: wrapped for several processes or not.
             period: in iterations, above 0.
             file: JSON lines are appended to it, one for each loss and observed iteration; its
                 folder exists.
+            passes: forward passes of a step.
         """
-        self.period = period
+        self.period, self.passes = period, passes
         self.file = file
-        # Several copies of a loss ("ghm_c.0", "ghm_c.1") are reported as one.
-        self.losses: dict[str, list[HarmonizedLoss]] = {}
-        for path, module in getattr(model, "module", model).named_modules():
-            if isinstance(module, HarmonizedLoss):
-                parent, _, last = path.rpartition(".")
-                self.losses.setdefault(parent if last.isdigit() else path, []).append(module)
+        self.losses = losses_by_name(model)
         self._calls: dict[HarmonizedLoss, list[CallStatistics]] | None = None  # None: not observed
         self._observation = ExitStack()
 
@@ -83,6 +80,9 @@ class GradientStatistics(HookBase):
         if self._calls is None:
             return
         calls, self._calls = self._calls, None
+        # The last forward pass stands for all: what is added up over its calls would otherwise be
+        # that of as many steps.
+        calls = {loss: each[-max(len(each) // self.passes, 1) :] for loss, each in calls.items()}
         with PathManager.open(self.file, "a") as stream:
             for name, modules in self.losses.items():
                 copies = [calls[module] for module in modules if module in calls]
@@ -101,6 +101,20 @@ class GradientStatistics(HookBase):
 
     def _record(self, module: HarmonizedLoss, *arguments: Any) -> None:
         self._calls.setdefault(module, []).append(measure(module, *arguments))
+
+
+def losses_by_name(model: nn.Module) -> dict[str, list[HarmonizedLoss]]:
+    """The harmonised losses of a model; copies ("ghm_c.0", "ghm_c.1") stand under one name.
+
+    Args:
+        model: wrapped for several processes or not.
+    """
+    losses: dict[str, list[HarmonizedLoss]] = {}
+    for path, module in getattr(model, "module", model).named_modules():
+        if isinstance(module, HarmonizedLoss):
+            parent, _, last = path.rpartition(".")
+            losses.setdefault(parent if last.isdigit() else path, []).append(module)
+    return losses
 
 
 def put(storage: EventStorage, name: str, summary: dict[str, Any]) -> None:

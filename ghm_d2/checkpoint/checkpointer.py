@@ -2,13 +2,18 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
-from fvcore.common.checkpoint import Checkpointer
+from fvcore.common.checkpoint import (
+    Checkpointer,
+    get_missing_parameters_message,
+    get_unexpected_parameters_message,
+)
 
 from ghm_d2.errors import UserError, reason, shown
 from ghm_d2.files import whole_file
@@ -16,9 +21,9 @@ from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
-from .files import check_name
+from .files import check_name, write_checkpoint
 from .opening import load_file
-from .origin import ORIGIN, read_origin
+from .origin import ORIGIN, read_origin, with_thresholds
 
 __all__ = [
     "RestrictedCheckpointer",
@@ -91,7 +96,9 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
 
     _filename = "the checkpoint"  # for messages
     _resumes = False
+    _starts = True  # whether a training may start from weights that lack some
     origin_entry: dict[str, Any] | None = None  # to save; an instance sets it
+    saved_model: torch.nn.Module | None = None  # whose weights are saved in place of the model's
     origin = Record()  # of what was loaded last
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
@@ -124,23 +131,58 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         Raises:
             UserError: the file cannot be written; the checkpoints before it are as they were.
         """
+        state = {key: each.state_dict() for key, each in self.checkpointables.items()}
+        if self._write(name, self.origin_entry, {**state, **kwargs}):
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, thresholds: Mapping[str, float], **kwargs: Any) -> None:
+        """Saves weights without the state of a training, which is not resumed from this file.
+
+        Args:
+            name, kwargs: as for :meth:`save`.
+            thresholds: as for :meth:`note_thresholds`.
+
+        Raises:
+            UserError: likewise.
+        """
+        self._write(name, with_thresholds(self.origin_entry, thresholds), kwargs)
+
+    def _write(self, name: str, origin: dict[str, Any] | None, more: Mapping[str, Any]) -> bool:
         if not self.save_dir or not self.save_to_disk:
-            return
-        data = {"model": self.model.state_dict()}
-        data.update((key, each.state_dict()) for key, each in self.checkpointables.items())
-        if self.origin_entry is not None:
-            data[ORIGIN] = self.origin_entry
+            return False
+        data = {"model": (self.saved_model or self.model).state_dict()}
+        if origin is not None:
+            data[ORIGIN] = origin
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             with whole_file(path) as file:
-                torch.save({**data, **kwargs}, file)
-            self.tag_last_checkpoint(f"{name}.pth")
+                torch.save({**data, **more}, file)
         except UserError as error:
             raise UserError(
                 f"{str(error).rstrip('.')}: the checkpoints before it are whole, go on with "
                 "--resume once there is space again."
             ) from error
+        return True
+
+    def note_thresholds(self, file_name: str, thresholds: Mapping[str, float]) -> None:
+        """Adds to a checkpoint what an evaluation after it has found; it keeps its age.
+
+        Args:
+            file_name: of the checkpoint, in `save_dir`.
+            thresholds: scores from which on detections have the best F1: by class, and with the
+                name "" over all of them.
+
+        Raises:
+            UserError: it cannot be read or written; the file is as it was.
+        """
+        path = os.path.join(self.save_dir, file_name)
+        if not thresholds or not os.path.isfile(path):
+            return
+        before, content = os.stat(path), load_file(path)
+        content[ORIGIN] = with_thresholds(content.get(ORIGIN), thresholds)
+        write_checkpoint(path, content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Detectron2's, written whole or not at all."""
@@ -253,7 +295,26 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
                 f"{expected} ({len(wrong)} such tensors): resume with the config, and the number "
                 f"of classes, of the training, or start anew with MODEL.WEIGHTS {self._filename}."
             )
+        if self._starts and not self._resumes:
+            incompatible = self._log_what_starts_anew(incompatible)
         super()._log_incompatible_keys(incompatible)
+
+    def _log_what_starts_anew(self, incompatible: Any) -> Any:
+        """A backbone has no heads, and a classifier's last layer no use here: no warning is due.
+
+        Returns:
+            What is left to warn of.
+        """
+        missing, unused = incompatible.missing_keys, incompatible.unexpected_keys
+        if missing:
+            self.logger.info(
+                f"{len(missing)} tensors of the model are not in {self._filename} and start anew, "
+                "as the heads on a pretrained backbone do:\n"
+                + get_missing_parameters_message(missing)
+            )
+        if unused:
+            self.logger.info(get_unexpected_parameters_message(unused))
+        return incompatible._replace(missing_keys=[], unexpected_keys=[])
 
 
 def load_trained_weights(
@@ -291,6 +352,8 @@ def load_trained_weights(
 
 class _EvaluationCheckpointer(RestrictedCheckpointer):
     """Refuses weights that do not fit, where training would start these layers afresh."""
+
+    _starts = False
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         super()._log_incompatible_keys(incompatible)

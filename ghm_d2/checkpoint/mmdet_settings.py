@@ -1,6 +1,7 @@
 """What the config text inside an mmdetection checkpoint says of its RetinaNet."""
 
 import ast
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,15 @@ from .resnet import IMAGENET_INPUT
 
 __all__ = ["BACKBONES", "STRIDES", "MmdetSettings", "read_settings"]
 
+logger = logging.getLogger(__name__)
+
 STRIDES = [8.0, 16.0, 32.0, 64.0, 128.0]  # of P3 to P7
 # Without and with a ReLU between P6 and P7; the first is registered in ghm_d2.modeling.
 BACKBONES = ("build_mmdet_retinanet_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
 
 _MOST_TEXT = 2**20  # characters; a config has some 30,000, and its syntax tree takes much more
 _MOST_SCALES = 100
+_READ = ("model", "test_cfg", "img_norm_cfg")  # the variables whose content is looked at
 
 # What must hold where the text says anything of it.
 _ALLOWED: dict[str, Sequence[Any]] = {
@@ -69,6 +73,8 @@ def read_settings(meta: Any) -> MmdetSettings:
     """
     texts = [meta.get(key) for key in ("cfg", "config")] if isinstance(meta, dict) else []
     text = next((found for x in texts if isinstance(x, str) and (found := _variables(x))), {})
+    if not text:
+        logger.warning("no config text in it can be read: mmdetection's own settings are assumed")
     try:
         return _settings(text)
     except UserError:
@@ -165,13 +171,19 @@ def _variables(text: str) -> dict[str, Any]:
         body = ast.parse(text).body
     except (MemoryError, RecursionError, SyntaxError, ValueError):
         return {}
-    found = {}
+    found, computed = {}, []
     for node in body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             try:
                 found[node.targets[0].id] = _literal(node.value)
             except (RecursionError, SyntaxError, TypeError, ValueError):
-                continue  # an expression; those that matter are written out in saved configs
+                computed.append(node.targets[0].id)
+    if computed := [name for name in _READ if name in computed]:
+        logger.warning(
+            "its config text computes %s, and text is not run: mmdetection's own settings are "
+            "assumed instead",
+            " and ".join(computed),
+        )
     return found
 
 

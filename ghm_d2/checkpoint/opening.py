@@ -20,7 +20,7 @@ import torch
 from ghm_d2.errors import UserError, cannot, reason, shown
 from ghm_d2.files import open_regular
 
-from .pickle_values import INERT, Budget, Record, RefusedError
+from .pickle_base import INERT, Budget, Record, RefusedError
 from .unpickler import Checker, Unpickler
 
 __all__ = ["load_file", "measure"]

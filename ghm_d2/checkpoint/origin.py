@@ -20,6 +20,7 @@ __all__ = [
     "check_datasets",
     "origin_entry",
     "read_origin",
+    "with_thresholds",
 ]
 
 ORIGIN = "ghm_d2"  # key in a checkpoint, beside "model"
@@ -40,6 +41,13 @@ def origin_entry(
         "versions": provenance.versions(),
         "commit": provenance.commit(),
     }
+
+
+def with_thresholds(
+    entry: Mapping[str, Any] | None, thresholds: Mapping[str, float]
+) -> dict[str, Any]:
+    """The entry of a checkpoint with its score thresholds, by class and "" for all of them."""
+    return {**(entry or {}), "score_thresholds": dict(thresholds)}
 
 
 def read_origin(checkpoint: Mapping[str, Any]) -> Record:

@@ -1,12 +1,11 @@
 """What a pickle may name: each behind a function that checks its arguments.
 
 A file builds values that are inert and own their memory, and pays for each copy from
-a :class:`Budget` that follows its size. Known classes of logs and settings become objects that keep
-nothing; the rest is refused.
+a :class:`~.pickle_base.Budget` that follows its size. Known classes of logs and settings become
+objects that keep nothing; the rest is refused.
 """
 
 import math
-import pickle
 import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -15,120 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .pickle_base import INERT, Function, Inert, Record, are, need
+
 if TYPE_CHECKING:
     from .unpickler import Unpickler
 
-__all__ = [
-    "INERT",
-    "KNOWN",
-    "Budget",
-    "Function",
-    "Inert",
-    "Record",
-    "RefusedError",
-    "are",
-    "build_array",
-    "build_dtype",
-    "byte_array",
-    "need",
-    "set_of",
-]
+__all__ = ["KNOWN", "build_array", "build_dtype", "byte_array", "set_of"]
 
-_FREE = 64 * 2**20  # bytes that a file of any size may take: an empty list is one byte of it
 _NAMES = {name: x for name, x in vars(torch).items() if isinstance(x, torch.dtype)}
 _FACTORIES = (bool, dict, float, int, list, set, str, tuple)  # of a defaultdict
-
-
-class RefusedError(pickle.UnpicklingError):
-    """The file holds something that is neither weights nor plain data."""
-
-
-class Budget:
-    """The memory that a file may take, in bytes."""
-
-    def __init__(self, size: int) -> None:
-        """
-        Args:
-            size: of the file, which is read once besides.
-        """
-        self._left = 2 * size + _FREE
-
-    def spend(self, amount: int) -> None:
-        """Takes `amount` bytes.
-
-        Raises:
-            RefusedError: there are no more.
-        """
-        self._left -= amount
-        if self._left < 0:
-            raise RefusedError("more objects than a file of its size can have")
-
-
-class Record:
-    """A tensor's storage while a file is checked: its size and type, and no data."""
-
-    def __init__(self, dtype: torch.dtype, elements: int) -> None:
-        self.dtype = dtype
-        self._bytes = elements * dtype.itemsize
-
-    def nbytes(self) -> int:
-        """The size that the file claims."""
-        return self._bytes
-
-
-class Inert:
-    """Takes whatever a pickle gives to an object and keeps nothing."""
-
-    __slots__ = ()
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def _take(self, *args: Any) -> None: ...
-
-    __setstate__ = __setitem__ = append = extend = _take
-
-
-def _inert(name: str) -> type:
-    return type(name.rpartition(".")[2], (Inert,), {"__slots__": ()})
-
-
-# Logs and settings that checkpoints carry beside their weights; nothing here reads them.
-INERT = {
-    name: _inert(name)
-    for name in (
-        "addict.addict.Dict",
-        "argparse.Namespace",
-        "mmcv.utils.config.Config",
-        "mmcv.utils.config.ConfigDict",
-        "mmengine.config.config.Config",
-        "mmengine.config.config.ConfigDict",
-        "mmengine.logging.history_buffer.HistoryBuffer",
-        "mmengine.logging.message_hub.MessageHub",
-    )
-}
-
-
-class Function:
-    """A function that a pickle may call: of the unpickler and the arguments of the pickle."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call: Callable) -> None:
-        self.call = call
-
-
-def need(condition: bool, what: str) -> None:
-    if not condition:
-        raise RefusedError(what)
-
-
-def are(kind: type | tuple, *values: Any) -> bool:
-    """Whether all are of these very types, not of derived ones."""
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return all(type(x) in kinds for x in values)
 
 
 # --- NumPy ----------------------------------------------------------------------------------------

@@ -15,19 +15,8 @@ import torch
 
 from ghm_d2.errors import shown
 
-from .pickle_values import (
-    KNOWN,
-    Budget,
-    Function,
-    Inert,
-    Record,
-    are,
-    build_array,
-    build_dtype,
-    byte_array,
-    need,
-    set_of,
-)
+from .pickle_base import Budget, Function, Inert, Record, are, need
+from .pickle_values import KNOWN, build_array, build_dtype, byte_array, set_of
 
 __all__ = ["Checker", "Unpickler"]
 

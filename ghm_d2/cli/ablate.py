@@ -14,11 +14,11 @@ from ghm_d2.ablation.execute import CLUSTERS, Outcome, execute
 from ghm_d2.ablation.results import Store
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.engine.preemption import PREEMPTED
-from ghm_d2.engine.setup import locate_config_file
+from ghm_d2.engine.setup import given_keys, is_python, locate_config_file
 from ghm_d2.errors import UserError, exits_with_one_sentence
 from ghm_d2.provenance import machine
 
-__all__ = ["add_arguments", "main", "run"]
+__all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _FLAGS = ("-h", "--help", "--report-only")
 _FAILED_RUNS = 1  # exit code
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command; KEY VALUE pairs hold for all runs."""
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
@@ -66,28 +66,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="ghm-d2 ablate",
         usage="%(prog)s (--table NAME | --grid FILE) --output DIR [options] [KEY VALUE ...]",
         description=f"{__doc__} Finished runs are kept in DIR and never run again; after a kill, "
-        "the same command goes on. KEY VALUE pairs hold for all runs.",
+        "the same command goes on. KEY VALUE pairs (KEY=VALUE in a Python config) hold for all "
+        "runs.",
         allow_abbrev=False,
     )
-    add_arguments(parser)
+    _add_arguments(parser)
     words = sys.argv[1:] if argv is None else argv
     with exits_with_one_sentence(parser.prog):
-        args = parse_arguments(words, parser, flags=_FLAGS, lists=("--seeds",))
+        grid, python = _first_look(words)
+        args = parse_arguments(words, parser, flags=_FLAGS, lists=("--seeds",), python=python)
         try:
-            run(args)
+            _run(grid, args)
         except KeyboardInterrupt:
             print(f"{parser.prog}: interrupted; the same command goes on.", file=sys.stderr)
             sys.exit(PREEMPTED)
 
 
-def run(args: argparse.Namespace) -> None:
+def _run(grid: Grid, args: argparse.Namespace) -> None:
     """Plan, run what is not done, report."""
     _check(args)
     parameters = _parameters(args.cluster_option)
-    grid = load_grid(TABLES[args.table] if args.table else args.grid)
     if grid.tuning and (both := set(grid.tuning.seeds) & set(args.seeds)):
         raise UserError(f"--seeds {min(both)} is a seed that the grid is tuned with: give others.")
-    if grid.tuning and (both := set(grid.tuning.keys) & set(args.opts[::2])):
+    if grid.tuning and (both := set(grid.tuning.keys) & given_keys(_base(grid, args), args.opts)):
         raise UserError(f"{min(both)} cannot be set for all runs: the grid tunes it.")
     try:
         store = Store(Path(args.output))
@@ -132,6 +133,22 @@ def run(args: argparse.Namespace) -> None:
             "%d of %d runs failed; the same command tries them again", len(outcome.failed), number
         )
         sys.exit(_FAILED_RUNS)
+
+
+def _first_look(words: Sequence[str]) -> tuple[Grid | None, bool]:
+    """The grid, and whether overrides are KEY=VALUE: what splits the words depends on it."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for option in ("--table", "--grid", "--config-file"):
+        parser.add_argument(option)
+    args, _ = parser.parse_known_args(words)
+    file = TABLES.get(args.table, args.grid)
+    grid = load_grid(file) if file else None
+    return grid, grid is not None and is_python(_base(grid, args))
+
+
+def _base(grid: Grid, args: argparse.Namespace) -> str:
+    """The config file that all rows start from."""
+    return str(args.config_file or grid.config_file)
 
 
 def _check(args: argparse.Namespace) -> None:

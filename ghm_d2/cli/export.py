@@ -14,6 +14,7 @@ from ghm_d2.data.pictures import read_image
 from ghm_d2.deploy.detections import Comparison, Detections, compare_detections, detect, limits
 from ghm_d2.deploy.export import (
     FORMATS,
+    Options,
     describe,
     example_image,
     export_detector,
@@ -34,18 +35,35 @@ __all__ = ["main"]
 
 _PROGRAM = "ghm-d2 export"
 _DIFFERENT = 1  # exit code
+_FLAGS = ("-h", "--help", "--half", "--fixed-size")
+# Two detections of the same thing: float16 has three digits.
+_HALF = {"score_tolerance": 0.02, "box_tolerance": 3.0}
 
 
 def _parser() -> Parser:
     parser = tool_parser(
         _PROGRAM,
         f"--format {{{','.join(FORMATS)}}} --output FILE [--check IMAGE ...]",
-        "Write a RetinaNet or Faster R-CNN, post-processing included, as one file that runs "
-        "without Detectron2 on images of any size.",
+        "Write a RetinaNet, FCOS, Faster R-CNN or Cascade R-CNN, post-processing included, as one "
+        "file that runs without Detectron2 on images of any size.",
     )
     add = parser.add_argument
     add("--format", choices=tuple(FORMATS), required=True, help="what to write")
     add("--output", metavar="FILE", required=True, help="the file; one that is there is replaced")
+    add(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="take N images of one size at once, (N, C, H, W); any other number works too",
+    )
+    add(
+        "--fixed-size",
+        action="store_true",
+        help="outputs padded to TEST.DETECTIONS_PER_IMAGE rows, and their count, as OpenVINO, "
+        "TensorRT and quantisers want it (implied by --batch, --half and torch_export)",
+    )
+    add("--half", action="store_true", help="layers in float16; images and boxes stay float32")
+    add("--opset", type=int, metavar="N", help=f"of ONNX ({Options.opset})")
     add(
         "--check",
         nargs="+",
@@ -68,20 +86,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     with exits_with_one_sentence(_PROGRAM):
         words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), lists=("--check",))
+        args = parse_arguments(words, _parser(), flags=_FLAGS, lists=("--check",))
+        options = _options(args)
         _check_output(Path(args.output))
         files = list_files(args.check, IMAGE_SUFFIXES)
-        cfg, model, classes = build_detector(args)
+        detector = build_detector(args)
+        cfg, model, classes = detector.cfg, detector.model, detector.metadata
         prepare = image_preparer(cfg)
         images = {str(f): prepare(read_image(f)) for f in files}
         _check_sizes(images, model, args.format)
-        metadata = describe(cfg, model, classes.get("thing_classes"))
+        metadata = describe(cfg, model, classes.get("thing_classes"), options)
         print(f"Exporting to {args.output} ...", flush=True)
-        export_detector(model, args.output, args.format, metadata)
-        same = _run_beside(model, args, images)
+        export_detector(model, args.output, args.format, metadata, options)
+        same = _run_beside(model, args, images, options)
     if not same:
         print(f"{_PROGRAM}: {args.output} and the model find different things.", file=sys.stderr)
         sys.exit(_DIFFERENT)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    """What the file is to take and to give.
+
+    Raises:
+        UserError: a number is out of range, or --opset is given for another format.
+    """
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {args.batch}.")
+    if args.opset is not None and args.format != "onnx":
+        raise UserError(f"--opset is of ONNX: leave it out with --format {args.format}.")
+    opset = Options.opset if args.opset is None else args.opset
+    fixed = args.fixed_size or args.format == "torch_export"
+    return Options(fixed_size=fixed, batch=args.batch or 0, half=args.half, opset=opset)
 
 
 def _check_output(file: Path) -> None:
@@ -105,9 +140,17 @@ def _check_sizes(images: dict[str, Tensor], model: nn.Module, format: str) -> No
             )
 
 
-def _run_beside(model: nn.Module, args: argparse.Namespace, images: dict[str, Tensor]) -> bool:
-    """Run model and file on the images, or on noise where there are none; print what came out."""
-    exported = load_exported(args.output, args.format)
+def _run_beside(
+    model: nn.Module, args: argparse.Namespace, images: dict[str, Tensor], options: Options
+) -> bool:
+    """Run model and file on the images, or on noise where there are none; print what came out.
+
+    Returns:
+        Whether they find the same; a file in half precision may differ, and is compared for the
+        figures alone.
+    """
+    exported = load_exported(args.output, args.format, options)
+    tolerances = _HALF if options.half else {}
     device = example_image(model).device
     shown = images or {"noise": example_image(model)}
     seconds = {"file": 0.0, "model": 0.0}
@@ -122,12 +165,15 @@ def _run_beside(model: nn.Module, args: argparse.Namespace, images: dict[str, Te
                 start = time.perf_counter()
                 found[kind] = Detections(*(x.cpu() for x in run(image)))
                 seconds[kind] += time.perf_counter() - start
-            results[name] = compare_detections(found["model"], found["file"], *limits(model))
+            results[name] = compare_detections(
+                found["model"], found["file"], *limits(model), **tolerances
+            )
+    seconds["file"] /= options.batch or 1
     if images:
         _print_results(results)
     speed = ", ".join(f"{kind} {total / len(shown):.3f}" for kind, total in seconds.items())
     print(f"Wrote {args.output} ({args.format}). Seconds per image on {device}: {speed}.")
-    return not images or not any(r.missing for r in results.values())
+    return options.half or not images or not any(r.missing for r in results.values())
 
 
 def _print_results(results: dict[str, Comparison]) -> None:

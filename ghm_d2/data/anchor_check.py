@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,58 +11,96 @@ from detectron2.config import CfgNode
 from detectron2.structures import BoxMode
 
 from .anchors import ENOUGH_IOU, Anchors, InputSize, best_shape_iou, suggest
+from .augmentation import sets_size
 
-__all__ = ["anchor_report", "configured_anchors", "input_size", "log_anchor_fit"]
+__all__ = ["AnchorSettings", "anchor_report", "configured_anchors", "log_anchor_fit"]
 
 logger = logging.getLogger(__name__)
 
 _MOST_BOXES = 20_000
+_WORDS = {
+    "sizes": 'MODEL.ANCHOR_GENERATOR.SIZES "{}"',
+    "ratios": 'MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS "{}"',
+    "train": 'INPUT.MIN_SIZE_TRAIN "{}" INPUT.MAX_SIZE_TRAIN {}',
+    "test": "INPUT.MIN_SIZE_TEST {} INPUT.MAX_SIZE_TEST {}",
+}
 
 
-def log_anchor_fit(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
+@dataclass(frozen=True)
+class AnchorSettings:
+    """What a config says of anchors and of the resize, and what its user types to change that.
+
+    Attributes:
+        anchors: of RetinaNet or the RPN.
+        input_size: that of the training images.
+        words: for "sizes", "ratios", "train" and "test" input, a format string of the values.
+        is_range: whether the shorter side is drawn from a range.
+    """
+
+    anchors: Anchors
+    input_size: InputSize
+    words: Mapping[str, str]
+    is_range: bool = False
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "AnchorSettings | None":
+        """Those of a config of Detectron2.
+
+        None without axis-aligned anchors, and where `MODEL.GHM.AUGMENTATIONS` sets the size of
+        images.
+        """
+        anchors, is_range = configured_anchors(cfg), cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+        if anchors is None or sets_size(cfg):
+            return None
+        size = InputSize.drawn_from(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, is_range)
+        return cls(anchors, size, _WORDS, is_range)
+
+
+def log_anchor_fit(settings: AnchorSettings | None, records: Sequence[dict[str, Any]]) -> None:
     """Log how many boxes have an anchor that fits; a warning with a way out where most have none.
 
     Args:
-        cfg: of the training.
+        settings: of the training.
         records: Detectron2's dictionaries of the images that are trained on.
     """
-    text, fits = anchor_report(cfg, records)
+    text, fits = anchor_report(settings, records)
     if text:
         logger.log(logging.INFO if fits else logging.WARNING, "%s", text)
 
 
-def anchor_report(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> tuple[str, bool]:
+def anchor_report(
+    settings: AnchorSettings | None, records: Sequence[dict[str, Any]]
+) -> tuple[str, bool]:
     """How well the anchors fit, in words.
 
     Args:
-        cfg: of the training.
+        settings: of the training; None where the detector has no axis-aligned anchors.
         records: Detectron2's dictionaries of the images that are trained on; of many boxes, those
             of every k-th image are looked at.
 
     Returns:
-        The text, empty where the detector has no axis-aligned anchors or the data no box, and
-        whether most boxes have an anchor with IoU 0.5 or more.
+        The text, empty without anchors or without a box, and whether most boxes have an anchor with
+        IoU 0.5 or more.
     """
-    anchors, size = configured_anchors(cfg), input_size(cfg)
     boxes, images, every = _box_sizes(records)
-    if anchors is None or not len(boxes):
+    if settings is None or not len(boxes):
         return "", True
-    iou = best_shape_iou(size.resize(boxes, images), anchors)
+    iou = best_shape_iou(settings.input_size.resize(boxes, images), settings.anchors)
     share = float((iou >= ENOUGH_IOU).mean())
     text = (
-        f"{share:.0%} of {len(boxes)} boxes{f' (1 image in {every})' if every > 1 else ''} have "
-        f"an anchor with IoU >= {ENOUGH_IOU} by shape, after the resize of INPUT"
+        f"{share:.0%} of {len(boxes):,} boxes{f' (1 image in {every})' if every > 1 else ''} have "
+        f"an anchor with IoU >= {ENOUGH_IOU} by shape, after the resize of the training images"
     )
     if share > 0.5:
         return text, True
     return (
-        f"Most boxes have no anchor that fits: only {text}. {_way_out(cfg, boxes, images)}",
+        f"Most boxes have no anchor that fits: only {text}. {_way_out(settings, boxes, images)}",
         False,
     )
 
 
-def _way_out(cfg: CfgNode, boxes: np.ndarray, images: np.ndarray) -> str:
-    anchors, size = configured_anchors(cfg), input_size(cfg)
+def _way_out(settings: AnchorSettings, boxes: np.ndarray, images: np.ndarray) -> str:
+    anchors, size = settings.anchors, settings.input_size
     found = suggest(boxes, images, anchors, size)
     if found is None:
         typical = np.median(size.resize(boxes, images), axis=0)
@@ -72,17 +111,15 @@ def _way_out(cfg: CfgNode, boxes: np.ndarray, images: np.ndarray) -> str:
         )
     words = []
     if found.anchors.sizes != anchors.sizes:
-        words.append(f'MODEL.ANCHOR_GENERATOR.SIZES "{_lists(found.anchors.sizes)}"')
+        words.append(settings.words["sizes"].format(_lists(found.anchors.sizes)))
     if found.anchors.ratios != anchors.ratios:
-        words.append(f'MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS "{_lists(found.anchors.ratios[:1])}"')
+        words.append(settings.words["ratios"].format(_lists(found.anchors.ratios[:1])))
     if found.input_size != size:
-        shortest, longest = found.input_size.shortest, found.input_size.longest
-        if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
-            shortest = (shortest[0], shortest[-1])
-        words += [
-            f'INPUT.MIN_SIZE_TRAIN "{shortest}" INPUT.MAX_SIZE_TRAIN {longest}',
-            f"INPUT.MIN_SIZE_TEST {max(shortest)} INPUT.MAX_SIZE_TEST {longest}",
-        ]
+        shortest, longest = list(found.input_size.shortest), found.input_size.longest
+        if settings.is_range:
+            shortest = [shortest[0], shortest[-1]]
+        words.append(settings.words["train"].format(shortest, longest))
+        words.append(settings.words["test"].format(max(shortest), longest))
     return f"With these it would be {found.share:.0%}: {' '.join(words)}"
 
 
@@ -107,24 +144,7 @@ def configured_anchors(cfg: CfgNode) -> Anchors | None:
         return None
     matches = (re.fullmatch(r"(?:p|res)(\d)", name) for name in features)
     strides = tuple(2 ** int(match[1]) if match else 0 for match in matches)
-    # One list stands for all levels, as Detectron2 has it.
-    sizes, ratios = (
-        tuple(tuple(map(float, x)) for x in lists * (len(features) if len(lists) == 1 else 1))
-        for lists in (_nested(node.SIZES), _nested(node.ASPECT_RATIOS))
-    )
-    return Anchors(sizes, ratios, strides) if len(sizes) == len(ratios) == len(strides) else None
-
-
-def _nested(lists: Sequence[Any]) -> list[Any]:
-    return list(lists) if isinstance(lists[0], Sequence) else [lists]
-
-
-def input_size(cfg: CfgNode) -> InputSize:
-    """How the config resizes its training images; a range is looked at in three sizes."""
-    sizes = tuple(cfg.INPUT.MIN_SIZE_TRAIN)
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
-        sizes = (sizes[0], (sizes[0] + sizes[-1]) // 2, sizes[-1])
-    return InputSize(sizes, cfg.INPUT.MAX_SIZE_TRAIN)
+    return Anchors.of_levels(node.SIZES, node.ASPECT_RATIOS, strides)
 
 
 def _box_sizes(records: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, int]:

@@ -6,7 +6,9 @@ nothing.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +36,24 @@ class Anchors:
     sizes: tuple[tuple[float, ...], ...]
     ratios: tuple[tuple[float, ...], ...]
     strides: tuple[int, ...]
+
+    @classmethod
+    def of_levels(
+        cls, sizes: Sequence[Any], ratios: Sequence[Any], strides: Sequence[int]
+    ) -> "Anchors | None":
+        """From the arguments of Detectron2's generator, where one list stands for all levels.
+
+        Returns:
+            None where neither one list nor one a level is given.
+        """
+
+        def levels(lists: Sequence[Any]) -> tuple[tuple[float, ...], ...]:
+            lists = [lists] if isinstance(lists[0], int | float) else list(lists)
+            lists = lists * len(strides) if len(lists) == 1 else lists
+            return tuple(tuple(map(float, level)) for level in lists)
+
+        found = cls(levels(sizes), levels(ratios), tuple(strides))
+        return found if len(found.sizes) == len(found.ratios) == len(strides) else None
 
     def shapes(self) -> np.ndarray:
         """(A, 3): width, height and stride of each anchor."""
@@ -73,6 +93,12 @@ class InputSize:
 
     shortest: tuple[int, ...]
     longest: int
+
+    @classmethod
+    def drawn_from(cls, shortest: Sequence[int], longest: int, is_range: bool) -> "InputSize":
+        """From the settings of Detectron2's resize; a range is looked at in three sizes."""
+        first, last = shortest[0], shortest[-1]
+        return cls((first, (first + last) // 2, last) if is_range else tuple(shortest), longest)
 
     def resize(self, boxes: np.ndarray, images: np.ndarray) -> np.ndarray:
         """Widths and heights of boxes in the resized images.

@@ -44,6 +44,8 @@ class CocoData:
         classes: names by ascending category id.
         without_mask: objects without a mask, crowd regions left out.
         most_objects: of one image.
+        written_ids: the "id" of each annotation of `content` in the file itself, None where it has
+            none.
         keypoints: those that a config takes, in every annotation; None: there are no annotations.
         fingerprint: tells the data from other data; see `data_fingerprint`.
     """
@@ -57,6 +59,7 @@ class CocoData:
     classes: tuple[str, ...] = ()
     without_mask: int = 0
     most_objects: int = 0
+    written_ids: tuple[Any, ...] = ()
     keypoints: Keypoints | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
@@ -64,6 +67,20 @@ class CocoData:
     def category_ids(self) -> list[int]:
         """In the order of `classes`."""
         return sorted(row["id"] for row in self.content["categories"])
+
+    def keep_written_ids(self) -> bool:
+        """Gives the annotations back their ids in the file, for a copy in which they are found.
+
+        Returns:
+            Whether that went: not where some are missing, equal, or no whole numbers.
+        """
+        if len(set(self.written_ids)) < len(self.written_ids) or not all(
+            type(ident) is int for ident in self.written_ids
+        ):
+            return False
+        for row, ident in zip(self.content.get("annotations", ()), self.written_ids, strict=True):
+            row["id"] = ident
+        return True
 
     def records(self, uses: Uses) -> list[dict[str, Any]]:
         """Detectron2's dictionaries of the images, with what `uses` takes of each annotation."""
@@ -213,7 +230,7 @@ def _annotations(
 
 def _number(data: CocoData, kept: Sequence[dict[str, Any]]) -> None:
     """Gives ids that pycocotools takes: it has 0 for none, and loses what shares one."""
-    written = [row.get("id") for row in kept]
+    written = data.written_ids = tuple(row.get("id") for row in kept)
     if all(type(i) is int and 0 < i < 2**53 for i in written) and len(set(written)) == len(kept):
         return
     data.as_written = False

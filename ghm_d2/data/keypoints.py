@@ -8,13 +8,14 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ghm_d2.errors import UserError
 
 from .fields import numbers
 
 __all__ = [
+    "KeypointKeys",
     "Keypoints",
     "check_keypoints",
     "convert_incomplete",
@@ -121,7 +122,24 @@ def fill_in(annotations: Sequence[dict[str, Any]], found: Keypoints) -> Keypoint
     return replace(found, labelled=labelled, incomplete=incomplete)
 
 
-def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) -> None:
+class KeypointKeys(NamedTuple):
+    """What messages say to the user of a config; by default of a YAML one."""
+
+    on: str = "MODEL.KEYPOINT_ON is True"
+    off: str = "give MODEL.KEYPOINT_ON False"
+    number: str = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+    give: str = " "
+    unmirrored: str = "give INPUT.RANDOM_FLIP none"
+
+
+def check_keypoints(
+    name: str,
+    metadata: Any,
+    number: int,
+    *,
+    mirrored: bool,
+    keys: KeypointKeys = KeypointKeys(),  # noqa: B008 (it cannot be changed)
+) -> None:
     """What a keypoint head needs of a data set to train on.
 
     Args:
@@ -129,6 +147,7 @@ def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) ->
         metadata: of Detectron2's catalog.
         number: of keypoints that the head predicts.
         mirrored: whether images are mirrored at random.
+        keys: of the kind of config.
 
     Raises:
         UserError: one sentence with the way out.
@@ -136,26 +155,24 @@ def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) ->
     found = metadata.get("num_keypoints", len(metadata.get("keypoint_names", ())))
     if fault := metadata.get("keypoint_fault"):
         raise UserError(
-            f"MODEL.KEYPOINT_ON is True, but {fault}: correct the file, or give MODEL.KEYPOINT_ON "
-            "False to train on boxes alone."
+            f"{keys.on}, but {fault}: correct the file, or {keys.off} to train on boxes alone."
         )
     if found is None:  # predictions are written, and compared with nothing
         return
     if not found:
         raise UserError(
-            f"MODEL.KEYPOINT_ON is True, but the data set {name} has no keypoints: annotate them, "
-            "or give MODEL.KEYPOINT_ON False to train on boxes alone."
+            f"{keys.on}, but the data set {name} has no keypoints: annotate them, or {keys.off} "
+            "to train on boxes alone."
         )
     if found != number:
         raise UserError(
-            f"the objects of the data set {name} have {found} keypoints but "
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}: give "
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {found}."
+            f"the objects of the data set {name} have {found} keypoints but {keys.number} is "
+            f"{number}: give {keys.number}{keys.give}{found}."
         )
     if not metadata.get("labelled_keypoints", 1):
         raise UserError(
             f"no object of the data set {name} has a keypoint that is labelled (visibility 1 or "
-            "2): label some, or give MODEL.KEYPOINT_ON False to train on boxes alone."
+            f"2): label some, or {keys.off} to train on boxes alone."
         )
     if not mirrored:
         return
@@ -163,7 +180,7 @@ def check_keypoints(name: str, metadata: Any, number: int, *, mirrored: bool) ->
         raise UserError(
             f"the data set {name} does not name its keypoints, so that nothing tells left from "
             'right in a mirrored image: list the names under "keypoints" in the categories of its '
-            "annotation file, or give INPUT.RANDOM_FLIP none."
+            f"annotation file, or {keys.unmirrored}."
         )
     pairs = metadata.get("keypoint_flip_map", ())
     logger.info(

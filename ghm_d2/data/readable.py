@@ -42,7 +42,8 @@ class ReadableMapper:
 
     In training, an image that cannot be read gives None, for which the loaders of Detectron2 and of
     this project take another one. In a test it becomes a black image, on which nothing will be
-    found: the evaluation counts its objects as missed, as long as every image has its place.
+    found, with the reason under "unreadable": the evaluation counts its objects as missed, as long
+    as every image has its place.
 
     Attributes:
         last_failure: file and reason of the last image that could not be read.
@@ -123,4 +124,5 @@ class ReadableMapper:
 
     def _black(self, record: dict[str, Any]) -> dict[str, Any]:
         image = torch.zeros(3, int(record["height"]), int(record["width"]), dtype=torch.uint8)
-        return {**{k: v for k, v in record.items() if k != "annotations"}, "image": image}
+        kept = {k: v for k, v in record.items() if k != "annotations"}
+        return {**kept, "image": image, "unreadable": self.last_failure}

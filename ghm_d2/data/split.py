@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghm_d2.errors import UserError, cannot
+from ghm_d2.errors import UserError, cannot, counted
 
-__all__ = ["choose", "describe", "split_coco", "write_coco"]
+__all__ = ["choose", "describe", "fold_coco", "split_coco", "write_coco"]
 
 
 def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
@@ -28,12 +28,16 @@ def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
     unique = list(set(names))
     if len(unique) < 2:
         raise UserError(f"two images or more are needed for a split, here are {len(unique)}.")
-    # By hash: the same on every Python, and images added later leave most of the choice as it is.
-    unique.sort(
-        key=lambda name: hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
-    )
     number = min(max(round(fraction * len(unique)), 1), len(unique) - 1)
-    return set(unique[:number])
+    return set(_ordered(unique, seed)[:number])
+
+
+def _ordered(names: Sequence[str], seed: int) -> list[str]:
+    """By hash: the same on every Python, and names added later leave most places as they are."""
+    return sorted(
+        names,
+        key=lambda name: hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest(),
+    )
 
 
 def split_coco(
@@ -52,7 +56,35 @@ def split_coco(
     Raises:
         UserError: as :func:`choose`.
     """
-    chosen = choose([row["file_name"] for row in content["images"]], fraction, seed)
+    return _parts(content, choose([row["file_name"] for row in content["images"]], fraction, seed))
+
+
+def fold_coco(
+    content: Mapping[str, Any], folds: int, seed: int
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Split COCO-format content `folds` times in two: each image is in one second part.
+
+    Args:
+        content: the checked content of a file.
+        folds: at least 2, and not more than there are images.
+        seed: another one gives other folds.
+
+    Returns:
+        For each fold the rest, and the part that is held out.
+
+    Raises:
+        UserError: the number of folds is out of range.
+    """
+    names = _ordered(list({row["file_name"] for row in content["images"]}), seed)
+    if not 2 <= folds <= len(names):
+        raise UserError(
+            f"the number of folds must lie between 2 and {len(names)}, the number of images, got "
+            f"{folds}."
+        )
+    return [_parts(content, set(names[fold::folds])) for fold in range(folds)]
+
+
+def _parts(content: Mapping[str, Any], chosen: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     parts = []
     for inside in (False, True):
         images = [row for row in content["images"] if (row["file_name"] in chosen) == inside]
@@ -67,17 +99,17 @@ def describe(name: str, content: Mapping[str, Any]) -> str:
     classes = {row["id"]: row["name"] for row in content["categories"]}
     counts = Counter(row["category_id"] for row in content["annotations"])
     ordered = sorted(classes, key=lambda number: -counts[number])
-    shown = ", ".join(f"{classes[number]} {counts[number]}" for number in ordered[:12])
-    more = f", and {len(ordered) - 12} classes more" if len(ordered) > 12 else ""
+    shown = ", ".join(f"{classes[number]} {counts[number]:,}" for number in ordered[:12])
+    more = f", and {counted(len(ordered) - 12, 'class')} more" if len(ordered) > 12 else ""
     none = sum(not counts[number] for number in classes)
     missing = f"; {none} of {len(classes)} classes have no object here" if none else ""
     return (
-        f"{name}: {len(content['images'])} images, {len(content['annotations'])} objects "
-        f"({shown}{more}){missing}"
+        f"{name}: {counted(len(content['images']), 'image')}, "
+        f"{counted(len(content['annotations']), 'object')} ({shown}{more}){missing}"
     )
 
 
-def write_coco(parts: Mapping[Path, Mapping[str, Any]]) -> None:
+def write_coco(parts: Mapping[Path, Any]) -> None:
     """Write each content to its file, whose folder is made; nothing is overwritten.
 
     Raises:
@@ -85,7 +117,7 @@ def write_coco(parts: Mapping[Path, Mapping[str, Any]]) -> None:
     """
     for file in parts:
         if file.exists():
-            raise UserError(f"{file} exists already: delete it, or name another --output-dir.")
+            raise UserError(f"{file} exists already: delete it, or name another output.")
     for file, content in parts.items():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

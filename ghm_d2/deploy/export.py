@@ -20,7 +20,7 @@ from detectron2.export import TracingAdapter
 from torch import Tensor, nn
 
 from ghm_d2.engine.settings import Config
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 
 from .detections import Detections, check_detector, detect
 from .fixed_size import fixed_size_detector
@@ -279,9 +279,8 @@ def _write_torch_export(model: nn.Module, file: Path, metadata: str, options: Op
             dynamic_shapes=(shapes,),
         )
     except Exception as error:  # torch.export has no common type for what it cannot follow
-        reason = " ".join(str(error).split()[:60])
         raise UserError(
-            f"torch.export cannot follow this model ({type(error).__name__}: {reason}): use "
+            f"torch.export cannot follow this model ({type(error).__name__}: {reason(error)}): use "
             "--format torchscript."
         ) from error
     with open(file, "wb") as stream:  # given a path, it insists on the suffix .pt2

@@ -7,24 +7,28 @@ suppresses anything. The detections are those of Detectron2's inference.
 """
 
 import copy
-import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import FCOS, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
-from detectron2.structures import Boxes
 from torch import Tensor, nn
-from torchvision.ops import nms
+
+from .padded import (
+    Size,
+    clip,
+    finish,
+    finite,
+    nonempty,
+    padded_nms,
+    pool,
+    single,
+    take_rows,
+    top_scores,
+)
 
 __all__ = ["FixedSizeDense", "FixedSizeRCNN", "SingleImage", "fixed_size_detector"]
-
-Size = tuple[int, int]
-# Of N images and R candidates each: boxes, (N, R, 4), scores, classes, mask, (N, R).
-Candidates = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def fixed_size_detector(model: nn.Module, *, batch: bool = False, half: bool = False) -> nn.Module:
@@ -77,31 +81,31 @@ class FixedSizeDense(nn.Module):
         model, size = self.model, images.shape[-2:]
         features = model.backbone(_normalize_and_pad(model, images))
         features = [features[name] for name in model.head_in_features]
-        outputs = [[x.float() for x in levels] for levels in model.head(features)]
+        outputs = [[single(x) for x in levels] for levels in model.head(features)]
         dims = [model.num_classes, 4, 1][: len(outputs)]  # FCOS has its centerness besides
         logits, deltas, *centerness = model._transpose_dense_predictions(outputs, dims)
         levels = []
-        anchors = model.anchor_generator([f.float() for f in features])
+        anchors = model.anchor_generator([single(f) for f in features])
         for level, level_anchors in enumerate(anchors):
             scores = logits[level].sigmoid()
             if centerness:
                 scores = torch.sqrt(scores * centerness[0][level].sigmoid())
-            scores, index = _top(scores.flatten(1), model.test_topk_candidates)
+            scores, index = top_scores(scores.flatten(1), model.test_topk_candidates)
             anchor = index // model.num_classes
             boxes = model.box2box_transform.apply_deltas(
-                _rows(deltas[level], anchor).reshape(-1, 4),
+                take_rows(deltas[level], anchor).reshape(-1, 4),
                 level_anchors.tensor[anchor.flatten()],
             ).view(*index.shape, 4)
             valid = scores > model.test_score_thresh
             levels.append((boxes, scores, index % model.num_classes, valid))
         boxes, scores, classes, valid = (torch.cat(x, dim=1) for x in zip(*levels, strict=True))
         if getattr(model, "clip_before_nms", False):
-            boxes = _clip(boxes, size)
-            valid = valid & _nonempty(boxes)
+            boxes = clip(boxes, size)
+            valid = valid & nonempty(boxes)
         candidates = (boxes, scores, classes, valid)
         groups = model.num_classes
-        kept = _nms(candidates, model.test_nms_thresh, model.max_detections_per_image, groups)
-        return _finish(kept, size, model.max_detections_per_image)
+        kept = padded_nms(candidates, model.test_nms_thresh, model.max_detections_per_image, groups)
+        return finish(kept, size, model.max_detections_per_image)
 
 
 class FixedSizeRCNN(nn.Module):
@@ -123,17 +127,18 @@ class FixedSizeRCNN(nn.Module):
         probabilities = []
         for stage, (head, predictor) in enumerate(stages):
             if stage > 0:
-                boxes = _clip(boxes, size)
+                boxes = clip(boxes, size)
             # Not predict_boxes and predict_probs, which split their results by image.
-            logits, deltas = (x.float() for x in predictor(self._pooled(features, boxes, head)))
+            outputs = predictor(self._pooled(features, boxes, head))
+            logits, deltas = (single(x) for x in outputs)
             boxes = predictor.box2box_transform.apply_deltas(deltas, boxes.reshape(-1, 4))
             sigmoid = predictor.use_sigmoid_ce
             probabilities.append(logits.sigmoid() if sigmoid else logits.softmax(dim=-1))
             if stage + 1 < len(stages):
                 boxes = boxes.view(number, rows, 4)
         scores = sum(probabilities) * (1.0 / len(stages)) if len(stages) > 1 else probabilities[0]
-        finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
-        real = real & finite.view(number, rows)
+        usable = finite(boxes).all(dim=1) & finite(scores).all(dim=1)
+        real = real & usable.view(number, rows)
 
         scores = scores[:, :-1]
         num_classes = scores.shape[1]
@@ -141,39 +146,41 @@ class FixedSizeRCNN(nn.Module):
         scores = scores.view(number, rows, num_classes)
         classes = torch.arange(num_classes, device=scores.device).expand_as(scores).flatten(1)
         valid = (scores > predictor.test_score_thresh) & real[:, :, None]
-        candidates = (_clip(boxes, size), scores.flatten(1), classes, valid.flatten(1))
+        candidates = (clip(boxes, size), scores.flatten(1), classes, valid.flatten(1))
         most = predictor.test_topk_per_image
-        return _finish(_nms(candidates, predictor.test_nms_thresh, most, num_classes), size, most)
+        return finish(
+            padded_nms(candidates, predictor.test_nms_thresh, most, num_classes), size, most
+        )
 
     def _pooled(self, features: dict[str, Tensor], boxes: Tensor, head: nn.Module) -> Tensor:
         """What the predictor takes, (N * R, ...)."""
         heads = self.model.roi_heads
         if isinstance(heads, Res5ROIHeads):
-            x = _pool(heads.pooler, [features[name] for name in heads.in_features], boxes)
+            x = pool(heads.pooler, [features[name] for name in heads.in_features], boxes)
             return heads.res5(x).mean(dim=[2, 3])
-        return head(_pool(heads.box_pooler, [features[n] for n in heads.box_in_features], boxes))
+        return head(pool(heads.box_pooler, [features[n] for n in heads.box_in_features], boxes))
 
     def _proposals(self, features: dict[str, Tensor], size: Size) -> tuple[Tensor, Tensor]:
         rpn = self.model.proposal_generator
         features = [features[name] for name in rpn.in_features]
-        logits, deltas = ([x.float() for x in levels] for levels in rpn.rpn_head(features))
-        anchors = rpn.anchor_generator([f.float() for f in features])
+        logits, deltas = ([single(x) for x in levels] for levels in rpn.rpn_head(features))
+        anchors = rpn.anchor_generator([single(f) for f in features])
         levels = []
         for level, level_anchors in enumerate(anchors):
             scores = logits[level].permute(0, 2, 3, 1).flatten(1)
-            scores, index = _top(scores, rpn.pre_nms_topk[False])
+            scores, index = top_scores(scores, rpn.pre_nms_topk[False])
             # (N, A * 4, H, W) -> (N, H * W * A, 4)
             per_anchor = deltas[level].unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
             boxes = rpn.box2box_transform.apply_deltas(
-                _rows(per_anchor, index).reshape(-1, 4), level_anchors.tensor[index.flatten()]
+                take_rows(per_anchor, index).reshape(-1, 4), level_anchors.tensor[index.flatten()]
             ).view(*index.shape, 4)
-            valid = boxes.isfinite().all(dim=2) & scores.isfinite()
-            boxes = _clip(boxes, size)
-            valid = valid & _nonempty(boxes, rpn.min_box_size)
+            valid = finite(boxes).all(dim=2) & finite(scores)
+            boxes = clip(boxes, size)
+            valid = valid & nonempty(boxes, rpn.min_box_size)
             levels.append((boxes, scores, torch.full_like(index, level), valid))
         # Detectron2 suppresses level by level.
         candidates = tuple(torch.cat(x, dim=1) for x in zip(*levels, strict=True))
-        kept = _nms(candidates, rpn.nms_thresh, rpn.post_nms_topk[False], len(levels))
+        kept = padded_nms(candidates, rpn.nms_thresh, rpn.post_nms_topk[False], len(levels))
         return kept[0], kept[3]
 
 
@@ -208,124 +215,10 @@ def _to_half(_: nn.Module, inputs: tuple) -> tuple:
 
 def _normalize_and_pad(model: nn.Module, images: Tensor) -> Tensor:
     """As Detectron2's `preprocess_image` does, but for tensors that hold the padding."""
-    images = (images.to(model.pixel_mean) - model.pixel_mean) / model.pixel_std
+    images = (single(images) - model.pixel_mean) / model.pixel_std
     height, width = images.shape[-2:]
     step = model.backbone.size_divisibility
     if step > 1:
         right, below = ((x + step - 1) // step * step - x for x in (width, height))
         images = F.pad(images, (0, right, 0, below))
     return images
-
-
-def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """Of each image its own rows: (N, R, C) and (N, k) give (N, k, C)."""
-    return table.gather(1, index[:, :, None].expand(-1, -1, table.shape[2]))
-
-
-def _top(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The `number` highest of each row and where they stand; -inf, 0 beyond the last."""
-    scores, index = F.pad(scores, (0, number), value=-float("inf")).topk(number)
-    return scores, torch.where(scores == -float("inf"), 0, index)
-
-
-def _clip(boxes: Tensor, size: Size) -> Tensor:
-    height, width = size
-    x1, y1, x2, y2 = boxes.unbind(dim=-1)
-    xs = [x.clamp(0, width) for x in (x1, x2)]
-    ys = [y.clamp(0, height) for y in (y1, y2)]
-    return torch.stack((xs[0], ys[0], xs[1], ys[1]), dim=-1)
-
-
-def _nonempty(boxes: Tensor, threshold: float = 0.0) -> Tensor:
-    return Boxes(boxes.flatten(0, 1)).nonempty(threshold).view(boxes.shape[:2])
-
-
-def _pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-    """As the pooler does, but without sorting the boxes by level, whose numbers are not known.
-
-    On all levels but its own, a box has no area, which costs nothing and gives zeros.
-
-    Returns:
-        (N * R, C, P, P) for boxes of (N, R, 4).
-    """
-    number, rows = boxes.shape[:2]
-    flat = boxes.reshape(-1, 4)
-    image = torch.arange(number, device=boxes.device, dtype=boxes.dtype)
-    image = image[:, None, None].expand(-1, rows, 1).reshape(-1, 1)
-    levels = len(pooler.level_poolers)
-    if levels > 1:
-        # The levels of Detectron2 are counted from the finest.
-        level = assign_boxes_to_levels(
-            [Boxes(flat)],
-            pooler.min_level,
-            pooler.max_level,
-            pooler.canonical_box_size,
-            pooler.canonical_level,
-        )
-    pooled = []
-    for k, (level_pooler, feature) in enumerate(zip(pooler.level_poolers, features, strict=True)):
-        here = flat if levels == 1 else torch.where((level == k)[:, None], flat, 0.0)
-        x = level_pooler(feature.float(), torch.cat((image, here), dim=1))
-        pooled.append(x if levels == 1 else torch.where((level == k)[:, None, None, None], x, 0.0))
-    return sum(pooled[1:], start=pooled[0])
-
-
-def _nms(candidates: Candidates, threshold: float, number: int, groups: int) -> Candidates:
-    """NMS within each class of each image; the `number` best survivors of each, padded.
-
-    All are moved apart and go through one NMS, so that the number of images may be anything.
-    """
-    boxes, scores, classes, valid = candidates
-    images, rows = scores.shape
-    exact = boxes if torch.onnx.is_in_onnx_export() else boxes.double()  # ONNX's NMS has float32
-    placed = torch.where(valid[:, :, None], exact, 0.0)
-    # Image by image, the squares of the classes stand in rows: far fewer pixels from the origin
-    # than one after the other, so that float32 keeps the fractions.
-    step = placed.max() - placed.min() + 1
-    side = math.ceil(math.sqrt(groups))
-    image = torch.arange(images, device=boxes.device)[:, None]
-    across = (classes % side) * step
-    down = (classes // side + image * side) * step
-    corner = placed.min() - 2
-    placed = placed + torch.stack((across, down, across, down), dim=2)
-    # The invalid ones become one box that touches no other: the first suppresses the rest, so that
-    # they cost no time.
-    nowhere = torch.stack((corner, corner, corner + 1, corner + 1))
-    placed = torch.where(valid[:, :, None], placed, nowhere)
-    scores = torch.where(valid, scores, -float("inf"))
-    # Two more that touch nothing: torch.export takes the number that NMS keeps for 2 at least.
-    further = torch.stack((nowhere, nowhere - 2))
-    flat = torch.cat((placed.flatten(0, 1), further))
-    flat_scores = F.pad(scores.flatten(), (0, 2), value=-float("inf")).to(flat.dtype)
-    keep = nms(flat, flat_scores, threshold)
-    # Where a runtime pads the indices by -1, it marks one of the two.
-    kept = torch.zeros_like(flat_scores).index_fill(0, keep, 1.0)[:-2].view(images, rows) > 0
-    scores, order = _best(torch.where(kept & valid, scores, -float("inf")), number)
-    # The padding of the order points at a row that is none.
-    boxes, classes = F.pad(boxes, (0, 0, 0, number)), F.pad(classes, (0, number))
-    return _rows(boxes, order), scores, classes.gather(1, order), scores > -float("inf")
-
-
-def _best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The `number` highest of each row, padded by -inf, and their places; of equals the first."""
-    scores = F.pad(scores, (0, number), value=-float("inf"))
-    if torch.onnx.is_in_onnx_export():  # it has no stable sort, but ONNX's TopK is one
-        return scores.topk(number)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return scores[:, :number], order[:, :number]
-
-
-def _finish(kept: Candidates, size: Size, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Clips, drops boxes without area and moves the rest to the front, as Detectron2 does."""
-    boxes, scores, classes, real = kept
-    boxes = _clip(boxes, size)
-    real = real & _nonempty(boxes)
-    scores, order = _best(torch.where(real, scores, -float("inf")), number)
-    real = scores > -float("inf")
-    boxes, classes = F.pad(boxes, (0, 0, 0, number)), F.pad(classes, (0, number))
-    return (
-        torch.where(real[:, :, None], _rows(boxes, order), 0.0),
-        torch.where(real, scores, 0.0),
-        torch.where(real, classes.gather(1, order), -1),
-        real.sum(1),
-    )

@@ -4,7 +4,8 @@ import argparse
 import glob
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,17 @@ from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import check_classes
 from ghm_d2.engine.arguments import CONFIG_FILE_HELP, Parser, add_dataset_option
 from ghm_d2.engine.checks import check_inference
-from ghm_d2.engine.settings import Config, Settings, read_settings
+from ghm_d2.engine.settings import Config, Settings, change, key_of, read_settings
 from ghm_d2.engine.setup import build_config, given_keys
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError
+from ghm_d2.run_folder import CONFIG, RunFolder
 from ghm_d2.run_parts import Record
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "VIDEO_SUFFIXES",
+    "Detector",
     "build_detector",
     "image_preparer",
     "images_of_test",
@@ -59,8 +62,28 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
     return parser
 
 
-def build_detector(args: argparse.Namespace) -> tuple[Config, nn.Module, Metadata]:
-    """The config, the trained detector in eval mode, and its classes, for a command line.
+@dataclass(frozen=True)
+class Detector:
+    """A trained detector.
+
+    Attributes:
+        cfg: its config.
+        model: in eval mode.
+        metadata: its classes.
+        score_threshold: with which an evaluation found the best F1; None where none has.
+    """
+
+    cfg: Config
+    model: nn.Module
+    metadata: Metadata
+    score_threshold: float | None
+
+
+def build_detector(args: argparse.Namespace) -> Detector:
+    """The trained detector that a command line describes.
+
+    Where it names no weights, the config.yaml of a training stands for its own: the best model, or
+    else the final one. So does its folder in place of a file.
 
     Raises:
         UserError: config, weights or data set are wrong.
@@ -70,7 +93,8 @@ def build_detector(args: argparse.Namespace) -> tuple[Config, nn.Module, Metadat
     cfg, datasets = build_config(
         args.config_file, args.opts, args.dataset, eval_only=True, log_to_file=False
     )
-    check_inference(cfg, given_keys(args.config_file, args.opts))
+    given = given_keys(args.config_file, args.opts)
+    check_inference(cfg, given | _choose_weights(cfg, args.config_file, given))
     model = GHMTrainer.build_model(cfg).eval()
     settings = read_settings(cfg)
     origin = load_trained_weights(model, settings.weights)
@@ -82,7 +106,20 @@ def build_detector(args: argparse.Namespace) -> tuple[Config, nn.Module, Metadat
             "neither the weights nor a data set of the config name the model's classes: they are "
             "numbered (--dataset NAME=annotations.json,image_dir names them)"
         )
-    return cfg, model, metadata
+    return Detector(cfg, model, metadata, origin.score_thresholds.get(""))
+
+
+def _choose_weights(cfg: Config, config_file: str, given: Set[str]) -> set[str]:
+    """Sets the weights of a training where its folder stands for them; the keys that it has set."""
+    key, weights = key_of(cfg, "weights"), read_settings(cfg).weights
+    folder = Path(weights) if key in given else Path(config_file).parent
+    named = folder.is_dir() if key in given else Path(config_file).name == CONFIG
+    run = RunFolder(folder)
+    if not named or not run.is_training() or not run.weights().is_file():
+        return set()
+    change(cfg, "weights", str(run.weights()))
+    logger.info("the weights are those of %s", run.weights())
+    return {key}
 
 
 def _class_metadata(settings: Settings, model: nn.Module, origin: Record) -> Metadata:

@@ -2,12 +2,16 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from detectron2.config import get_cfg
 
 from ghm_d2.errors import UserError, command
 
+from .python_config import NODES
+
 __all__ = [
+    "Command",
     "Parser",
     "add_dataset_option",
     "add_process_options",
@@ -18,6 +22,33 @@ __all__ = [
 CONFIG_FILE_HELP = "a YAML or Python file of yours (the latter is executed: run none whose author "
 CONFIG_FILE_HELP += "you do not trust), or the name of one of configs/"
 _FLAGS = ("-h", "--help", "--eval-only", "--resume", "--overwrite", "--trust-checkpoint")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line of train_net.py asks for.
+
+    Attributes:
+        config_file: path of a .yaml or .py file.
+        overrides: of the config; see `engine.setup.load_config`.
+        datasets: NAME=annotations.json,image_dir, each.
+        eval_only: evaluate, do not train.
+        resume: go on from the last checkpoint.
+        overwrite: train anew where a finished training lies.
+        trusted: whether checkpoints may run code.
+        restarted: whether torchrun has started this job again after a failure.
+        words: the whole command line, with what stands before the options.
+    """
+
+    config_file: str
+    overrides: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    eval_only: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    trusted: bool = False
+    restarted: bool = False
+    words: tuple[str, ...] = ()
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,8 +83,9 @@ def _parser() -> Parser:
     )
     add_dataset_option(
         parser,
-        "register COCO-format data; the first is trained on and the others are tested on, "
-        "unless DATASETS.TRAIN and DATASETS.TEST say otherwise (repeatable)",
+        "register COCO-format data, or a folder of any tool's labels; the first is trained on and "
+        "the others are tested on, unless DATASETS.TRAIN and DATASETS.TEST say otherwise "
+        "(repeatable)",
     )
     add_process_options(parser)
     return parser
@@ -65,7 +97,7 @@ def add_dataset_option(parser: argparse.ArgumentParser, about: str) -> None:
         "--dataset",
         action="append",
         default=[],
-        metavar="NAME=annotations.json,image_dir",
+        metavar="NAME=annotations.json,image_dir|NAME=FOLDER",
         help=about,
     )
 
@@ -80,7 +112,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _split(
-    argv: Sequence[str], flags: Sequence[str], lists: Sequence[str]
+    argv: Sequence[str], flags: Sequence[str], lists: Sequence[str], python: bool
 ) -> tuple[list[str], list[str]]:
     """Separate the options from the KEY VALUE pairs, wherever they stand.
 
@@ -90,7 +122,6 @@ def _split(
     options: list[str] = []
     pairs: list[str] = []
     rest = list(argv)
-    python = _is_python(argv)
     while rest:
         token = rest.pop(0)
         if not token.startswith("--") and token != "-h":
@@ -103,14 +134,9 @@ def _split(
             while rest and _is_dataset(rest[0], python):
                 options += ["--dataset", rest.pop(0)]
         if token in lists:
-            while rest and not rest[0].startswith("-") and not _is_key(rest[0]):
+            while rest and not rest[0].startswith("-") and not _is_key(rest[0], python):
                 options.append(rest.pop(0))
     return options, pairs
-
-
-def _is_python(argv: Sequence[str]) -> bool:
-    """Whether the config file is a Python one, which KEY=VALUE overrides."""
-    return any(word.endswith(".py") for word in argv)
 
 
 def _is_dataset(word: str, python: bool) -> bool:
@@ -119,8 +145,9 @@ def _is_dataset(word: str, python: bool) -> bool:
     return bool(separator) and not word.startswith("-") and not (python and "." in name)
 
 
-def _is_key(word: str) -> bool:
-    return word.partition(".")[0] in get_cfg()
+def _is_key(word: str, python: bool) -> bool:
+    known = NODES if python and "=" in word else get_cfg()
+    return word.partition(".")[0] in known
 
 
 def parse_arguments(
@@ -129,6 +156,7 @@ def parse_arguments(
     *,
     flags: Sequence[str] = _FLAGS,
     lists: Sequence[str] = (),
+    python: bool | None = None,
 ) -> argparse.Namespace:
     """Parse the command line.
 
@@ -137,6 +165,7 @@ def parse_arguments(
         parser: the options of another program; those of train_net.py by default.
         flags: options without a value; all others take one word.
         lists: options that take more than one; the first word that is a key ends the values.
+        python: whether the config file is a Python one; by default, whether a word says so.
 
     Returns:
         A namespace with one attribute for each option; `dataset` is a list of strings and `opts`
@@ -145,9 +174,11 @@ def parse_arguments(
     Raises:
         UserError: an unknown option, a missing or wrong value, or a key without a value.
     """
-    options, pairs = _split(argv, flags, lists)
+    if python is None:
+        python = any(word.endswith(".py") for word in argv)
+    options, pairs = _split(argv, flags, lists, python)
     args = (parser or _parser()).parse_args(options)
-    if len(pairs) % 2 and not _is_python(argv):
+    if len(pairs) % 2 and not python:
         raise UserError(
             f"the KEY VALUE pairs are {len(pairs)} words, so one key has no value: "
             + " ".join(pairs)

@@ -3,29 +3,26 @@
 Everything here raises `UserError` with one sentence; what only looks odd is logged.
 """
 
-import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Set
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils.file_io import PathManager
 
 from ghm_d2.checkpoint.files import fetch
-from ghm_d2.data.keypoints import check_keypoints
-from ghm_d2.data.registration import log_more_objects_than
 from ghm_d2.errors import UserError, similar_names
 from ghm_d2.modeling import validate_ghm_config
 from ghm_d2.run_folder import RunFolder
 
 from .clipping import CLIP_TYPES
+from .dataset_checks import check_datasets
 from .processes import Processes, started_by_torchrun
-from .settings import Config, class_counts, key_of, pair, read_settings, typed
-from .trainer import EVALUATOR_TYPES
+from .selection import check_selection
+from .settings import Config, key_of, pair, read_settings
+from .writers import check_writers
 
 __all__ = ["check_all", "check_inference"]
 
@@ -67,7 +64,10 @@ def check_all(
     _check_config(cfg)
     _check_values(cfg, eval_only)
     _check_processes(cfg, processes, eval_only)
-    _check_datasets(cfg, eval_only)
+    check_datasets(cfg, eval_only)
+    if not eval_only:
+        check_selection(cfg)
+        check_writers(cfg)
     _check_weights(cfg, given, eval_only, resume)
 
 
@@ -116,6 +116,11 @@ def _check_config(cfg: Config) -> None:
         )
     if cfg.TEST.AUG.ENABLED:
         raise UserError("TEST.AUG.ENABLED True is not supported: train_net.py tests plain images.")
+    if cfg.TEST.PRECISE_BN.ENABLED and read_settings(cfg).ema_decay:
+        raise UserError(
+            f"TEST.PRECISE_BN.ENABLED and {key_of(cfg, 'ema_decay')} exclude each other: the batch "
+            "statistics would be those of weights that are not the average."
+        )
 
 
 def _check_values(cfg: Config, eval_only: bool) -> None:
@@ -125,10 +130,16 @@ def _check_values(cfg: Config, eval_only: bool) -> None:
     if not eval_only:
         least |= dict.fromkeys(("max_iter", "checkpoint_period", "images_per_batch"), 1)
         least |= {"log_period": 1, "eval_period": 0, "statistics_period": 0, "train_workers": 0}
+        least |= {"patience": 0, "accumulation_steps": 1}
     for name, smallest in least.items():
         value = getattr(settings, name)
         if not isinstance(value, int) or value < smallest:
             raise UserError(f"{key_of(cfg, name)} must be at least {smallest}, got {value}.")
+    if not 0 <= settings.ema_decay < 1:
+        raise UserError(
+            f"{key_of(cfg, 'ema_decay')} must be at least 0 and less than 1, got "
+            f"{settings.ema_decay}."
+        )
     warmup, python = settings.warmup or 0, not isinstance(cfg, CfgNode)
     if not 0 <= warmup <= (1 if python else math.inf):
         allowed = "in 0 .. 1, a share of the training" if python else "at least 0"
@@ -172,126 +183,17 @@ def _check_processes(cfg: Config, processes: Processes, eval_only: bool) -> None
                 "CUDA_VISIBLE_DEVICES to an empty string."
             )
     shares = settings.reference_world_size or world
-    if not eval_only and settings.images_per_batch % shares:
-        images = f"{key_of(cfg, 'images_per_batch')} {settings.images_per_batch}"
-        raise UserError(f"{images} cannot be divided among {shares} processes.")
-
-
-def _check_datasets(cfg: Config, eval_only: bool) -> None:
-    settings = read_settings(cfg)
-    train = () if eval_only else settings.train
-    test = settings.test
-    names = "NAME" if not isinstance(cfg, CfgNode) else "\"('NAME',)\""
-    for split, needed in (("test", eval_only), ("train", not eval_only)):
-        if needed and not getattr(settings, split):
-            nothing = "--eval-only has nothing to evaluate on, " if eval_only else ""
-            raise UserError(
-                f"{nothing}{key_of(cfg, split)} is empty: give --dataset or "
-                f"{pair(cfg, split, names)}."
-            )
-    for name in dict.fromkeys(train + test):
-        _check_dataset_files(name)
-        _check_class_count(cfg, name)
-    for name in train:
-        _check_masks(cfg, name)
-    if isinstance(cfg, CfgNode) and cfg.MODEL.KEYPOINT_ON:
-        _check_keypoints(cfg, train, test)
-    for name in test:
-        _check_evaluator(name)
-        if isinstance(cfg, CfgNode):
-            log_more_objects_than(cfg.TEST.DETECTIONS_PER_IMAGE, name)
-    _check_class_names(cfg, dict.fromkeys(train + test))
-    if not test:
-        logger.info("%s is empty: no evaluation will run", key_of(cfg, "test"))
-
-
-def _check_dataset_files(name: str) -> None:
-    if name not in DatasetCatalog:
-        raise UserError(
-            f"there is no data set {name}{similar_names(name, list(DatasetCatalog))}: correct the "
-            f"name, or register one with --dataset {name}=annotations.json,image_dir."
-        )
-    if name.startswith("ghm_synthetic_"):
-        DatasetCatalog.get(name)  # is generated on first use: once, here
-    metadata = MetadataCatalog.get(name)
-    for field in ("json_file", "image_root", "dirname"):  # COCO and LVIS; the last one Pascal VOC
-        path = metadata.get(field)
-        if path is not None and not PathManager.exists(path):
-            raise UserError(
-                f"the data set {name} is not complete, {path} does not exist: put it there, set "
-                "DETECTRON2_DATASETS to the folder that holds it, or train on your own data with "
-                "--dataset."
-            )
-
-
-def _check_masks(cfg: Config, name: str) -> None:
-    without = MetadataCatalog.get(name).get("without_mask", 0)
-    if isinstance(cfg, CfgNode) and cfg.MODEL.MASK_ON and without:
-        raise UserError(
-            f"MODEL.MASK_ON is True, but {without} objects of the data set {name} have no "
-            "segmentation: annotate them, or give MODEL.MASK_ON False to train on boxes alone."
-        )
-
-
-def _check_keypoints(cfg: CfgNode, train: Sequence[str], test: Sequence[str]) -> None:
-    number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    for name in dict.fromkeys((*train, *test)):
-        mirrored = name in train and cfg.INPUT.RANDOM_FLIP == "horizontal"
-        check_keypoints(name, MetadataCatalog.get(name), number, mirrored=mirrored)
-    compared = [n for n in test if MetadataCatalog.get(n).get("num_keypoints", 0) is not None]
-    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17  # COCO's persons
-    if compared and sigmas != number:
-        raise UserError(
-            f"TEST.KEYPOINT_OKS_SIGMAS must hold a tolerance for each of the {number} keypoints, "
-            f"of which it has {len(cfg.TEST.KEYPOINT_OKS_SIGMAS)}: give for example "
-            f'TEST.KEYPOINT_OKS_SIGMAS "[{", ".join(["0.05"] * number)}]".'
-        )
-
-
-def _class_count_key(cfg: Config) -> str | None:
-    """The key that counts the classes of the final detections, or None where nothing does."""
-    known = class_counts(cfg)
-    if not isinstance(cfg, CfgNode):
-        return next(iter(known), None)
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    part = "RETINANET" if "RetinaNet" in architecture else "ROI_HEADS"
-    counted = "RetinaNet" in architecture or "RCNN" in architecture
-    return f"MODEL.{part}.NUM_CLASSES" if counted else None
-
-
-def _check_class_count(cfg: Config, name: str) -> None:
-    full, classes = _class_count_key(cfg), MetadataCatalog.get(name).get("thing_classes")
-    if full is None or classes is None:  # some loaders know the classes only after loading
+    if eval_only:
         return
-    count = class_counts(cfg)[full]
-    if count != len(classes):
+    images = f"{key_of(cfg, 'images_per_batch')} {settings.images_per_batch}"
+    if settings.images_per_batch % shares:
+        raise UserError(f"{images} cannot be divided among {shares} processes.")
+    steps, each = settings.accumulation_steps, settings.images_per_batch // shares
+    if each % steps:
         raise UserError(
-            f"the data set {name} has {len(classes)} classes but {full} is {count}: "
-            f"give {typed(cfg, full, len(classes))}."
+            f"{key_of(cfg, 'accumulation_steps')} {steps} does not divide the {each} images that a "
+            f"process has of {images}."
         )
-
-
-def _check_class_names(cfg: Config, names: Iterable[str]) -> None:
-    known = {n: list(MetadataCatalog.get(n).get("thing_classes") or ()) for n in names}
-    known = {name: classes for name, classes in known.items() if classes}
-    first = next(iter(known), None)
-    for name, classes in known.items():
-        if classes != known[first]:
-            raise UserError(
-                f"the data sets {first} and {name} have different classes, or another order of "
-                f"them: {key_of(cfg, 'train')} and {key_of(cfg, 'test')} must agree."
-            )
-
-
-def _check_evaluator(name: str) -> None:
-    kind = MetadataCatalog.get(name).get("evaluator_type")
-    if kind not in EVALUATOR_TYPES:
-        raise UserError(
-            f"the data set {name} cannot be evaluated: its evaluator_type is {kind!r}, not one of "
-            f"{', '.join(EVALUATOR_TYPES)}."
-        )
-    if kind == "lvis" and importlib.util.find_spec("lvis") is None:
-        raise UserError(f"evaluating {name} needs the package lvis: run pip install lvis.")
 
 
 def _check_weights(cfg: Config, given: Set[str], eval_only: bool, resume: bool) -> None:

@@ -1,34 +1,89 @@
-"""An evaluation's AP at every IoU threshold, not at 0.50 and 0.75 alone, and its costs."""
+"""Evaluators; AP at every IoU threshold, the score with the best F1, and what a test costs."""
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.logger import create_small_table
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from ghm_d2.data.keypoints import convert_incomplete
+from ghm_d2.errors import UserError
 from ghm_d2.files import write_json
-from ghm_d2.run_folder import MEMORY_MIB, SECONDS_PER_IMAGE
+from ghm_d2.run_folder import BEST_F1, MEMORY_MIB, SECONDS_PER_IMAGE
 
-__all__ = ["AllThresholdsCOCOEvaluator", "costs_recorded"]
+__all__ = [
+    "EVALUATOR_TYPES",
+    "AllThresholdsCOCOEvaluator",
+    "best_f1",
+    "build_evaluator",
+    "costs_recorded",
+    "score_thresholds",
+]
+
+EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
 _THRESHOLDS = range(50, 100, 5)  # per cent, as COCO has them
+
+_Class = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # see _best_level
+
+
+def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """The evaluator for the metadata's `evaluator_type`.
+
+    Args:
+        cfg: a YAML config.
+        name: of the data set.
+        folder: for its files.
+
+    Raises:
+        UserError: the data set is not one of boxes that these evaluators know.
+    """
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if kind == "coco":
+        if cfg.MODEL.KEYPOINT_ON:
+            convert_incomplete(MetadataCatalog.get(name))
+        # A conversion that is cached would be used for changed data as well.
+        return AllThresholdsCOCOEvaluator(
+            name,
+            output_dir=folder,
+            allow_cached_coco=False,
+            max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
+    if kind == "lvis":
+        return LVISEvaluator(name, output_dir=folder)
+    if kind == "pascal_voc":
+        return PascalVOCDetectionEvaluator(name)
+    raise UserError(
+        f"{name} cannot be evaluated: its evaluator_type is {kind!r}, not one of "
+        f"{', '.join(EVALUATOR_TYPES)}."
+    )
 
 
 class AllThresholdsCOCOEvaluator(COCOEvaluator):
     """`COCOEvaluator` whose results hold AP50, AP55, ..., AP95; AP is their mean.
 
     Objects are compared with what the checks of `--dataset` have left of the annotation file, and
-    as many detections of an image count as it may give.
+    as many detections of an image count as it may give. Beside the task "bbox" stands "best_f1",
+    what :func:`best_f1` says of it.
     """
 
     def __init__(
@@ -59,6 +114,12 @@ class AllThresholdsCOCOEvaluator(COCOEvaluator):
             dataset_name, *args, output_dir=output_dir, max_dets_per_image=most, **options
         )
 
+    def evaluate(self, img_ids: Any = None) -> dict[str, Any]:
+        """Detectron2's, and "best_f1" in the process that has the results."""
+        self._best_f1: dict[str, float] = {}
+        results = super().evaluate(img_ids)
+        return {**results, BEST_F1: self._best_f1} if self._best_f1 else results
+
     def _tasks_from_predictions(self, predictions: Sequence[dict[str, Any]]) -> list[str]:
         """Detectron2's, without masks where objects have none that they could be compared with."""
         tasks = list(super()._tasks_from_predictions(predictions))
@@ -79,10 +140,12 @@ class AllThresholdsCOCOEvaluator(COCOEvaluator):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         all_thresholds = _ap_at_thresholds(coco_eval)
         if coco_eval is not None:
+            if iou_type == "bbox":
+                self._best_f1 = best_f1(coco_eval, class_names or ())
             self._logger.info(
                 f"{iou_type} AP at each IoU threshold: \n{create_small_table(all_thresholds)}"
             )
-        # Between the standard metrics and those of the classes, "AP-" and a name.
+        # Readers of a long list of classes ("AP-" and a name) would miss what came after it.
         classes = {name: results.pop(name) for name in list(results) if name.startswith("AP-")}
         return {**results, **all_thresholds, **classes}
 
@@ -100,6 +163,89 @@ def _ap_at_thresholds(coco_eval: COCOeval | None) -> dict[str, float]:
         ap = float(known.mean() * 100) if known.size else float("nan")
         results[f"AP{round(threshold * 100)}"] = ap
     return results
+
+
+def best_f1(coco_eval: COCOeval, class_names: Sequence[str] = ()) -> dict[str, float]:
+    """The score from which on detections have the largest F1 = 2 TP / (detections + objects).
+
+    COCO's evaluation at IoU 0.5 has noted the score at which every per cent of recall is reached:
+    of a class with no more than 100 objects, that of each object that was found.
+
+    Args:
+        coco_eval: accumulated.
+        class_names: in the order of its categories; none where there is one class.
+
+    Returns:
+        score_threshold in [0, 1], F1, precision and recall (per cent, over all classes), and
+        score_threshold-NAME and F1-NAME for each class. NaN where nothing was found.
+    """
+    params, at = coco_eval.params, int(np.argmin(np.abs(coco_eval.params.iouThrs - 0.5)))
+    precision, scores = (coco_eval.eval[x][at, :, :, 0, -1] for x in ("precision", "scores"))
+    objects, detections = Counter(), {category: [] for category in params.catIds}
+    images = set(params.imgIds)
+    for each in coco_eval.cocoGt.anns.values():
+        if each["image_id"] in images and not each.get("iscrowd", 0) and not each.get("ignore", 0):
+            objects[each["category_id"]] += 1
+    for each in coco_eval.cocoDt.anns.values():
+        detections[each["category_id"]].append(each["score"])
+    classes = []
+    for k, category in enumerate(params.catIds):
+        reached = precision[:, k] > 0  # beyond the largest recall it is 0, and -1 without objects
+        # The number of objects that each recall means.
+        found = np.maximum(np.ceil(params.recThrs[reached] * objects[category] - 1e-6), 1)
+        rest = np.sort(detections[category]), objects[category]
+        classes.append((scores[reached, k], found, *rest))
+    results = _best_level(classes)
+    for name, each in zip(class_names, classes, strict=False):
+        own = _best_level([each])
+        results |= {f"{key}-{name}": own[key] for key in ("score_threshold", "F1")}
+    return results
+
+
+def _best_level(
+    classes: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, int]],
+) -> dict[str, float]:
+    """The score at which F1 over some classes together is the largest, and what it is there.
+
+    Args:
+        classes: of each, falling scores and how many objects are found from them on, all scores of
+            its detections, rising, and the number of its objects.
+    """
+    levels = np.unique(np.concatenate([scores for scores, *_ in classes] or [np.zeros(0)]))
+    total = sum(objects for *_, objects in classes)
+    if not len(levels) or not total:
+        return dict.fromkeys(("score_threshold", "F1", "precision", "recall"), float("nan"))
+    found, number = np.zeros(len(levels)), np.zeros(len(levels))
+    for scores, counts, detections, _ in classes:
+        reached = np.searchsorted(-scores, -levels, side="right")
+        found += np.concatenate([[0], counts])[reached]
+        number += len(detections) - np.searchsorted(detections, levels, side="left")
+    f1 = 2 * found / (number + total)
+    best = int(np.argmax(f1))
+    return {
+        "score_threshold": float(levels[best]),
+        "F1": 100 * float(f1[best]),
+        "precision": 100 * float(found[best] / number[best]),
+        "recall": 100 * float(found[best] / total),
+    }
+
+
+def score_thresholds(results: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, float]:
+    """The thresholds among the results of a test, "" for all classes together; empty without any.
+
+    Args:
+        results: what `GHMTrainer.test` returns.
+        names: of its data sets, the first of which counts.
+    """
+    found = (
+        (results or {}) if len(names) == 1 else (results or {}).get(names[0] if names else "", {})
+    )
+    prefix = "score_threshold"
+    return {
+        key.removeprefix(prefix).removeprefix("-"): value
+        for key, value in found.get(BEST_F1, {}).items()
+        if key.startswith(prefix) and np.isfinite(value)
+    }
 
 
 @contextmanager

@@ -13,26 +13,24 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 from ghm_d2.losses.base import HarmonizedLoss
 
 from .agreement import any_process
 from .diagnosis import describe_images, diagnose
+from .forward_state import ForwardState
 from .output_folder import is_disk_error
-from .replay import ForwardState, Replay, save_replay
+from .replay import Replay, save_replay
 from .settings import Config, as_text, read_settings
 
 __all__ = [
     "FiniteCheck",
-    "FiniteWeights",
     "NotFiniteError",
     "WithoutTracebacks",
-    "require_finite_weights",
 ]
 
 logger = logging.getLogger(__name__)
@@ -118,7 +116,7 @@ class FiniteCheck:
 
     def before_forward(self, batch: list[dict[str, Any]]) -> None:
         """Notes what the forward pass is about to read."""
-        self._batch = batch
+        self._batch, self._agreed = batch, False
         self._state = ForwardState.of(self._model)
 
     def after_forward(self, losses: dict[str, Tensor]) -> None:
@@ -131,18 +129,23 @@ class FiniteCheck:
                 self._stop_agreed(self._loss_words() if bad else "")
         self._agreed = True
 
-    def after_backward(self) -> None:
-        """Stops where a loss or a gradient is not finite."""
+    def after_backward(self, averaged: bool = True) -> None:
+        """Stops where a loss or a gradient is not finite.
+
+        Args:
+            averaged: whether the gradients are the mean over all processes, so that all of them see
+                the same here; else they have to ask each other.
+        """
         flags = [self._finite_losses().all()]
         if self._precision is None:
             flags.append(torch.isfinite(torch.stack(self._gradient_norms())).all())
-        # One look at the device, where Detectron2 is about to have its own to log the losses. The
-        # gradients are the mean over all processes, so that all of them see the same here.
-        good = torch.stack(flags).tolist()
-        if not good[0]:
-            self._stop_agreed(self._loss_words())
-        if not all(good):
-            self._stop_agreed(self._gradient_words())
+        # One look at the device, where Detectron2 is about to have its own to log the losses.
+        losses, *gradients = torch.stack(flags).tolist()
+        words = "" if losses else self._loss_words()
+        if losses and not all(gradients):
+            words = self._gradient_words()
+        if bool(words) if averaged else any_process(bool(words)):
+            self._stop_agreed(words)
 
     def _finite_losses(self) -> Tensor:
         return torch.isfinite(torch.stack([x.detach().float() for x in self._losses.values()]))
@@ -261,61 +264,13 @@ class FiniteCheck:
 
 
 def _of(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 def _communicates(module: nn.Module) -> bool:
     """Whether processes meet in its forward pass."""
     synced = isinstance(module, HarmonizedLoss) and module.sync
     return synced or "SyncBatchNorm" in type(module).__name__
-
-
-class FiniteWeights(HookBase):
-    """Stands before the hook that writes checkpoints and refuses weights that are not finite.
-
-    A step from finite gradients can still overflow. All processes hold the same weights and look
-    at the same iterations, so that they stop together.
-    """
-
-    def __init__(self, period: int) -> None:
-        """
-        Args:
-            period: `SOLVER.CHECKPOINT_PERIOD`.
-        """
-        self._period = period
-
-    def after_step(self) -> None:
-        """
-        Raises:
-            NotFiniteError: a checkpoint is due, and the model holds a NaN or an infinity.
-        """
-        done = self.trainer.iter + 1
-        if done % self._period and done < self.trainer.max_iter:
-            return
-        require_finite_weights(self.trainer.model, self.trainer.iter)
-
-
-def require_finite_weights(model: nn.Module, iteration: int) -> None:
-    """Stands before every checkpoint.
-
-    Args:
-        model: what would be saved.
-        iteration: the one that is done, from 0.
-
-    Raises:
-        NotFiniteError: it holds a NaN or an infinity.
-    """
-    state = model.state_dict()
-    values = {name: x for name, x in state.items() if x.is_floating_point()}
-    sums = torch.stack([torch.linalg.vector_norm(x.float(), 1) for x in values.values()])
-    bad = [n for n, good in zip(values, torch.isfinite(sums).tolist(), strict=True) if not good]
-    if bad:
-        raise NotFiniteError(
-            f"iteration {iteration}: the step left {len(bad)} weights or buffers that are not "
-            f"finite, the first {bad[0]}, though losses and gradients were; no checkpoint was "
-            "written: go on from the last one with --resume and a smaller SOLVER.BASE_LR."
-        )
 
 
 class WithoutTracebacks(logging.Filter):

@@ -35,7 +35,8 @@ def locked(folder: str | Path) -> Iterator[None]:
     path = os.path.join(folder, _LOCK)
     try:
         os.makedirs(folder, exist_ok=True)
-        # Not inherited by the processes that load images, which outlive a killed training.
+        # open() keeps it from child processes: those that load images can outlive a killed
+        # training, and would hold the lock.
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise cannot("written", f"the output folder {folder}", error) from error

@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ghm_d2.data.pictures import TILE, draw_boxes
@@ -24,7 +25,7 @@ from ghm_d2.files import whole_file
 __all__ = ["draw_predictions", "plot_training"]
 
 _GAP = 8
-_SCORE = 0.5  # predictions below are not drawn
+_SCORE = 0.5  # predictions below are not drawn, where no evaluation says better
 _MOST_BOXES = 30  # of one image, the best ones
 _METRICS = ("AP", "AP50", "AP75")  # the ends of the names that evaluators give
 
@@ -35,6 +36,7 @@ def draw_predictions(
     model: torch.nn.Module,
     file: Path,
     images: int = 8,
+    threshold: float | None = None,
 ) -> None:
     """Draw ground truth and predictions, side by side, of images spread over a data set.
 
@@ -44,10 +46,12 @@ def draw_predictions(
         model: a detector that returns "instances"; its training mode is restored.
         file: PNG to write; its folder is made.
         images: how many at most.
+        threshold: predictions with lower scores are not drawn; None: 0.5.
 
     Raises:
         UserError: the file cannot be written.
     """
+    threshold = _SCORE if threshold is None else threshold
     metadata = MetadataCatalog.get(name)
     records = [r for r in DatasetCatalog.get(name) if r.get("annotations")]
     picked = [records[i * len(records) // images] for i in range(images)]
@@ -59,7 +63,8 @@ def draw_predictions(
         for record in picked:
             with torch.no_grad():
                 found = model([mapper(dict(record))])[0]["instances"].to("cpu")
-            found = found[found.scores >= _SCORE][:_MOST_BOXES]
+            best = float(found.scores.max()) if len(found) else None
+            found = found[found.scores >= threshold][:_MOST_BOXES]
             pixels = detection_utils.read_image(record["file_name"], "RGB")
             truth = [
                 (BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), a["category_id"], "")
@@ -72,28 +77,31 @@ def draw_predictions(
                 )
             ]
             both = (draw_boxes(pixels, boxes, metadata) for boxes in (truth, detected))
-            rows.append((Path(record["file_name"]).name, *both))
+            title = f"predictions, score >= {threshold:.2f}"
+            if not len(found):
+                title = f"best score {best:.2f}" if best is not None else "no prediction"
+            rows.append((Path(record["file_name"]).name, title, *both))
     finally:
         model.train(was_training)
     with whole_file(file) as stream:
         _contact_sheet(rows).save(stream, "PNG")
 
 
-def _contact_sheet(rows: list[tuple[str, np.ndarray, np.ndarray]]) -> Image.Image:
+def _contact_sheet(rows: list[tuple[str, str, np.ndarray, np.ndarray]]) -> Image.Image:
     """Pairs (ground truth, predictions), two pairs in a row, each under its caption."""
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)  # matplotlib ships it
     caption = 26
     width = 2 * TILE + 3 * _GAP
-    height = max(truth.shape[0] for _, truth, _ in rows) + caption + _GAP
+    height = max(truth.shape[0] for _, _, truth, _ in rows) + caption + _GAP
     columns = min(2, len(rows))
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (name, truth, detected) in enumerate(rows):
+    for number, (name, title, truth, detected) in enumerate(rows):
         left, top = number % columns * width, number // columns * height
-        titles = (f"{shown(name, 80)}: ground truth", f"predictions, score >= {_SCORE}")
-        for half, (title, pixels) in enumerate(zip(titles, (truth, detected), strict=True)):
+        titled = ((f"{shown(name, 80)}: ground truth", truth), (title, detected))
+        for half, (text, pixels) in enumerate(titled):
             x = left + _GAP + half * (TILE + _GAP)
-            draw.text((x, top + 4), title, fill="black", font=font)
+            draw.text((x, top + 4), text, fill="black", font=font)
             sheet.paste(Image.fromarray(pixels), (x, top + caption))
     return sheet
 
@@ -109,7 +117,7 @@ def plot_training(metrics: Mapping[int, Mapping[str, float]], file: Path) -> Non
         UserError: the file cannot be written.
     """
     names = sorted({name for row in metrics.values() for name in row})
-    losses = [n for n in names if n.startswith("loss") or n == "total_loss"]
+    losses = [n for n in names if n.startswith("loss") or n.rpartition("/")[2] == "total_loss"]
     plain = [n for n in names if "/plain_loss" in n]
     results = [n for n in names if n.rpartition("/")[2] in _METRICS and "/" in n]
     panels = (("loss", losses), ("mean loss, not harmonised", plain), ("AP", results))
@@ -124,6 +132,7 @@ def plot_training(metrics: Mapping[int, Mapping[str, float]], file: Path) -> Non
             marker = "." if len(points) < 40 else ""
             axes.plot(*zip(*points, strict=True), label=shown(name), marker=marker)
         axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.set_ylabel(label)
         if drawn is plain:
             axes.set_yscale("log")  # cross entropy over all anchors, and box errors of positives

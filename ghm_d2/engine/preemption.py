@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from ghm_d2.data.workers import ENDING_SIGNALS
 
 from .agreement import any_process
-from .finite import require_finite_weights
+from .finite_weights import require_finite_weights
 from .process_states import ProcessStates
 
 __all__ = ["PREEMPTED", "Preempted", "StopOnSignal"]

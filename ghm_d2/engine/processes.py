@@ -1,15 +1,12 @@
 """The processes of a job: started by torchrun, or by Detectron2's launcher."""
 
-import atexit
 import contextlib
-import gc
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -27,15 +24,13 @@ from ghm_d2.data.workers import ENDING_SIGNALS
 from ghm_d2.errors import UserError
 
 from .agreement import any_process
+from .process_end import end_process, exit_code_of
 
 __all__ = [
     "Processes",
-    "end_process",
-    "exit_code_of",
     "is_restarted",
     "join_torchrun",
     "launch_processes",
-    "leave_process_group",
     "main_first",
     "main_only",
     "reported_once",
@@ -269,54 +264,3 @@ def _passes_signals_on() -> Iterator[None]:
 def _whole_process(work: Callable[..., None], *arguments: Any) -> NoReturn:
     """What a process does that Detectron2's launcher has spawned, its end included."""
     end_process(exit_code_of(lambda: work(*arguments)))
-
-
-def exit_code_of(work: Callable[[], None]) -> int:
-    """Calls a function as a whole program; an error of its own is printed.
-
-    Returns:
-        The exit code that the interpreter would have ended with. Nothing of the call is left: no
-        traceback keeps its models or their process groups alive.
-    """
-    try:
-        work()
-    except SystemExit as stop:
-        if stop.code is None or isinstance(stop.code, int):
-            return stop.code or 0
-        print(stop.code, file=sys.stderr)
-        return 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def end_process(code: int) -> NoReturn:
-    """Ends one process of a job at once, after what was registered for its end.
-
-    The interpreter's own end would abort some of them, with 134 in place of their code: gloo's
-    threads still hold tensors of Python's and take its lock to give them back, for which the
-    interpreter, once it is ending, ends the thread in the middle of a destructor ("terminate called
-    without an active exception").
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads, or closed
-            stream.flush()
-    os._exit(code)
-
-
-def leave_process_group() -> None:
-    """Ends gloo's threads while the interpreter still runs; see :func:`end_process` for why.
-
-    They end with the last reference to their group. Detectron2 keeps two of them, and models in
-    reference cycles the others. Nobody leaves before all have arrived: process 0 holds the store
-    that the others use.
-    """
-    if comm.get_world_size() > 1:
-        comm.synchronize()
-        dist.destroy_process_group()
-        comm._LOCAL_PROCESS_GROUP = None  # what comm.create_local_process_group has set
-        comm.create_local_process_group.cache_clear()
-        comm._get_global_gloo_group.cache_clear()
-        gc.collect()

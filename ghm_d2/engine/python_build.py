@@ -6,20 +6,26 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import build_detection_train_loader
+from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils.registry import locate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ghm_d2.data import workers
+from ghm_d2.data.anchor_check import log_anchor_fit
+from ghm_d2.data.augmentation import build_augmentations
+from ghm_d2.data.keypoints import convert_incomplete
 from ghm_d2.data.loader import build_train_loader_from_parts
 from ghm_d2.data.readable import ReadableMapper
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, reason
 
 from .clipping import clip_gradients
+from .evaluation import AllThresholdsCOCOEvaluator
+from .python_config import read_anchors, read_uses, target_of
+from .settings import detections_per_image, read_settings
+from .validation import add_ground_truth
 
 __all__ = [
     "build_evaluator",
@@ -29,6 +35,7 @@ __all__ = [
     "build_test_loader",
     "build_test_mapper",
     "build_train_loader",
+    "build_train_mapper",
 ]
 
 
@@ -55,10 +62,12 @@ def build_lr_scheduler(cfg: DictConfig) -> Any:
 def build_train_loader(cfg: DictConfig) -> Iterable[list[dict]]:
     """The config's loader, over images that can be read, and able to go on from any batch."""
     node = cfg.dataloader.train
-    if _target(node) is not build_detection_train_loader:
+    if target_of(node) is not build_detection_train_loader:
         return _build(node, "dataloader.train")  # one of the user's own, as it is described
-    parts = _parts(node, "dataloader.train", but=("sampler",))
-    parts["mapper"] = ReadableMapper(parts["mapper"], is_train=True)
+    parts = _parts(node, "dataloader.train", but=("sampler", "mapper"))
+    parts["mapper"] = ReadableMapper(build_train_mapper(cfg), is_train=True)
+    if isinstance(parts["dataset"], list):
+        log_anchor_fit(read_anchors(cfg), parts["dataset"])
 
     def build_sampler() -> Any:
         if sampler := _build(node.get("sampler"), "dataloader.train.sampler"):
@@ -69,13 +78,27 @@ def build_train_loader(cfg: DictConfig) -> Iterable[list[dict]]:
     return build_train_loader_from_parts(parts, build_sampler)
 
 
+def build_train_mapper(cfg: DictConfig) -> Any:
+    """The mapper; its augmentations may be texts too, as in a YAML config."""
+    node = cfg.dataloader.train.mapper
+    key, given = "dataloader.train.mapper", node.get("augmentations") or ()
+    if not any(isinstance(item, str) for item in given):
+        return _build(node, key)
+    key, parts = f"{key}.augmentations", _parts(node, key, but=("augmentations",))
+    built = [build_augmentations(x, key) if isinstance(x, str) else [_build(x, key)] for x in given]
+    parts["augmentations"] = [augmentation for some in built for augmentation in some]
+    return _call(lambda: target_of(node)(**parts), "dataloader.train.mapper")
+
+
 def build_test_loader(cfg: DictConfig, name: str) -> Iterable[list[dict]]:
     """The config's loader for one data set, over images that can be read."""
     node = _for_data_set(cfg, name).test
     parts = _parts(node, "dataloader.test")
     if parts.get("mapper") is not None:
+        if read_settings(cfg).validation_loss:
+            parts["mapper"] = add_ground_truth(parts["mapper"], cfg)
         parts["mapper"] = ReadableMapper(parts["mapper"], is_train=False)
-    loader = _call(lambda: _target(node)(**parts), "dataloader.test")
+    loader = _call(lambda: target_of(node)(**parts), "dataloader.test")
     return workers.watch(loader) if isinstance(loader, DataLoader) else loader
 
 
@@ -89,6 +112,10 @@ def build_evaluator(cfg: DictConfig, name: str, folder: str) -> DatasetEvaluator
     node = _for_data_set(cfg, name).evaluator
     if "output_dir" in node:
         node.output_dir = folder
+    if target_of(node) is AllThresholdsCOCOEvaluator and "max_dets_per_image" not in node:
+        node.max_dets_per_image = detections_per_image(cfg)[1]
+    if read_uses(cfg).keypoints and OmegaConf.select(cfg, "model.roi_heads.keypoint_head"):
+        convert_incomplete(MetadataCatalog.get(name))
     return _build(node, "dataloader.evaluator")
 
 
@@ -97,11 +124,6 @@ def _for_data_set(cfg: DictConfig, name: str) -> DictConfig:
     loader._set_parent(cfg)  # its interpolations reach into the rest of the config
     loader.test.dataset.names = name
     return loader
-
-
-def _target(node: DictConfig) -> Any:
-    target = node["_target_"]
-    return locate(target) if isinstance(target, str) else target
 
 
 def _parts(node: DictConfig, key: str, but: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -125,5 +147,4 @@ def _call(build: Callable[[], Any], key: str) -> Any:
     except UserError:
         raise
     except (AssertionError, ImportError, TypeError, ValueError) as error:
-        message = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{key} cannot be built: {message}.") from error
+        raise UserError(f"{key} cannot be built: {reason(error)}.") from error

@@ -1,22 +1,27 @@
 """Python configs: loading, KEY=VALUE overrides, and the parts that they describe."""
 
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetMapper
+from detectron2.data.transforms import RandomFlip, ResizeShortestEdge
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.utils.registry import locate
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ghm_d2.data.anchor_check import AnchorSettings
+from ghm_d2.data.anchors import Anchors, InputSize
 from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, similar_names
 
-__all__ = ["load_config", "read_uses"]
+__all__ = ["NODES", "load_config", "random_flip", "read_anchors", "read_uses", "target_of"]
 
-_NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
 def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -36,10 +41,10 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
         cfg = LazyConfig.load(file)
     except Exception as error:  # it is a program: anything may happen
         raise UserError(f"{file} cannot be run ({_where(error)}{_describe(error)}).") from error
-    if missing := [name for name in _NODES if name not in cfg]:
+    if missing := [name for name in NODES if name not in cfg]:
         raise UserError(
             f"{file} lacks {', '.join(missing)}: a Python config of a training has "
-            f"{', '.join(_NODES)}."
+            f"{', '.join(NODES)}."
         )
     for override in overrides:
         _override(cfg, override)
@@ -48,12 +53,66 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 def read_uses(cfg: DictConfig) -> Uses:
     """What Detectron2's mapper, or everything that another one, may take of annotations."""
-    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
-    target = mapper.get("_target_") if isinstance(mapper, DictConfig) else None
-    if (locate(target) if isinstance(target, str) else target) is not DatasetMapper:
+    mapper = _dataset_mapper(cfg)
+    if mapper is None:
         return Uses()
     masks = mapper.get("instance_mask_format", "polygon") if mapper.get("use_instance_mask") else ""
     return Uses(masks, bool(mapper.get("use_keypoint")))
+
+
+def read_anchors(cfg: DictConfig) -> AnchorSettings | None:
+    """What the config says of anchors and of the resize; None without either of Detectron2's."""
+    keys = ("model.anchor_generator", "model.proposal_generator.anchor_generator")
+    key = next(
+        (k for k in keys if target_of(OmegaConf.select(cfg, k)) is DefaultAnchorGenerator), ""
+    )
+    train, test = (_resize_key(cfg, split) for split in ("train", "test"))
+    if not key or not train:
+        return None
+    node, resize = OmegaConf.select(cfg, key), OmegaConf.select(cfg, train)
+    shortest, is_range = resize.short_edge_length, resize.get("sample_style", "range") == "range"
+    try:
+        anchors = Anchors.of_levels(node.sizes, node.aspect_ratios, node.strides)
+        shortest = [shortest] * 2 if isinstance(shortest, int) else list(shortest)
+        size = InputSize.drawn_from(shortest, resize.get("max_size", sys.maxsize), is_range)
+    except (OmegaConfBaseException, IndexError, TypeError, ValueError):
+        return None  # the calls say what is wrong when they are made
+    words = {"sizes": f'"{key}.sizes={{}}"', "ratios": f'"{key}.aspect_ratios={{}}"'}
+    words["train"] = f'"{train}.short_edge_length={{}}" {train}.max_size={{}}'
+    words["test"] = f"{test}.short_edge_length={{}} {test}.max_size={{}}" if test else ""
+    return anchors and AnchorSettings(anchors, size, words, is_range)
+
+
+def _resize_key(cfg: DictConfig, split: str) -> str:
+    """The key of the call that resizes images by their shorter side; "" without one."""
+    key = f"dataloader.{split}.mapper.augmentations"
+    steps = OmegaConf.select(cfg, key) or ()
+    return next(
+        (f"{key}.{i}" for i, step in enumerate(steps) if target_of(step) is ResizeShortestEdge), ""
+    )
+
+
+def random_flip(cfg: DictConfig) -> bool:
+    """Whether Detectron2's mapper mirrors training images from left to right at random."""
+    mapper = _dataset_mapper(cfg)
+    steps = () if mapper is None else mapper.get("augmentations", ())
+    flips = [step for step in steps if target_of(step) is RandomFlip]
+    return any(flip.get("horizontal", True) and flip.get("prob", 0.5) for flip in flips)
+
+
+def _dataset_mapper(cfg: DictConfig) -> DictConfig | None:
+    """The training's mapper, where it is Detectron2's."""
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
+    return mapper if target_of(mapper) is DatasetMapper else None
+
+
+def target_of(node: Any) -> Any:
+    """What a call that a config describes calls; None where that does not exist."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    try:
+        return locate(target) if isinstance(target, str) else target
+    except ImportError:  # whoever makes the call says so in a sentence
+        return None
 
 
 def _where(error: Exception) -> str:

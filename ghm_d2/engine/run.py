@@ -4,9 +4,10 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from ghm_d2.files import write_text
 from ghm_d2.run_folder import CONFIG, FINAL_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
-from .arguments import parse_arguments, train_program
+from .arguments import Command, parse_arguments, train_program
 from .checks import check_all
 from .output_folder import (
     disk_errors,
@@ -34,14 +35,12 @@ from .output_folder import (
     refuse_finished,
 )
 from .pictures import draw_predictions
+from .process_end import end_process, exit_code_of, leave_process_group
 from .processes import (
     Processes,
-    end_process,
-    exit_code_of,
     is_restarted,
     join_torchrun,
     launch_processes,
-    leave_process_group,
     main_first,
     main_only,
     reported_once,
@@ -56,37 +55,13 @@ from .setup import (
     setup_ghm_logger,
 )
 from .submission import report_submissions
-from .summary import next_command, summarize_training
+from .summary import next_commands, summarize_training
+from .terminal import brief_terminal
 from .trainer import GHMTrainer, verify_expected
 
-__all__ = ["Command", "main"]
+__all__ = ["main"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Command:
-    """What the command line of train_net.py asks for.
-
-    Attributes:
-        config_file: path of a .yaml or .py file.
-        overrides: of the config; see :func:`~ghm_d2.engine.setup.load_config`.
-        datasets: NAME=annotations.json,image_dir, each.
-        eval_only: evaluate, do not train.
-        resume: go on from the last checkpoint.
-        overwrite: train anew where a finished training lies.
-        trusted: whether checkpoints may run code.
-        restarted: whether torchrun has started this job again after a failure.
-    """
-
-    config_file: str
-    overrides: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
-    eval_only: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    trusted: bool = False
-    restarted: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,7 +92,8 @@ def _exits_with_one_sentence() -> AbstractContextManager:
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[Command, Processes]:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
     command = Command(
         locate_config_file(args.config_file),
         tuple(args.opts),
@@ -126,6 +102,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Command, Processes]:
         resume=args.resume,
         overwrite=args.overwrite,
         trusted=args.trust_checkpoint,
+        words=tuple(map(str, argv)),
     )
     return command, Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
 
@@ -161,22 +138,20 @@ def _work_in_torchrun(argv: Sequence[str] | None) -> None:
 def _work(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
     """One process of the job."""
     if comm.get_world_size() > 1 and not started_by_torchrun():
-        # A spawned process has registered what its imports register, and nothing else.
+        # A spawned process knows only what its imports register, and would not find them.
         for dataset in datasets:
             register_coco_dataset(dataset)
     run = RunFolder(read_settings(cfg).output_dir)
     logging.raiseExceptions = False  # a full disk would print a traceback for each line of the log
     with _exits_with_one_sentence(), reported_once(), disk_errors(run.folder):
         if command.eval_only:
-            _set_up(command, cfg)
             _evaluate(command, cfg)
         else:
             with ExitStack() as stack:
                 main_only(lambda: stack.enter_context(locked(run.folder)))
                 main_only(lambda: _make_room(command, cfg, run))
-                _set_up(command, cfg)
                 _train(command, cfg, datasets)
-    comm.synchronize()  # process 0 holds the store that the others use
+    comm.synchronize()  # process 0 would take the store with it that the others still use
 
 
 def _make_room(command: Command, cfg: Config, run: RunFolder) -> None:
@@ -189,6 +164,8 @@ def _make_room(command: Command, cfg: Config, run: RunFolder) -> None:
 
 
 def _set_up(command: Command, cfg: Config) -> None:
+    # Detectron2's anchors leave out an argument that PyTorch says it will want one day.
+    warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)
     folder = read_settings(cfg).output_dir
     # Detectron2 only logs that it could not write it.
     main_only(lambda: write_text(os.path.join(folder, CONFIG), as_text(cfg)))
@@ -199,15 +176,18 @@ def _set_up(command: Command, cfg: Config) -> None:
 def _train(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
     start = time.perf_counter()
     run = RunFolder(read_settings(cfg).output_dir)
-    trainer = GHMTrainer(cfg)
-    settings = trainer.settings
-    trainer.checkpointer.trusted = command.trusted
-    trainer.resume_or_load(resume=command.resume)
-    classes = MetadataCatalog.get(settings.train[0]).get("thing_classes") or ()
-    data = {name: data_fingerprint(name) for name in settings.train}
-    if trainer.start_iter:
-        _check_same_data(trainer.checkpointer.origin, settings, data)
-    trainer.checkpointer.origin_entry = origin_entry(classes, data)
+    with brief_terminal(read_settings(cfg).output_dir):
+        _set_up(command, cfg)
+        trainer = GHMTrainer(cfg)
+        classes, data = _load(command, trainer)
+    settings, stopped = trainer.settings, trainer.early_stopping
+    if stopped and stopped.exhausted:
+        if command.restarted:
+            return  # a process has failed after everything was done
+        raise UserError(
+            f"--resume: the training has stopped early, {stopped.verdict()}: give a larger "
+            f"{key_of(cfg, 'patience')} to train further."
+        )
     if trainer.start_iter < trainer.max_iter:
         if comm.is_main_process():
             run.cut_logs(trainer.start_iter)
@@ -225,7 +205,7 @@ def _train(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
         logger.info("all iterations are done, but the last evaluation is not: it is done now")
         trainer.evaluate()
     elif command.restarted:
-        return  # a process has failed after everything was done
+        return  # likewise
     else:
         raise UserError(
             f"--resume: {trainer.start_iter} iterations are done already and "
@@ -233,30 +213,47 @@ def _train(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
             "--eval-only --resume."
         )
     if comm.is_main_process():
-        # In one process alone, DistributedDataParallel would wait for the others.
-        model = getattr(trainer.model, "module", trainer.model)
-        pictured = (*settings.test, *settings.train)[0]
-        tested = [dataset for dataset in datasets if dataset.name in settings.test]
-        summarize_training(
-            run,
-            partial(draw_predictions, pictured, trainer.build_test_mapper(cfg), model),
-            trainer.results,
-            _evaluate_again(command, cfg, run, tested) if settings.test else None,
-            iterations=trainer.max_iter,
-            seconds=time.perf_counter() - start,
-        )
+        _summarize(command, trainer, run, datasets, time.perf_counter() - start)
 
 
-def _evaluate_again(
-    command: Command, cfg: Config, run: RunFolder, datasets: Sequence[CocoDataset]
-) -> str:
-    """The command that evaluates the final checkpoint; a config.yaml holds every KEY VALUE."""
-    weights = pair(cfg, "weights", run.folder / FINAL_CHECKPOINT)
-    if isinstance(cfg, CfgNode):
-        file, overrides = str(run.folder / CONFIG), weights.split(" ", 1)
-    else:
-        file, overrides = command.config_file, [*command.overrides, weights]
-    return next_command(train_program(), file, overrides, datasets)
+def _load(
+    command: Command, trainer: GHMTrainer
+) -> tuple[Sequence[str], Mapping[str, Mapping[str, Any]]]:
+    """Loads what the training starts from; names of its classes, fingerprints of its data."""
+    trainer.checkpointer.trusted = command.trusted
+    trainer.resume_or_load(resume=command.resume)
+    names = trainer.settings.train
+    classes = MetadataCatalog.get(names[0]).get("thing_classes") or ()
+    data = {name: data_fingerprint(name) for name in names}
+    if trainer.start_iter:
+        _check_same_data(trainer.checkpointer.origin, trainer.settings, data)
+    trainer.checkpointer.origin_entry = origin_entry(classes, data)
+    return classes, data
+
+
+def _summarize(
+    command: Command,
+    trainer: GHMTrainer,
+    run: RunFolder,
+    datasets: Sequence[CocoDataset],
+    seconds: float,
+) -> None:
+    settings, stopped = trainer.settings, trainer.early_stopping
+    # Called by one process alone, DistributedDataParallel would wait for the others.
+    model = getattr(trainer.evaluated_model, "module", trainer.evaluated_model)
+    pictured = (*settings.test, *settings.train)[0]
+    mapper = trainer.build_test_mapper(trainer.cfg)
+    threshold = trainer.score_thresholds.get("")
+    summarize_training(
+        run,
+        partial(draw_predictions, pictured, mapper, model, threshold=threshold),
+        trainer.results,
+        next_commands(trainer.cfg, run, datasets, command, trainer.iter),
+        iterations=trainer.iter,
+        seconds=seconds,
+        note=stopped.verdict() if stopped and stopped.exhausted else "",
+        tested=bool(settings.test),
+    )
 
 
 def _is_evaluated(run: RunFolder) -> bool:
@@ -277,14 +274,16 @@ def _check_same_data(
 
 def _evaluate(command: Command, cfg: Config) -> None:
     settings = read_settings(cfg)
-    model = GHMTrainer.build_model(cfg)
-    origin = load_trained_weights(
-        model,
-        settings.weights,
-        settings.output_dir,
-        resume=command.resume,
-        trusted=command.trusted,
-    )
+    with brief_terminal(settings.output_dir):
+        _set_up(command, cfg)
+        model = GHMTrainer.build_model(cfg)
+        origin = load_trained_weights(
+            model,
+            settings.weights,
+            settings.output_dir,
+            resume=command.resume,
+            trusted=command.trusted,
+        )
     check_datasets(origin, settings.test)
     results = GHMTrainer.test(cfg, model)
     # Without ground truth there is nothing that the expected results could be compared with.

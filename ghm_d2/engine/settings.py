@@ -1,10 +1,13 @@
 """What a run does, read once from a YAML or from a Python config."""
 
+import json
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.registry import _convert_target_to_string
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 
@@ -15,6 +18,7 @@ __all__ = [
     "change",
     "class_counts",
     "class_keys",
+    "detections_per_image",
     "key_of",
     "pair",
     "read_settings",
@@ -47,10 +51,25 @@ _KEYS: dict[str, tuple[str, str, Any]] = {
     "test": ("DATASETS.TEST", "dataloader.test.dataset.names", ()),
     "train_workers": ("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers", 0),
     "test_workers": ("DATALOADER.NUM_WORKERS", "dataloader.test.num_workers", 0),
+    "val_metric": ("MODEL.GHM.TRAINING.VAL_METRIC", "train.val_metric", "bbox/AP"),
+    "save_best": ("MODEL.GHM.TRAINING.SAVE_BEST", "train.save_best", False),
+    "patience": ("MODEL.GHM.TRAINING.PATIENCE", "train.patience", 0),
+    "validation_loss": ("MODEL.GHM.TRAINING.VALIDATION_LOSS", "train.validation_loss", False),
+    "ema_decay": ("MODEL.GHM.TRAINING.EMA_DECAY", "train.ema_decay", 0.0),
+    "accumulation_steps": (
+        "MODEL.GHM.TRAINING.ACCUMULATION_STEPS",
+        "train.accumulation_steps",
+        1,
+    ),
+    "writers": ("MODEL.GHM.TRAINING.WRITERS", "train.writers", ()),
 }
 _CLASSES = (
     ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES"),
     ("model.num_classes", "model.roi_heads.num_classes"),
+)
+_DETECTIONS = (
+    ("TEST.DETECTIONS_PER_IMAGE",),
+    ("model.max_detections_per_image", "model.roi_heads.box_predictor.test_topk_per_image"),
 )
 
 
@@ -80,6 +99,13 @@ class Settings:
         test: names of those to test on.
         train_workers: processes that load training images.
         test_workers: processes that load test images.
+        val_metric: figure of an evaluation that says which model is the best.
+        save_best: whether the weights of the best evaluation are kept.
+        patience: evaluations without a better figure after which the training stops; 0: never.
+        validation_loss: whether evaluations compute the losses too.
+        ema_decay: of the moving average of the weights, in [0, 1); 0: none.
+        accumulation_steps: forward passes that a batch is divided among.
+        writers: where the figures go besides, such as "wandb".
     """
 
     output_dir: str
@@ -103,12 +129,24 @@ class Settings:
     test: tuple[str, ...]
     train_workers: int
     test_workers: int
+    val_metric: str
+    save_best: bool
+    patience: int
+    validation_loss: bool
+    ema_decay: float
+    accumulation_steps: int
+    writers: tuple[str, ...]
+
+    @property
+    def selects(self) -> bool:
+        """Whether evaluations decide which model is kept, or when the training ends."""
+        return self.save_best or self.patience > 0
 
 
 def read_settings(cfg: Config) -> Settings:
     """The settings of a config of either kind."""
     found = {field.name: _plain(_get(cfg, field.name)) for field in fields(Settings)}
-    for name in ("train", "test"):
+    for name in ("train", "test", "writers"):
         names = found[name] or ()
         found[name] = (names,) if isinstance(names, str) else tuple(names)
     found["weights"] = found["weights"] or ""
@@ -119,6 +157,11 @@ def read_settings(cfg: Config) -> Settings:
 def key_of(cfg: Config, name: str) -> str:
     """What the user of this kind of config calls a setting."""
     return _KEYS[name][isinstance(cfg, DictConfig)]
+
+
+def keys_of(*names: str) -> frozenset[str]:
+    """What users of either kind of config call some settings."""
+    return frozenset(key for name in names for key in _KEYS[name][:2])
 
 
 def pair(cfg: Config, name: str, value: Any) -> str:
@@ -148,11 +191,28 @@ def as_text(cfg: Config) -> str:
     """The whole config as YAML, as Detectron2 writes it."""
     if isinstance(cfg, CfgNode):
         return cfg.dump()
-    tree = OmegaConf.to_container(cfg, structured_config_mode=SCMode.INSTANTIATE)
+    tree = _tree(cfg)
     try:
         return yaml.dump(_named(tree), default_flow_style=None, allow_unicode=True, width=9999)
     except TypeError:  # a lambda, for example: to be read, not to be loaded
         return yaml.safe_dump(str(tree))
+
+
+def as_leaves(cfg: Config) -> dict[str, Any]:
+    """Every value by its full key, as JSON has it; what JSON has not, a class say, as a text."""
+    tree = cfg if isinstance(cfg, CfgNode) else _named(_tree(cfg))
+    found = {key.replace("/", "."): x for key, x in flatten_results_dict(tree).items()}
+    return json.loads(json.dumps(found, default=_text))
+
+
+def _text(value: Any) -> str:
+    if callable(value):
+        return _convert_target_to_string(value)
+    return re.sub(r" at 0x\w+", "", repr(value))  # another address in each process
+
+
+def _tree(cfg: DictConfig) -> Any:
+    return OmegaConf.to_container(cfg, structured_config_mode=SCMode.INSTANTIATE)
 
 
 def _named(value: Any) -> Any:
@@ -174,6 +234,14 @@ def class_counts(cfg: Config) -> dict[str, int]:
 def class_keys(cfg: Config) -> tuple[str, ...]:
     """All keys that could count classes in this kind of config."""
     return _CLASSES[isinstance(cfg, DictConfig)]
+
+
+def detections_per_image(cfg: Config) -> tuple[str, int | None]:
+    """The key that limits the detections of an image, and its value; None where it has none."""
+    keys = _DETECTIONS[isinstance(cfg, DictConfig)]
+    found = {full: _select(cfg, full, None) for full in keys}
+    known = {full: limit for full, limit in found.items() if isinstance(limit, int)}
+    return next(iter(known.items()), (keys[0], None))
 
 
 def _get(cfg: Config, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,15 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from ghm_d2 import data, model_zoo, modeling  # noqa: F401  (they register what configs name)
 from ghm_d2.config import add_ghm_config
 from ghm_d2.config_files import find_config, similar_configs
 from ghm_d2.data import CocoDataset, register_datasets
 from ghm_d2.data.annotations import Uses
-from ghm_d2.errors import UserError, cannot, reason, similar_names
+from ghm_d2.data.class_weights import set_class_weights
+from ghm_d2.errors import UserError, cannot, counted, reason, similar_names
 
 from .python_config import load_config as load_python_config
 from .python_config import read_uses
@@ -31,13 +33,17 @@ from .settings import (
 )
 
 __all__ = [
+    "as_typed",
+    "as_words",
     "build_config",
     "choose_device",
     "choose_splits",
+    "given_values",
     "is_python",
     "load_config",
     "locate_config_file",
     "merge_config_file",
+    "output_words",
     "setup_ghm_logger",
 ]
 
@@ -49,11 +55,40 @@ def is_python(file: str) -> bool:
     return file.endswith(".py")
 
 
-def given_keys(file: str, overrides: Sequence[str]) -> set[str]:
-    """The keys that the overrides of a config file name."""
+def given_values(file: str, overrides: Sequence[str]) -> dict[str, str]:
+    """The keys that the overrides of a config file name, and their values as they were typed."""
     if is_python(file):
-        return {text.partition("=")[0] for text in overrides}
-    return set(overrides[::2])
+        return {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    return dict(zip(overrides[::2], overrides[1::2], strict=True))
+
+
+def given_keys(file: str, overrides: Sequence[str]) -> set[str]:
+    """The keys alone."""
+    return set(given_values(file, overrides))
+
+
+def as_words(file: str, values: Mapping[str, str]) -> list[str]:
+    """The overrides of a config file that :func:`given_values` reads."""
+    if is_python(file):
+        return [f"{key}={value}" for key, value in values.items()]
+    return [word for pair in values.items() for word in pair]
+
+
+def as_typed(file: str, value: Any) -> str:
+    """What a user types for a value: Hydra takes a text in quotes alone, whatever it holds."""
+    if not is_python(file):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(as_typed(file, item) for item in value)}]"
+    if isinstance(value, str):
+        return QuotedString(value, Quote.single).with_quotes()
+    return "null" if value is None else str(value)
+
+
+def output_words(file: str, folder: str | os.PathLike[str]) -> list[str]:
+    """The override that sends whatever a run leaves to a folder."""
+    key = "train.output_dir" if is_python(file) else "OUTPUT_DIR"
+    return as_words(file, {key: as_typed(file, str(folder))})
 
 
 def build_config(
@@ -69,7 +104,7 @@ def build_config(
     Args:
         config_file: as for :func:`load_config`.
         overrides: likewise.
-        datasets: NAME=annotations.json,image_dir, each.
+        datasets: NAME=annotations.json,image_dir or NAME=FOLDER, each.
         eval_only: all of them are to be tested on.
         log_to_file: whether the log goes to a file in the output folder too.
 
@@ -94,6 +129,8 @@ def build_config(
         given = given_keys(config_file, overrides)
         choose_splits(cfg, [dataset.name for dataset in checked], given, eval_only)
         _set_num_classes(cfg, checked[0], given)
+    if isinstance(cfg, CfgNode):
+        set_class_weights(cfg)
     return cfg, checked
 
 
@@ -261,4 +298,4 @@ def _set_num_classes(cfg: Config, dataset: CocoDataset, given: set[str]) -> None
                 f"categories: leave {name} out."
             )
         set_key(cfg, name, count)
-    logger.info("%d classes: %s", count, ", ".join(dataset.classes))
+    logger.info("%s: %s", counted(count, "class"), ", ".join(dataset.classes))

@@ -8,19 +8,16 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
     TrainerBase,
     create_ddp_model,
     default_writers,
-    hooks,
 )
 from detectron2.evaluation import (
     DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
     inference_context,
     inference_on_dataset,
     print_csv_format,
@@ -30,35 +27,33 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from detectron2.utils.logger import setup_logger
-from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from ghm_d2.analysis.hook import build_gradient_statistics
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.data import workers
-from ghm_d2.data.keypoints import convert_incomplete
-from ghm_d2.data.loader import build_test_mapper, build_train_loader
+from ghm_d2.data.loader import build_test_mapper, build_train_loader, build_train_mapper
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.errors import UserError
 from ghm_d2.randomness import preserved
-from ghm_d2.run_folder import RunFolder
+from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
 
 from . import python_build
 from .agreement import of_main_process
+from .averaging import AveragedWeights
 from .clipping import build_optimizer
-from .evaluation import AllThresholdsCOCOEvaluator, costs_recorded
-from .finite import FiniteCheck, FiniteWeights, WithoutTracebacks
-from .output_folder import FolderIsThere
-from .preemption import StopOnSignal
+from .evaluation import build_evaluator, costs_recorded, score_thresholds
+from .finite import FiniteCheck, WithoutTracebacks
 from .process_states import ProcessStates
-from .settings import Config, Settings, read_settings
+from .selection import EarlyStopping, StoppedEarly
+from .settings import Config, Settings, key_of, read_settings
 from .step import CheckedAMPTrainer, CheckedTrainer
+from .training_hooks import build_hooks
+from .validation import ReadableImages, ValidationLoss, add_ground_truth
+from .writers import build_more_writers
 
-__all__ = ["EVALUATOR_TYPES", "GHMTrainer", "verify_expected"]
+__all__ = ["GHMTrainer", "verify_expected"]
 
 logger = logging.getLogger(__name__)
-
-EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
 _WITHOUT_TRACEBACKS = WithoutTracebacks()
 
@@ -69,6 +64,8 @@ class GHMTrainer(DefaultTrainer):
     Attributes:
         cfg: the config, a `CfgNode` or the `DictConfig` of a Python config.
         settings: what the engine reads of it.
+        averaging, early_stopping: the hooks that average weights and that may end the training;
+            None where they are off.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -83,16 +80,17 @@ class GHMTrainer(DefaultTrainer):
         if isinstance(cfg, CfgNode):
             cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg, self.settings = cfg, read_settings(cfg)
-        # In the order of DefaultTrainer, which draws the same random numbers.
+        # In DefaultTrainer's order: in another one, the same seed would give other weights.
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        # A CPU model must not have device_ids, which Detectron2 gives where none are.
+        # Detectron2 would fill in device_ids, with which a model on the CPU is refused.
         on_cpu = torch.device(self.settings.device).type == "cpu"
         options = {"device_ids": None} if on_cpu else {}
         model = create_ddp_model(model, **self.settings.ddp, **options)
         step = CheckedAMPTrainer if self.settings.amp else CheckedTrainer
         self._trainer = step(model, data_loader, optimizer)
+        self._trainer.accumulation_steps = self.settings.accumulation_steps
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RestrictedCheckpointer(
             model, self.settings.output_dir, trainer=weakref.proxy(self)
@@ -106,59 +104,33 @@ class GHMTrainer(DefaultTrainer):
         logging.getLogger("detectron2.engine.train_loop").addFilter(_WITHOUT_TRACEBACKS)
         self.max_iter = self.settings.max_iter
         self._last_eval_results: dict[str, Any] | None = None  # DefaultTrainer's name
+        self.averaging: AveragedWeights | None = None
+        self.early_stopping: EarlyStopping | None = None
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, those around its checkpoints, and the gradient statistics."""
-        settings, is_main = self.settings, comm.is_main_process()
-        states = ProcessStates(settings.checkpoint_period)
+        """See :func:`~ghm_d2.engine.training_hooks.build_hooks`."""
+        return build_hooks(self)
 
-        def test() -> dict[str, Any]:
-            self._last_eval_results = self.test(self.cfg, self.model)
-            return self._last_eval_results
+    def evaluate_now(self) -> dict[str, Any]:
+        """Evaluates, and notes in a checkpoint that is the last one what was found with it."""
+        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
+        if self.iter >= self.max_iter:
+            self.note_thresholds()
+        return self._last_eval_results
 
-        return [
-            build_gradient_statistics(self.model, settings.statistics_period, settings.output_dir),
-            FolderIsThere(settings.output_dir) if is_main else None,
-            FiniteWeights(settings.checkpoint_period),
-            hooks.IterationTimer(),
-            hooks.LRScheduler(),
-            self._precise_bn(),  # changes the model, so that it comes before its checkpoint
-            states,
-            hooks.PeriodicCheckpointer(
-                self.checkpointer,
-                settings.checkpoint_period,
-                max_to_keep=settings.checkpoints_kept,
-            )
-            if is_main
-            else None,
-            StopOnSignal(self.checkpointer, states),
-            # After the checkpoint, which stands where the evaluation fails.
-            hooks.EvalHook(settings.eval_period, test),
-            # The writers come last, so that they see the results.
-            hooks.PeriodicWriter(self.build_writers(), settings.log_period) if is_main else None,
-        ]
-
-    def _precise_bn(self) -> HookBase | None:
-        """Detectron2's, which only YAML configs have."""
-        if not isinstance(self.cfg, CfgNode) or not self.cfg.TEST.PRECISE_BN.ENABLED:
-            return None
-        if not get_bn_modules(self.model):
-            return None
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0  # a loader of its own, small, beside that of the training
-        loader = self.build_train_loader(cfg)
-        return hooks.PreciseBN(
-            cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER
-        )
+    def note_thresholds(self) -> None:
+        """Adds those of the last evaluation to the final checkpoint, which is older than it."""
+        if comm.is_main_process():
+            self.checkpointer.note_thresholds(FINAL_CHECKPOINT, self.score_thresholds)
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's: the terminal, metrics.json and TensorBoard."""
-        return default_writers(self.settings.output_dir, self.max_iter)
+        """Detectron2's (the terminal, metrics.json and TensorBoard) and those of the config."""
+        writers = default_writers(self.settings.output_dir, self.max_iter)
+        return writers + build_more_writers(self.cfg)
 
     def train(self) -> dict[str, Any] | None:
-        """Detectron2's training loop.
+        """Detectron2's training loop, which may end early.
 
         Returns:
             The results of the last evaluation; None without any.
@@ -166,7 +138,11 @@ class GHMTrainer(DefaultTrainer):
         Raises:
             SystemExit: code 1; the results are not those that the config expects.
         """
-        TrainerBase.train(self, self.start_iter, self.max_iter)
+        try:
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        except StoppedEarly:
+            self.iter += 1  # as the loop counts where it ends by itself
+            self.note_thresholds()
         return self._verified()
 
     def evaluate(self) -> dict[str, Any] | None:
@@ -189,6 +165,16 @@ class GHMTrainer(DefaultTrainer):
         """Of the last evaluation; None before."""
         return self._last_eval_results
 
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """What is evaluated: the averaged weights where the config asks for them."""
+        return self.averaging.model if self.averaging else self.model
+
+    @property
+    def score_thresholds(self) -> dict[str, float]:
+        """Those of the last evaluation, on the first test set; see :func:`score_thresholds`."""
+        return score_thresholds(self.results, self.settings.test)
+
     def _verified(self) -> dict[str, Any] | None:
         if comm.is_main_process() and self.results:
             verify_expected(self.settings, self.results)
@@ -202,9 +188,19 @@ class GHMTrainer(DefaultTrainer):
             self.start_iter = self.iter + 1  # the checkpoint has the one that was finished
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Detectron2's; warns of a checkpoint that a training without `ProcessStates` has saved."""
+        """Detectron2's; warns of a checkpoint that a training without `ProcessStates` has saved.
+
+        Raises:
+            UserError: its model is an average of weights, which this training does not go on with.
+        """
+        saved = state_dict.get("hooks", {})
+        if AveragedWeights.__qualname__ in saved and not self.averaging:
+            raise UserError(
+                "--resume: the checkpoint is of a training with averaged weights: give "
+                f"{key_of(self.cfg, 'ema_decay')} as it was."
+            )
         super().load_state_dict(state_dict)
-        if ProcessStates.__qualname__ not in state_dict.get("hooks", {}):
+        if ProcessStates.__qualname__ not in saved:
             logger.warning(
                 "the checkpoint holds no state of the processes: the order of images and random "
                 "numbers start anew, and every process has the running counts of the main one"
@@ -235,15 +231,18 @@ class GHMTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg: Config) -> Iterable[list[dict]]:
         """See :func:`~ghm_d2.data.loader.build_train_loader`; over images that can be read."""
         if isinstance(cfg, CfgNode):
-            mapper = ReadableMapper(DatasetMapper(cfg, True), is_train=True)
+            mapper = ReadableMapper(build_train_mapper(cfg), is_train=True)
             return build_train_loader(cfg, mapper)
         return python_build.build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: Config, dataset_name: str) -> Iterable[list[dict]]:
-        """Detectron2's, over images that can be read."""
+        """Detectron2's, over images that can be read, and with ground truth for their losses."""
         if isinstance(cfg, CfgNode):
-            mapper = ReadableMapper(cls.build_test_mapper(cfg), is_train=False)
+            mapper = cls.build_test_mapper(cfg)
+            if read_settings(cfg).validation_loss:
+                mapper = add_ground_truth(mapper, cfg)
+            mapper = ReadableMapper(mapper, is_train=False)
             return workers.watch(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
         return python_build.build_test_loader(cfg, dataset_name)
 
@@ -271,14 +270,17 @@ class GHMTrainer(DefaultTrainer):
         settings = read_settings(cfg)
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
+        more = [ValidationLoss(model)] if settings.validation_loss else []
         results: dict[str, Any] = OrderedDict()
-        # A run that is resumed behind an evaluation does not repeat it.
+        # A training that is resumed after an evaluation does not repeat it, and would go on with
+        # other random numbers if the evaluation had drawn some.
         with preserved(), costs_recorded(model) as timed, inference_context(model):
             for number, name in enumerate(settings.test):
                 loader = cls.build_test_loader(cfg, name)
                 evaluator = evaluators[number] if evaluators else cls.build_evaluator(cfg, name)
+                each = [ReadableImages(name), evaluator, *more]
                 with workers.watched():
-                    results[name] = inference_on_dataset(timed, loader, evaluator)
+                    results[name] = inference_on_dataset(timed, loader, each)
                 if comm.is_main_process():
                     logger.info("Evaluation results for %s in csv format:", name)
                     print_csv_format(results[name])
@@ -290,37 +292,15 @@ class GHMTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: Config, dataset_name: str) -> DatasetEvaluator:
-        """The evaluator of a Python config, or that for the metadata's `evaluator_type`.
+        """See :func:`~ghm_d2.engine.evaluation.build_evaluator`.
 
         Its files go to :meth:`~ghm_d2.run_folder.RunFolder.inference`.
-
-        Raises:
-            UserError: the data set is not one of boxes that these evaluators know.
         """
         settings = read_settings(cfg)
-        folder = str(RunFolder(settings.output_dir).inference(dataset_name, settings.test))
-        if not isinstance(cfg, CfgNode):
-            return python_build.build_evaluator(cfg, dataset_name, folder)
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind == "coco":
-            if cfg.MODEL.KEYPOINT_ON:
-                convert_incomplete(MetadataCatalog.get(dataset_name))
-            # A cached conversion would outlive a change of the data.
-            return AllThresholdsCOCOEvaluator(
-                dataset_name,
-                output_dir=folder,
-                allow_cached_coco=False,
-                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-            )
-        if kind == "lvis":
-            return LVISEvaluator(dataset_name, output_dir=folder)
-        if kind == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        raise UserError(
-            f"{dataset_name} cannot be evaluated: its evaluator_type is {kind!r}, "
-            f"not one of {', '.join(EVALUATOR_TYPES)}."
-        )
+        folder = RunFolder(settings.output_dir).inference(dataset_name, settings.test)
+        if isinstance(cfg, CfgNode):
+            return build_evaluator(cfg, dataset_name, str(folder))
+        return python_build.build_evaluator(cfg, dataset_name, str(folder))
 
 
 def verify_expected(settings: Settings, results: dict[str, Any]) -> None:

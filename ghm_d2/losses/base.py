@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import (
+    WEIGHT_MESSAGE,
     ValueChecks,
     check_bins,
     check_choice,
@@ -18,7 +19,6 @@ from .checks import (
     check_plain,
     raise_first,
 )
-from .density import exact_gradient_density
 from .functional import Averaging
 from .kernels import (
     Arguments,
@@ -28,7 +28,7 @@ from .kernels import (
     FusedExamples,
     compiled_loss,
     device_examples,
-    device_settings,
+    device_takes,
     walk,
 )
 
@@ -39,8 +39,6 @@ _STEADY = 1 << 40
 
 # Makes the examples of several predictions with whole-tensor operations.
 Eager = Callable[[Sequence[Tensor]], EagerExamples]
-
-WEIGHT_MESSAGE = "weight must be 0 or positive; it holds NaN or less"
 
 _observers: list[Callable[..., None]] = []
 
@@ -221,7 +219,7 @@ class HarmonizedLoss(nn.Module):
     def _values(
         self, prediction: Tensor, target: Tensor, weight: Tensor | None, checks: ValueChecks
     ) -> Arguments:
-        """Prediction, target and bool mask in the layout of :meth:`_examples`; checks values."""
+        """Prediction, target and bool mask as :meth:`_eager` takes them; checks values."""
         raise NotImplementedError
 
     def _all_values(self, raw: Sequence[Arguments], checks: ValueChecks) -> list[Arguments]:
@@ -256,7 +254,7 @@ class HarmonizedLoss(nn.Module):
         """The same of several tensors, for a CPU kernel; None where there is none."""
         raise NotImplementedError
 
-    def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
+    def _device_arguments(self) -> dict[str, Any] | None:
         """What :func:`device_examples` has to know besides; None where it knows no such loss."""
         raise NotImplementedError
 
@@ -281,7 +279,7 @@ class HarmonizedLoss(nn.Module):
             parts = [self._eager(x, y, keep, constants) for x, (_, y, keep) in pairs]
             return EagerExamples(parts)
 
-        more = self._device_arguments(raw[0][1])
+        more = self._device_arguments()
         if more is None or torch.compiler.is_compiling():
             return None
         return device_examples(raw, self.bins, eager, **more, **constants)
@@ -290,12 +288,11 @@ class HarmonizedLoss(nn.Module):
         self, raw: Sequence[Arguments], constants: dict[str, Any], pooled: bool
     ) -> Tensor | None:
         """The loss by an operator that torch.compile leaves whole; None where there is none."""
-        more = self._device_arguments(raw[0][1])
+        more = self._device_arguments()
         if more is None or compiled_loss is None or not torch.compiler.is_compiling():
             return None
         mu = constants.get("mu")
-        found = device_settings(raw, self.bins, mu is None)
-        if found is None:
+        if not device_takes(raw, self.bins, mu is None):
             return None
         if isinstance(mu, float):
             mu = self.acc_sum.new_full((), mu)
@@ -303,9 +300,9 @@ class HarmonizedLoss(nn.Module):
         processes = self._processes()
         loss, _, *state = compiled_loss(
             [x.contiguous() for x, _, _ in raw], [y for _, y, _ in raw],
-            [w for _, _, w in raw if w is not None], self.acc_sum,
-            self.num_updates if self.bias_correction else None, *found, more.get("ignored"),
-            mu, self.momentum, self.normalize_by, self.decay_empty_bins,
+            [x.new_empty(0) if w is None else w for x, _, w in raw], self.acc_sum,
+            self.num_updates if self.bias_correction else None, self.bins, more.get("ignored"), mu,
+            self.momentum, self.normalize_by, self.decay_empty_bins,
             self.loss_weight * processes, pooled and len(raw) > 1, processes, writes,
         )  # fmt: skip
         if writes:
@@ -314,7 +311,7 @@ class HarmonizedLoss(nn.Module):
         return cast(Tensor, loss)
 
     def _refusals(self, prediction: Tensor, target: Tensor) -> dict[int, str]:
-        """What the bits of such a device mean; see `conclude_with` of the kernels."""
+        """What each bit that a CUDA kernel sets means; see `conclude_with` of the kernels."""
         return {2: WEIGHT_MESSAGE, 4: self.not_finite_message}
 
     def _loss(self, raw: Sequence[Arguments], pooled: bool) -> Tensor:
@@ -341,7 +338,7 @@ class HarmonizedLoss(nn.Module):
         counts = region_weights = None
         if self.density == "exact":
             # no kernel computes the exact density
-            loss = self.loss_weight * self._exact_sum(cast(EagerExamples, examples), pooled)
+            loss = self.loss_weight * cast(EagerExamples, examples).exact_sum(1 / self.bins, pooled)
         else:
             counts = examples.counts(self.bins)
             if pooled and len(raw) > 1:
@@ -373,7 +370,8 @@ class HarmonizedLoss(nn.Module):
         where = device.data[0].device
         if self._bits is None or self._bits.device != where:
             self._bits = torch.zeros(1, dtype=torch.int64, device=where)
-        self._messages |= self._refusals(*raw[0][:2])
+        for prediction, target, _ in raw:
+            self._messages |= self._refusals(prediction, target)
         return self._bits
 
     def _tell(
@@ -442,23 +440,6 @@ class HarmonizedLoss(nn.Module):
         synced = self.sync and dist.is_available() and dist.is_initialized()
         return dist.get_world_size() if synced else 1
 
-    def _exact_sum(self, examples: EagerExamples, pooled: bool) -> Tensor:
-        parts = examples.parts
-        total = torch.zeros((), device=parts[0].loss.device)
-        for share in [parts] if pooled else [[part] for part in parts]:
-            norms = torch.cat([part.gradient_norm.flatten() for part in share])
-            masks = [
-                torch.ones_like(part.gradient_norm, dtype=torch.bool)
-                if part.valid is None
-                else part.valid.expand_as(part.gradient_norm)
-                for part in share
-            ]
-            kept = torch.cat([mask.flatten() for mask in masks])
-            losses = torch.cat([part.loss.flatten() for part in share])
-            density = exact_gradient_density(norms, 1 / self.bins, kept)
-            total = total + (losses * torch.where(kept, 1 / density, 0.0)).sum()
-        return total
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -489,28 +470,6 @@ class HarmonizedLoss(nn.Module):
             if (moved := getattr(self, name)).dtype != x.dtype:
                 setattr(self, name, x.to(moved.device))
         return self
-
-
-def check_weight(weight: Tensor | None, rows: torch.Size, examples: torch.Size) -> None:
-    """Raises ValueError unless `weight` is None or a tensor of one of these shapes."""
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
-        raise ValueError(f"weight must be a tensor or None, got {type(weight).__name__}")
-    if weight.shape not in (rows, examples):
-        allowed = " or ".join(dict.fromkeys(str(tuple(s)) for s in (rows, examples)))
-        raise ValueError(f"weight must have shape {allowed}, got {tuple(weight.shape)}")
-
-
-def example_mask(weight: Tensor | None, checks: ValueChecks) -> Tensor | None:
-    """`weight` as a bool mask of its shape: a positive value keeps an example and 0 drops it.
-
-    The published code uses its weights as a mask, so their size has no effect.
-    """
-    if weight is None:
-        return None
-    checks.require((weight >= 0).all(), WEIGHT_MESSAGE)
-    return weight > 0
 
 
 def raise_deferred_errors(model: nn.Module) -> None:

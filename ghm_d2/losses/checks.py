@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "WEIGHT_MESSAGE",
     "ValueChecks",
     "check_bins",
     "check_choice",
@@ -23,10 +24,14 @@ __all__ = [
     "check_plain",
     "check_non_negative",
     "check_positive",
+    "check_weight",
     "check_width",
+    "example_mask",
     "is_plain",
     "raise_first",
 ]
+
+WEIGHT_MESSAGE = "weight must be 0 or positive; it holds NaN or less"
 
 
 def check_bins(bins: int, name: str = "bins") -> int:
@@ -172,6 +177,28 @@ class ValueChecks:
         for condition, message in self._kept:
             failed = failures.get(message)
             failures[message] = ~condition if failed is None else failed | ~condition
+
+
+def check_weight(weight: Tensor | None, rows: torch.Size, examples: torch.Size) -> None:
+    """Raises ValueError unless `weight` is None or a tensor of one of these shapes."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight must be a tensor or None, got {type(weight).__name__}")
+    if weight.shape not in (rows, examples):
+        allowed = " or ".join(dict.fromkeys(str(tuple(s)) for s in (rows, examples)))
+        raise ValueError(f"weight must have shape {allowed}, got {tuple(weight.shape)}")
+
+
+def example_mask(weight: Tensor | None, checks: ValueChecks) -> Tensor | None:
+    """`weight` as a bool mask of its shape: a positive value keeps an example and 0 drops it.
+
+    The published code uses its weights as a mask, so their size has no effect.
+    """
+    if weight is None:
+        return None
+    checks.require((weight >= 0).all(), WEIGHT_MESSAGE)
+    return weight > 0
 
 
 def raise_first(failures: dict[str, Tensor]) -> None:

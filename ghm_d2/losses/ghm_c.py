@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Eager, HarmonizedLoss, check_weight, example_mask
+from .base import Eager, HarmonizedLoss
 from .checks import (
     ValueChecks,
     check_choice,
     check_floating,
     check_integer,
     check_non_negative,
+    check_weight,
+    example_mask,
 )
 from .functional import sigmoid_examples, softmax_examples
 from .kernels import Arguments, EagerPart, FusedExamples, sigmoid_kernel
@@ -238,10 +240,8 @@ class GHMCLoss(HarmonizedLoss):
         plain = self.activation == "sigmoid" and self.class_weight is None
         return plain and self.density == "unit_region"
 
-    def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
-        if not self._plain:
-            return None
-        return {"ignored": self.ignore_index if target.dim() == 2 else self._ignored}
+    def _device_arguments(self) -> dict[str, Any] | None:
+        return {"ignored": self.ignore_index} if self._plain else None
 
     def _kernel(
         self, arguments: Sequence[Arguments], eager: Eager, constants: dict[str, Any]

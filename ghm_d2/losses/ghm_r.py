@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import Eager, HarmonizedLoss, check_weight, example_mask
-from .checks import ValueChecks, check_floating, check_positive
+from .base import Eager, HarmonizedLoss
+from .checks import ValueChecks, check_floating, check_positive, check_weight, example_mask
 from .functional import at_least_float32, regression_examples
 from .kernels import Arguments, EagerPart, FusedExamples, regression_kernel
 
@@ -151,7 +151,7 @@ class GHMRLoss(HarmonizedLoss):
             keep = keep.view(*keep.shape, *[1] * (pred.dim() - keep.dim()))
         return pred, target, keep
 
-    def _device_arguments(self, target: Tensor) -> dict[str, Any] | None:
+    def _device_arguments(self) -> dict[str, Any] | None:
         return {} if self.density == "unit_region" else None
 
     def _kernel(

@@ -92,7 +92,13 @@ def _config_name(run: FinishedRun) -> str:
     if not file:
         raise UserError(f"{run.folder} does not say which config it was trained with: give --name.")
     path, root = Path(file).resolve().with_suffix(""), configs_folder().resolve()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    if path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    # Trained in another checkout, or in one that has been moved: the longest end of the path that
+    # names one of our configs.
+    ends = (Path(*Path(file).parts[i:]) for i in range(len(Path(file).parts)))
+    known = next((end for end in ends if not end.is_absolute() and (root / end).is_file()), None)
+    return (known or Path(path.name)).with_suffix("").as_posix()
 
 
 def _write_files(run: FinishedRun, folder: Path) -> dict[str, Any]:

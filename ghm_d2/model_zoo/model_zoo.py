@@ -137,6 +137,12 @@ def _why_not_available(config_path: str) -> str:
             f"the weights of {config_path} are not in the zoo: set {ZOO_VARIABLE} to the folder or "
             "URL of one that holds them."
         )
+    if find_config(config_path):
+        return (
+            f"trained weights of {config_path} are not available: train with it, put the result "
+            f"into a zoo with ghm-d2 export-zoo --run OUTPUT_DIR --zoo FOLDER, and set "
+            f"{ZOO_VARIABLE} to that folder."
+        )
     return f"trained weights of {config_path} are not available{_similar(config_path)}."
 
 

@@ -8,7 +8,7 @@ from ghm_d2.files import write_json, write_text
 from ghm_d2.markdown import markdown_table
 
 from . import zoo as packaged
-from .zoo import read_index
+from .zoo import read_index, weights_file
 
 __all__ = ["add_models", "model_zoo_page", "write_page"]
 
@@ -21,14 +21,14 @@ _PAGE = """\
 
 {ours}
 
-Times, memory and AP are the training's own records: s/iter is the median over the training; s/image
-is the network with its post-processing, one image at a time; memory is what PyTorch held on the
-first GPU (not recorded on a CPU). AP is box AP in percent on the named data.
+```
+python train_net.py --config-file quickstart/ghm_retinanet_quickstart.yaml OUTPUT_DIR output
+ghm-d2 export-zoo --run output --zoo zoo
+```
 
-`ghm-d2 export-zoo --run OUTPUT_DIR --zoo FOLDER` writes each model as
-`<config>/<id>/model_final_<first 6 of md5>.pkl`, with the config it was trained with, one for stock
-Detectron2 (no GHM in it), and its metrics. With `GHM_D2_ZOO` set to such a folder, or to the
-http(s) address it is served from:
+writes a training as `<config>/<id>/model_final_<first 6 of md5>.pkl`, with the config it was
+trained with, one for stock Detectron2 (no GHM in it), and its metrics. With `GHM_D2_ZOO` set to
+such a folder, or to the http(s) address it is served from:
 
 ```python
 from ghm_d2 import model_zoo
@@ -51,6 +51,18 @@ ghm-d2 convert-mmdet CHECKPOINT OUTPUT
 """
 
 
+_NONE = """\
+No weights are published with this package. Those of a config are made by its training and put into
+a zoo of your own; the one of `make quickstart`, some minutes on a CPU:"""
+_SOME = """\
+{table}
+
+Train time, memory and AP are the training's own records: the first is the median over the training;
+inference is the network with its post-processing, one image at a time; memory is what PyTorch held
+on the first GPU (not recorded on a CPU). AP is box AP in percent on the named data. How such a
+model is made:"""
+
+
 def model_zoo_page(index: dict[str, Any]) -> str:
     """The text of MODEL_ZOO.md.
 
@@ -59,8 +71,8 @@ def model_zoo_page(index: dict[str, Any]) -> str:
     """
     models, published = index["models"], index["published"]
     return _PAGE.format(
-        ours=_table(map(_our_row, models)) if models else "None yet.",
-        example=f"{models[0]['name'] if models else 'NAME'}.yaml",
+        ours=_SOME.format(table=_table(map(_our_row, models))) if models else _NONE,
+        example=f"{models[0]['name'] if models else 'quickstart/ghm_retinanet_quickstart'}.yaml",
         publishers=", ".join(sorted({model["publisher"] for model in published})),
         published=_table(map(_published_row, published)),
     )
@@ -111,19 +123,22 @@ def add_models(index: dict[str, Any], models: list[dict[str, Any]]) -> int:
 
 def _our_row(entry: dict[str, Any]) -> dict[str, str]:
     versions = entry["versions"] or {}
+    # The columns of Detectron2's model zoo, then what it leaves to its text.
+    folder = weights_file(entry).rpartition("/")[0]
+    memory = entry["memory_mib"]
     return {
-        "config": f"`{entry['name']}`",
-        "id": str(entry["id"]),
-        "trained on": ", ".join(entry["train_data"]),
-        "iterations x images": f"{entry['iterations']} x {entry['images_per_batch']}",
-        "s/iter": _number(entry["seconds_per_iteration"], ".3f"),
-        "s/image": _number(entry["seconds_per_image"], ".3f"),
-        "memory": _number(entry["memory_mib"], ".0f", " MiB"),
+        "Name": f"`{entry['name']}`",
+        "lr sched (iterations x images)": f"{entry['iterations']} x {entry['images_per_batch']}",
+        "train time (s/iter)": _number(entry["seconds_per_iteration"], ".3f"),
+        "inference time (s/im)": _number(entry["seconds_per_image"], ".3f"),
+        "train mem (GB)": _number(memory and memory / 1024, ".1f"),
         "box AP": _ap(entry["box_ap"]),
+        "model id": str(entry["id"]),
+        "download": f"`{weights_file(entry)}`, `{folder}/metrics.json` (md5 `{entry['md5']}`)",
+        "trained on": ", ".join(entry["train_data"]),
         "hardware": entry["hardware"] or "-",
         "PyTorch": versions.get("torch", "-"),
         "commit": (entry["commit"] or "-")[:8],
-        "md5": f"`{entry['md5']}`",
     }
 
 
@@ -142,8 +157,8 @@ def _ap(box_ap: dict[str, float | None]) -> str:
     return ", ".join(f"{_number(ap, '.1f')} ({name})" for name, ap in box_ap.items())
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _table(rows: Any) -> str:

@@ -1,9 +1,14 @@
 """Backbones: any torchvision classification network below an FPN, and mmdetection's FPN."""
 
+import copy
+import math
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
@@ -28,7 +33,18 @@ __all__ = [
 
 NORMS = ("FrozenBN", "BN", "SyncBN")
 
-_PROBE = 128  # side of the image that strides are measured on: 32 times 4
+_PROBE = (256, 384)  # height and width of the image that strides are measured on
+_ONE_SIZE = ("vit_", "maxvit")  # networks whose attention has the size of one image built in
+
+
+class _Map(NamedTuple):
+    """A feature map of the network."""
+
+    name: str
+    channels: int
+    stride: int
+    channels_last: bool  # (N, H, W, C)
+    unpadded: bool  # fewer cells than H / stride and W / stride
 
 
 class TorchvisionBackbone(Backbone):
@@ -40,17 +56,25 @@ class TorchvisionBackbone(Backbone):
     """
 
     def __init__(
-        self, name: str, out_features: Sequence[str], *, norm: str = "FrozenBN", freeze_at: str = ""
+        self,
+        name: str,
+        out_features: Sequence[str] = ("res3", "res4", "res5"),
+        *,
+        norm: str = "FrozenBN",
+        freeze_at: str = "",
     ) -> None:
         """
         Args:
-            name: of a classification network, as in `torchvision.models.list_models`.
-            out_features: graph nodes that give the feature maps, high to low resolution; a module's
-                name stands for its last node. They are found by
-                `torchvision.models.feature_extraction.get_graph_node_names`.
+            name: of a classification network, as in `torchvision.models.list_models`, but for
+                vision transformers (ViT, MaxViT), which take images of one size alone.
+            out_features: the feature maps, high to low resolution, by Detectron2's names: "res2",
+                "res3", "res4", "res5" are the network's last maps of strides 4, 8, 16 and 32. Or
+                graph nodes, as `torchvision.models.feature_extraction.get_graph_node_names` lists
+                them; a module's name stands for its last node.
             norm: what becomes of the network's batch norm: "FrozenBN" fixes statistics and affine
-                parameters, "BN" leaves it as it is, "SyncBN" pools it over all processes.
-            freeze_at: graph node up to which no parameter is trained; "": all are trained.
+                parameters, "BN" leaves it as it is, "SyncBN" pools it over all processes. Other
+                norms stay as they are.
+            freeze_at: such a name, up to which no parameter is trained; "": all are trained.
 
         Raises:
             ValueError: a name is unknown, or a node gives no feature map.
@@ -63,21 +87,25 @@ class TorchvisionBackbone(Backbone):
             )
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-        network = models.get_model(name, weights=None)
-        nodes = get_graph_node_names(network, suppress_diff_warning=True)[0]
-        modules = [".".join(n.split(".")[:i]) for n in nodes for i in range(1, n.count(".") + 2)]
-        asked = [("out_features", node) for node in out_features]
-        for argument, node in [*asked, *[("freeze_at", freeze_at)] * bool(freeze_at)]:
-            if node not in modules:
-                raise ValueError(
-                    f"{argument} must be nodes of {name}, got {node!r}"
-                    f"{similar_names(node, modules)}"
-                )
+        if name.startswith(_ONE_SIZE):
+            raise ValueError(
+                f"name must be a network for images of any size, and {name} takes one size alone, "
+                "which its attention is built for: a Swin or ConvNeXt of that size is the nearest"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the way in which GoogLeNet starts
+            network = models.get_model(name, weights=None)
+        stages = _stages(network)
+        nodes = {x: _node(network, stages, "out_features", x) for x in out_features}
+        if len({*nodes.values()}) < len(out_features):
+            raise ValueError(f"out_features must be maps of their own, got {list(out_features)}")
         if freeze_at:
             # It has the layers up to that node alone, and shares their parameters with the network.
-            for parameter in _extractor(network, [freeze_at]).parameters():
+            last = _node(network, stages, "freeze_at", freeze_at)
+            for parameter in _extractor(network, [last]).parameters():
                 parameter.requires_grad_(False)
-        body = _extractor(network, out_features)
+        body = _extractor(network, {node: feature for feature, node in nodes.items()})
+        self._maps = _measure(body, name)
         # After the tracing, which would not get through FrozenBatchNorm2d's conditions.
         if norm == "FrozenBN":
             body = FrozenBatchNorm2d.convert_frozen_batchnorm(body)
@@ -85,7 +113,8 @@ class TorchvisionBackbone(Backbone):
             body = nn.SyncBatchNorm.convert_sync_batchnorm(body)
         self.body = body
         self._out_features = list(out_features)
-        self._out_feature_channels, self._out_feature_strides = _measure(body, name)
+        self._out_feature_channels = {x.name: x.channels for x in self._maps}
+        self._out_feature_strides = {x.name: x.stride for x in self._maps}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """
@@ -93,40 +122,97 @@ class TorchvisionBackbone(Backbone):
             x: (N, 3, H, W), H and W multiples of the largest stride.
 
         Returns:
-            Node name to feature map (N, channels, H / stride, W / stride).
+            Name to feature map (N, channels, H / stride, W / stride). Those of networks that do not
+            pad (AlexNet, SqueezeNet, Inception v3) have fewer cells: their outermost are repeated
+            on all sides alike, so that the others lie where they are in the image.
         """
-        return self.body(x)
+        features = self.body(x)
+        for name, _, stride, channels_last, unpadded in self._maps:
+            if channels_last:
+                features[name] = features[name].permute(0, 3, 1, 2)
+            if unpadded:
+                height, width = features[name].shape[2:]
+                down, right = x.shape[2] // stride - height, x.shape[3] // stride - width
+                edges = (right // 2, right - right // 2, down // 2, down - down // 2)
+                features[name] = F.pad(features[name], edges, mode="replicate")
+        return features
 
 
-def _extractor(network: nn.Module, nodes: Sequence[str]) -> nn.Module:
-    return create_feature_extractor(network, list(nodes), suppress_diff_warning=True)
+def _extractor(network: nn.Module, nodes: Sequence[str] | dict[str, str]) -> nn.Module:
+    return create_feature_extractor(network, nodes, suppress_diff_warning=True)
+
+
+def _map(name: str, x: Any) -> _Map | None:
+    """What `x` is of an image of _PROBE pixels; None: no feature map."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return None
+    for last, channels, sides in (
+        (False, x.shape[1], x.shape[2:]),
+        (True, x.shape[3], x.shape[1:3]),
+    ):
+        if not min(sides):
+            continue
+        down, right = (round(math.log2(n / m)) for n, m in zip(_PROBE, sides, strict=True))
+        whole = tuple(n >> max(down, 0) for n in _PROBE)
+        if down == right >= 0 and all(m <= n for m, n in zip(sides, whole, strict=True)):
+            return _Map(name, channels, 2**down, last, tuple(sides) != whole)
+    return None
 
 
 @torch.no_grad()
-def _measure(body: nn.Module, name: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Channels and stride of each feature map, by a dry run."""
-    body.eval()
-    try:
-        maps = body(torch.zeros(1, 3, _PROBE, _PROBE))
-    except (AssertionError, RuntimeError) as error:  # vision transformers of a fixed image size
+def _run(network: nn.Module) -> Any:
+    """Its outputs for an image of _PROBE pixels, without numbers: shapes alone cost nothing."""
+    return network.eval()(torch.zeros(1, 3, *_PROBE, device="meta"))
+
+
+def _stages(network: nn.Module) -> dict[int, str]:
+    """Of each stride the module that ends it: the last of those that lie in the fewest others."""
+    ends: dict[int, str] = {}
+    shapes = copy.deepcopy(network).to("meta")
+
+    def note(name: str, output: Any) -> None:
+        found = _map(name, output) if name else None
+        if found and name.count(".") <= ends.get(found.stride, name).count("."):
+            ends[found.stride] = name
+
+    for name, module in shapes.named_modules():
+        module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+    _run(shapes)
+    return ends
+
+
+def _node(network: nn.Module, stages: dict[int, str], argument: str, name: str) -> str:
+    """The node that `name` stands for."""
+    names = {f"res{stride.bit_length() - 1}": node for stride, node in sorted(stages.items())}
+    if name in names:
+        return names[name]
+    nodes = get_graph_node_names(network, suppress_diff_warning=True)[0]
+    modules = [".".join(n.split(".")[:i]) for n in nodes for i in range(1, n.count(".") + 2)]
+    if name not in modules:
+        usable = ", ".join(f"{stage} ({node})" for stage, node in names.items())
         raise ValueError(
-            f"name must be a network for images of any size, {name} is not "
-            f"({' '.join(str(error).split())})"
-        ) from None
-    body.train()
-    channels, strides = {}, {}
-    for node, x in maps.items():
-        square = isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == x.shape[3]
-        if not square or _PROBE % x.shape[2]:
+            f"{argument} must be of the network's {usable}, or nodes of its graph, got {name!r}"
+            f"{similar_names(name, modules)}"
+        )
+    return name
+
+
+def _measure(body: nn.Module, name: str) -> list[_Map]:
+    """Channels and stride of each feature map."""
+    maps = []
+    for node, x in _run(copy.deepcopy(body).to("meta")).items():
+        found = _map(node, x)
+        if found is None:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
                 f"out_features must be feature maps (N, C, H / stride, W / stride), but {node} of "
-                f"{name} gives {got} for an image of {_PROBE} x {_PROBE}"
+                f"{name} gives {got} for an image of {_PROBE[0]} x {_PROBE[1]}"
             )
-        channels[node], strides[node] = x.shape[1], _PROBE // x.shape[2]
+        maps.append(found)
+    strides = {x.name: x.stride for x in maps}
     if any(b != 2 * a for a, b in pairwise(strides.values())):
         raise ValueError(f"out_features must double the stride from one to the next, got {strides}")
-    return channels, strides
+    return maps
 
 
 def _bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> TorchvisionBackbone:
@@ -163,7 +249,7 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
     Args:
         cfg: a config; `MODEL.GHM.TORCHVISION` names the network, `MODEL.FPN.IN_FEATURES` its
-            graph nodes.
+            feature maps, as `out_features` of :class:`TorchvisionBackbone`.
         input_shape: of the image; 3 channels.
 
     Raises:

@@ -9,6 +9,9 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ghm_d2.config import AUTO_KEYS, add_ghm_config
+from ghm_d2.data.augmentation import train_augmentations
+from ghm_d2.data.class_weights import BALANCED
+from ghm_d2.data.fields import number
 from ghm_d2.errors import UserError
 from ghm_d2.losses import (
     ASL1Loss,
@@ -77,7 +80,15 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
         with _naming_keys(f"{prefix}.CLS"):
             if kind == "ghm_c":
                 activation = "softmax" if softmax else "sigmoid"
-                losses["ghm_c"] = GHMCLoss(activation=activation, **_arguments(cfg, node.CLS))
+                weight = _class_weight(cfg, part)
+                losses["ghm_c"] = GHMCLoss(
+                    activation=activation, class_weight=weight, **_arguments(cfg, node.CLS)
+                )
+            elif node.CLS.get("CLASS_WEIGHT"):
+                raise UserError(
+                    f"{prefix}.CLS.CLASS_WEIGHT is of GHM-C, and LOSS_TYPE {kind!r} is another "
+                    "loss: leave one of the two out"
+                )
             else:
                 more = {"loss_weight": node.CLS.LOSS_WEIGHT}
                 if kind == "focal":
@@ -122,13 +133,14 @@ def dense_settings(cfg: CfgNode) -> dict[str, Any]:
             f"(0 = all images of the process), got {node.IMAGES_PER_HISTOGRAM!r}"
         )
     images = node.IMAGES_PER_HISTOGRAM
+    batch = cfg.SOLVER.IMS_PER_BATCH // max(cfg.MODEL.GHM.TRAINING.ACCUMULATION_STEPS, 1)
     targets = node.CLS.TARGETS if node.CLS.ENABLED else TARGETS[0]
     _check_choice("MODEL.GHM.RETINANET.CLS.TARGETS", targets, TARGETS)
     return {
         "cls_targets": targets,
         "ghm_scope": node.SCOPE,
         "images_per_histogram": images,
-        "num_histogram_groups": groups_of_images(cfg.SOLVER.IMS_PER_BATCH, images),
+        "num_histogram_groups": groups_of_images(batch, images),
     }
 
 
@@ -141,6 +153,7 @@ def validate_ghm_config(cfg: CfgNode) -> None:
     defaults = CfgNode({"MODEL": CfgNode()})
     add_ghm_config(defaults)
     _check_types(cfg.MODEL.GHM, defaults.MODEL.GHM, "MODEL.GHM")
+    train_augmentations(cfg)
     period = cfg.MODEL.GHM.STATISTICS_PERIOD
     if period < 0 or period % 20:
         raise UserError(
@@ -170,6 +183,21 @@ def _arguments(cfg: CfgNode, node: CfgNode) -> dict[str, Any]:
         "density": node.DENSITY,
         "sync": cfg.MODEL.GHM.SYNC,
     }
+
+
+def _class_weight(cfg: CfgNode, part: str) -> list[float] | None:
+    """`CLS.CLASS_WEIGHT`; names have become numbers when the data were read."""
+    key, text = f"MODEL.GHM.{part}.CLS.CLASS_WEIGHT", cfg.MODEL.GHM[part].CLS.get("CLASS_WEIGHT")
+    if not text:
+        return None
+    weights = [number(word) for word in text.split()]
+    classes = cfg.MODEL["RETINANET" if part == "RETINANET" else "ROI_HEADS"].NUM_CLASSES
+    if len(weights) != classes or None in weights or min(weights) < 0:
+        raise UserError(
+            f"{key} must be a number of at least 0 for each of the {classes} classes, with spaces "
+            f"between them, NAME=NUMBER with commas, or {BALANCED!r}, got {text!r}"
+        )
+    return weights
 
 
 @contextmanager

@@ -17,6 +17,7 @@ __all__ = [
     "SteadyNormalizer",
     "check_targets",
     "groups_of_images",
+    "levels_of_labels",
 ]
 
 SCOPES = ("level", "batch")
@@ -39,6 +40,17 @@ def groups_of_images(total_batch_size: int, images_per_histogram: int) -> int:
     """
     per_process = max(total_batch_size // get_world_size(), 1)
     return -(-per_process // images_per_histogram) if images_per_histogram else 1
+
+
+def levels_of_labels(labels: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """The labels of each level, (N, Ri), from those of each image, N tensors (R,).
+
+    A slice of the stacked labels is not contiguous: each level would be copied once more.
+    """
+    by_image = [x.split(sizes) for x in labels]
+    flat = torch.cat([x for level in zip(*by_image, strict=True) for x in level])
+    parts = flat.split([len(labels) * size for size in sizes])
+    return [x.view(len(labels), size) for x, size in zip(parts, sizes, strict=True)]
 
 
 class DenseLoss(nn.ModuleList):

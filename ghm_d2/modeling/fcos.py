@@ -10,7 +10,7 @@ from torch import Tensor
 from ghm_d2.losses import GHMCLoss
 from ghm_d2.losses.base import raise_deferred_errors
 
-from .dense import DenseLoss, SteadyNormalizer, check_targets
+from .dense import DenseLoss, SteadyNormalizer, check_targets, levels_of_labels
 from .targets import box_ious
 
 __all__ = ["GHMFCOS"]
@@ -78,14 +78,13 @@ class GHMFCOS(SteadyNormalizer, FCOS):
         rest = gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
         if self.ghm_c is None:
             return super().losses(anchors, pred_logits, *rest)
-        labels, scores = torch.stack(gt_labels), None
-        sizes = [x.shape[1] for x in pred_logits]
+        sizes, scores = [x.shape[1] for x in pred_logits], None
         if self.cls_targets == "iou":
-            positive = labels != self.num_classes
+            positive = torch.stack(gt_labels) != self.num_classes
             decoded = Boxes.cat(anchors).tensor, torch.cat(pred_anchor_deltas, dim=1), gt_boxes
             ious = box_ious(self.box2box_transform, *decoded, positive)
             scores = ious.split(sizes, dim=1)
-        loss_cls = self.ghm_c(pred_logits, labels.split(sizes, dim=1), scores=scores)
+        loss_cls = self.ghm_c(pred_logits, levels_of_labels(gt_labels, sizes), scores=scores)
         # Detectron2's method gives the other two losses and logs the positives. The focal loss that
         # is then replaced costs one pass without a graph, over a ninth of a RetinaNet's logits.
         losses = super().losses(anchors, [x.detach() for x in pred_logits], *rest)

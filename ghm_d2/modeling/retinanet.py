@@ -26,7 +26,7 @@ from ghm_d2.losses import (
 from ghm_d2.losses.base import raise_deferred_errors
 
 from .build import build_losses, dense_settings
-from .dense import DenseLoss, SteadyNormalizer, check_targets
+from .dense import DenseLoss, SteadyNormalizer, check_targets, levels_of_labels
 from .targets import anchor_deltas, box_ious
 
 __all__ = ["GHMRetinaNet"]
@@ -160,8 +160,8 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             scores = box_ious(self.box2box_transform, *decoded)
         if self.ghm_c is not None:
             sizes = [x.shape[1] for x in pred_logits]
-            levels = [None if x is None else x.split(sizes, dim=1) for x in (labels, scores)]
-            loss_cls = self.ghm_c(pred_logits, levels[0], scores=levels[1])
+            levels = None if scores is None else scores.split(sizes, dim=1)
+            loss_cls = self.ghm_c(pred_logits, levels_of_labels(gt_labels, sizes), scores=levels)
         elif self.cls_baseline is not None:
             logits = cat(pred_logits, dim=1).flatten(0, 1)
             own = None if scores is None else scores.flatten()

@@ -15,7 +15,7 @@ from ghm_d2.errors import shown
 
 from .evaluation import Evaluation
 
-__all__ = ["draw_curves", "draw_gradients", "draw_precision"]
+__all__ = ["draw_confusion", "draw_curves", "draw_gradients", "draw_precision"]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; lines and markers differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -50,6 +50,13 @@ def _chart() -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
+def _iterations(axes: Any) -> None:
+    """All curves begin at 0, to be compared by eye, and are labelled at round numbers."""
+    axes.set_xlabel("iteration")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+
+
 def draw_curves(metrics: Rows) -> list[tuple[str, str]]:
     """Losses, plain losses, AP and learning rate against the iteration.
 
@@ -62,6 +69,7 @@ def draw_curves(metrics: Rows) -> list[tuple[str, str]]:
     names = sorted({name for row in metrics.values() for name in row})
     charts = {
         "Losses that are minimised": [n for n in names if n == "total_loss" or n[:5] == "loss_"],
+        "Losses on the test data": [n for n in names if _is_validation_loss(n)],
         "Plain losses, not harmonised (logarithmic)": [n for n in names if "/plain_loss" in n],
         "Box AP on the test data": [n for n in names if "/" in n and n.rpartition("/")[2] in _AP],
         "Learning rate": [n for n in names if n == "lr"],
@@ -73,6 +81,10 @@ def draw_curves(metrics: Rows) -> list[tuple[str, str]]:
         if series:
             found.append((title, _curve_chart(series, logarithmic="plain" in title.lower())))
     return found
+
+
+def _is_validation_loss(name: str) -> bool:
+    return "validation/" in name and "/plain_loss" not in name
 
 
 def _points(rows: Rows, name: str) -> list[tuple[int, float]]:
@@ -91,8 +103,7 @@ def _curve_chart(series: Mapping[str, list[tuple[int, float]]], logarithmic: boo
                 marker=_MARKERS[k % len(_MARKERS)] if len(points) < 40 else "",
                 markersize=4,
             )
-        axes.set_xlabel("iteration")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _iterations(axes)
         if logarithmic and all(value > 0 for points in series.values() for _, value in points):
             axes.set_yscale("log")
             # Matplotlib's own labels are formulas, which stay unparsed here. The minor ones help
@@ -154,8 +165,8 @@ def _shares(rows: Rows) -> str:
             x, y = zip(*points, strict=True)
             style = {"color": _COLOURS[k], "marker": _MARKERS[k], "linestyle": _LINES[k]}
             axes.plot(x, 100 * np.array(y), label=f"{share}: {limits}", markersize=4, **style)
-    axes.set(ylabel="% of the gradient", xlabel="iteration", ylim=(0, 100))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set(ylabel="% of the gradient", ylim=(0, 100))
+    _iterations(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
     return _uri(figure)
@@ -190,3 +201,42 @@ def draw_precision(result: Evaluation, most: int = 12) -> list[tuple[str, str]]:
             name = shown(result.classes[k], 60)
             charts.append((f"{name} ({result.objects[k]} objects)", _uri(figure)))
     return charts
+
+
+def draw_confusion(result: Evaluation, most: int = 20) -> str:
+    """The confusion matrix, each row in per cent of its objects; the data URI.
+
+    Args:
+        result: an evaluation.
+        most: classes with a row of their own, those with the most objects; the others share one.
+    """
+    order = np.argsort(-result.objects, kind="stable")
+    own, others, none = order[:most], order[most:], [len(result.classes)]
+    groups = [[k] for k in own] + ([list(others)] if len(others) else []) + [none]
+    table = np.array([[result.confusion[np.ix_(a, b)].sum() for b in groups] for a in groups])
+    names = [shown(result.classes[k], 24) for k in own]
+    names += [f"{len(others)} others"] if len(others) else []
+    shares = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
+    side = 2.2 + 0.42 * len(groups)
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+        axes = figure.subplots()
+        # The last row has no objects that its detections could be a share of.
+        mesh = axes.imshow(np.ma.array(shares, mask=_last_row(table)), cmap="cividis", vmax=100)
+        for (y, x), number in np.ndenumerate(table):
+            if number:
+                dark = y < len(table) - 1 and shares[y, x] < 50
+                axes.text(x, y, f"{number}", ha="center", va="center", fontsize=8,
+                          color="white" if dark else "black")  # fmt: skip
+        places = range(len(groups))
+        axes.set_xticks(places, [*names, "missed"], rotation=45, ha="right")
+        axes.set_yticks(places, [*names, "no object"])
+        axes.set(xlabel="detected as", ylabel="object")
+        figure.colorbar(mesh, ax=axes, label="% of the objects", shrink=0.8)
+        return _uri(figure)
+
+
+def _last_row(table: np.ndarray) -> np.ndarray:
+    mask = np.zeros(table.shape, dtype=bool)
+    mask[-1] = True
+    return mask

@@ -12,13 +12,14 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ghm_d2.engine.evaluation import best_f1
 from ghm_d2.errors import UserError, cannot, reason
 
 from .run_files import TestSet
 
 __all__ = ["Evaluation", "ImageScore", "evaluate"]
 
-_LIMIT = 100  # detections an image, COCO's largest
+_LIMIT = 100  # detections an image that are drawn
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,15 @@ class Evaluation:
         ap: (T, K) in per cent; NaN where a class has no object.
         recalls: (101,) recalls of `precision`.
         precision: (T, 101, K); NaN as above.
-        score_threshold: detections below it do not count for the images' scores.
+        score_threshold: the one with the best F1 over all classes; detections below it do not count
+            for what follows.
+        class_thresholds: (K,) those with the best F1 of each class; NaN where it was never found.
+        found, false, missed: (K,) at IoU 0.5.
+        confusion: (K + 1, K + 1) objects of the class of the row that a detection of the class of
+            the column lies on; the last column holds objects that nothing lies on, the last row
+            detections that lie on no object.
         images: by descending score, without images that have neither objects nor detections.
+        number: of images, those included.
     """
 
     name: str
@@ -67,15 +75,33 @@ class Evaluation:
     recalls: np.ndarray
     precision: np.ndarray
     score_threshold: float
+    class_thresholds: np.ndarray
+    found: np.ndarray
+    false: np.ndarray
+    missed: np.ndarray
+    confusion: np.ndarray
     images: list[ImageScore]
+    number: int
+
+    @property
+    def precision_at_threshold(self) -> np.ndarray:
+        """(K,) per cent; NaN without a detection."""
+        with np.errstate(invalid="ignore"):
+            return 100 * self.found / (self.found + self.false)
+
+    @property
+    def recall_at_threshold(self) -> np.ndarray:
+        """(K,) per cent; NaN without an object."""
+        with np.errstate(invalid="ignore"):
+            return 100 * self.found / (self.found + self.missed)
 
 
 def evaluate(data: TestSet) -> Evaluation:
     """Evaluates the predictions again.
 
     An image's score is F1 = 2 TP / (2 TP + FP + FN), over all classes together, with COCO's matches
-    at IoU 0.5. Detections count from one score threshold on, the one that makes F1 largest over the
-    whole data set.
+    at IoU 0.5. Detections count from the score threshold on that
+    :func:`~ghm_d2.engine.evaluation.best_f1` gives.
 
     Raises:
         UserError: the files do not belong together, one is damaged or cannot be read, or nothing
@@ -103,63 +129,92 @@ def _evaluate(data: TestSet) -> Evaluation:
     # loadRes asserts that every predicted image is among those of the annotations.
     predictions = truth.loadRes(str(data.predictions))
     result = COCOeval(truth, predictions, "bbox")
+    result.params.maxDets = [1, 10, max(data.detections_per_image, 100)]
     result.evaluate()
     result.accumulate()
     ids = sorted(truth.getCatIds())
+    names = [str(truth.cats[k]["name"]) for k in ids]
     precision = result.eval["precision"][:, :, :, 0, -1]
     precision = np.where(precision > -1, precision, np.nan)
     objects = Counter(
         a["category_id"] for a in truth.dataset["annotations"] if not a.get("iscrowd", 0)
     )
-    threshold, scores = _image_scores(result)
+    best = best_f1(result, [str(k) for k in ids])
+    threshold = np.nan_to_num(best["score_threshold"], nan=1.0)
+    by_image, by_class = _counted(result, threshold)
     images = [
-        _image(truth, predictions, data.images, ids, image, threshold, counts)
-        for image, counts in scores.items()
+        _image(truth, predictions, data.images, ids, image, threshold, tuple(counts))
+        for image, counts in by_image.items()
     ]
     images = [i for i in images if i.found + i.false + i.missed]
+    found, false, missed = np.array([by_class[k] for k in ids]).T
     return Evaluation(
         data.name,
-        [str(truth.cats[k]["name"]) for k in ids],
+        names,
         np.array([objects[k] for k in ids]),
         result.params.iouThrs,
         100 * precision.mean(1),
         result.params.recThrs,
         precision,
         threshold,
+        np.array([best[f"score_threshold-{k}"] for k in ids]),
+        found,
+        false,
+        missed,
+        _confusion(truth, predictions, ids, threshold, result.params.maxDets[-1]),
         sorted(images, key=lambda i: (-i.score, -i.found, i.false + i.missed, str(i.file))),
+        len(truth.imgs),
     )
 
 
-def _image_scores(result: COCOeval) -> tuple[float, dict[int, tuple[int, int, int]]]:
-    """The score threshold, and found, false and missed of each image."""
+def _counted(
+    result: COCOeval, threshold: float
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Found, false and missed from a score on, by image and by category."""
     everything = result.params.areaRng[0]
-    calls = [c for c in result.evalImgs if c is not None and c["aRng"] == everything]
-    objects = dict.fromkeys(result.params.imgIds, 0)
-    detections = []
-    for call in calls:
-        image = call["image_id"]
-        objects[image] += int((~np.array(call["gtIgnore"], dtype=bool)).sum())
-        rows = zip(call["dtScores"], call["dtMatches"][0], call["dtIgnore"][0], strict=True)
-        detections += [(image, score, match > 0) for score, match, ignored in rows if not ignored]
-    scores = np.array([score for _, score, _ in detections])
-    hits = np.array([hit for _, _, hit in detections], dtype=bool)
-    threshold = _best_threshold(scores, hits, sum(objects.values()))
-    found = Counter(image for image, score, hit in detections if hit and score >= threshold)
-    shown = Counter(image for image, score, _ in detections if score >= threshold)
-    return threshold, {
-        image: (found[image], shown[image] - found[image], number - found[image])
-        for image, number in objects.items()
-    }
+    by_image = {image: np.zeros(3, int) for image in result.params.imgIds}
+    by_class = {category: np.zeros(3, int) for category in result.params.catIds}
+    for call in result.evalImgs:
+        if call is None or call["aRng"] != everything:
+            continue
+        objects = int((~np.array(call["gtIgnore"], dtype=bool)).sum())
+        counts = (np.array(call["dtScores"]) >= threshold) & (call["dtIgnore"][0] == 0)
+        found = int((counts & (call["dtMatches"][0] > 0)).sum())
+        row = np.array([found, int(counts.sum()) - found, objects - found])
+        by_image[call["image_id"]] += row
+        by_class[call["category_id"]] += row
+    return by_image, by_class
 
 
-def _best_threshold(scores: np.ndarray, hits: np.ndarray, objects: int) -> float:
-    """The score from which on detections have the largest F1; 1 without any match."""
-    if not hits.any():
-        return 1.0
-    order = np.argsort(-scores, kind="stable")
-    f1 = 2 * np.cumsum(hits[order]) / (np.arange(1, len(order) + 1) + objects)
-    last = np.append(np.diff(scores[order]) != 0, True)  # no threshold separates equal scores
-    return float(scores[order][np.argmax(np.where(last, f1, -1))])
+def _confusion(
+    truth: COCO, predictions: COCO, ids: Sequence[int], threshold: float, limit: int
+) -> np.ndarray:
+    """See :class:`Evaluation`; COCO's matches at IoU 0.5 once more, without regard to classes."""
+    result = COCOeval(truth, predictions, "bbox")
+    result.params.useCats, result.params.iouThrs = 0, np.array([0.5])
+    result.params.areaRng = result.params.areaRng[:1]
+    result.params.areaRngLbl = result.params.areaRngLbl[:1]
+    result.params.maxDets = [limit]
+    result.evaluate()
+    index = {category: k for k, category in enumerate(ids)}
+    none, confusion = len(ids), np.zeros((len(ids) + 1, len(ids) + 1), int)
+    for call in filter(None, result.evalImgs):
+        alone = {
+            x for x, ignored in zip(call["gtIds"], call["gtIgnore"], strict=True) if not ignored
+        }
+        rows = zip(
+            call["dtIds"], call["dtScores"], call["dtMatches"][0], call["dtIgnore"][0], strict=True
+        )
+        for detection, score, match, ignored in rows:
+            if score < threshold or ignored:
+                continue
+            column = index[predictions.anns[detection]["category_id"]]
+            on = truth.anns[int(match)]["category_id"] if match > 0 else None
+            confusion[none if on is None else index[on], column] += 1
+            alone.discard(int(match))
+        for annotation in alone:
+            confusion[index[truth.anns[annotation]["category_id"]], none] += 1
+    return confusion
 
 
 def _image(

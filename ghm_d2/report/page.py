@@ -16,7 +16,7 @@ from ghm_d2.config import add_ghm_config
 from ghm_d2.errors import UserError, shown
 from ghm_d2.files import write_text
 
-from .charts import draw_curves, draw_gradients, draw_precision
+from .charts import draw_confusion, draw_curves, draw_gradients, draw_precision
 from .evaluation import Evaluation, evaluate
 from .examples import best_and_worst
 from .run_files import RunFiles, read_run
@@ -25,6 +25,8 @@ __all__ = ["differences", "write_report"]
 
 _HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _LONGEST_LINE = 2000
+# Below either, a training has hardly begun: COCO's shortest schedule passes 12 times.
+_SHORT, _FEW_PASSES = 500, 5
 
 
 def write_report(
@@ -53,6 +55,7 @@ def write_report(
         "title": folder.resolve().name,
         "python": run.settings.python,
         "summary": _summary(run),
+        "note": _note(run),
         "headline": _headline(run),
         "differences": [] if run.settings.python else differences(run.settings.tree),
         "config": run.config,
@@ -128,16 +131,50 @@ def _summary(run: RunFiles) -> list[tuple[str, str]]:
     settings = run.settings
     done = run.files.iterations_done() if run.metrics else 0
     seconds = run.files.seconds_per_iteration() if run.metrics else None
+    passes = _passes(run, done)
+    iterations = f"{done} of {settings.iterations}" if done and settings.iterations else None
+    if iterations and passes:
+        iterations += f", {passes:.3g} passes over the training images"
     known = {
         "detector": settings.detector,
-        "trained on": ", ".join(settings.train),
+        "trained on": ", ".join(_counted(name, run.record.data) for name in settings.train),
         "tested on": ", ".join(settings.test),
-        "iterations": f"{done} of {settings.iterations}" if done and settings.iterations else None,
+        "iterations": iterations,
         "time per iteration": f"{seconds:.3g} s (median)" if seconds else None,
         "on": run.record.hardware,
         "date": run.record.date,
     }
     return [(name, value) for name, value in known.items() if value]
+
+
+def _counted(name: str, data: Mapping[str, Mapping[str, Any]]) -> str:
+    """The name of a data set, with its counts where the training has noted them."""
+    known = data.get(name, {})
+    counts = [f"{known[k]:,} {k}" for k in ("images", "annotations") if type(known.get(k)) is int]
+    return f"{name} ({', '.join(counts).replace('annotations', 'objects')})" if counts else name
+
+
+def _passes(run: RunFiles, done: int) -> float | None:
+    """How often the training has seen each image so far; None where that is not known."""
+    images = [run.record.data.get(name, {}).get("images") for name in run.settings.train]
+    batch = run.settings.images_per_batch
+    if not (done and batch and images and all(type(n) is int and n > 0 for n in images)):
+        return None
+    return done * batch / sum(images)
+
+
+def _note(run: RunFiles) -> str:
+    """What to think of the figures of a short training; "" for others."""
+    done = run.files.iterations_done() if run.metrics else 0
+    passes = _passes(run, done)
+    if not done or done >= _SHORT and (passes is None or passes >= _FEW_PASSES):
+        return ""
+    seen = f", in which each image was seen {passes:.2g} times" if passes is not None else ""
+    return (
+        f"This training is short: {done} iterations{seen}. A detector usually needs some ten "
+        "passes and a thousand iterations or more; until then AP, thresholds and confusions say "
+        "little about what it could learn."
+    )
 
 
 def _headline(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -184,12 +221,33 @@ def _evaluation(result: Evaluation, folder: Path, images: int, run: RunFiles) ->
         "thresholds": [f"{threshold:.2f}".lstrip("0") for threshold in result.thresholds],
         "rows": rows,
         "mean": (int(result.objects.sum()), mean, means),
+        "at_threshold": _at_threshold(result, order),
+        "confusion": draw_confusion(result),
         "precision": draw_precision(result),
         "classes": len(result.classes),
         "threshold": f"{result.score_threshold:.3f}",
         "images": len(result.images),
+        "number": result.number,
         "examples": [("Best images", best), ("Worst images", worst)],
     }
+
+
+def _at_threshold(result: Evaluation, order: np.ndarray) -> list[tuple[Any, ...]]:
+    """Rows of the table: name, found, false, missed, precision, recall, and the class's own score.
+
+    The first is that of all classes together.
+    """
+    counts = np.stack([result.found, result.false, result.missed])
+    precision, recall = result.precision_at_threshold, result.recall_at_threshold
+    found, false, missed = counts.sum(1)
+    total = [100 * found / n if n else math.nan for n in (found + false, found + missed)]
+    rows = [("all classes", found, false, missed, *map(_figure, total), "")]
+    for k in order:
+        own = result.class_thresholds[k]
+        figures = (_figure(precision[k]), _figure(recall[k]))
+        score = "–" if math.isnan(own) else f"{own:.2f}"
+        rows.append((result.classes[k], *counts[:, k], *figures, score))
+    return rows
 
 
 def _figure(value: float | None) -> str:

@@ -32,6 +32,7 @@ class TestSet:
         predictions: the evaluator's file in COCO's result format.
         annotations: COCO-format ground truth.
         images: folder that its file names are relative to.
+        detections_per_image: as many of an image count, as in the evaluation.
     """
 
     __test__ = False  # or pytest would collect it for its name
@@ -40,6 +41,7 @@ class TestSet:
     predictions: Path
     annotations: Path
     images: Path
+    detections_per_image: int = 100
 
 
 @dataclass
@@ -116,7 +118,8 @@ def _test_sets(run: RunFiles, datasets: Mapping[str, tuple[Path, Path]]) -> list
                 f"{name}=annotations.json,image_dir"
             )
             continue
-        found.append(TestSet(name, predictions, annotations, images))
+        limit = run.settings.detections_per_image or 100
+        found.append(TestSet(name, predictions, annotations, images, limit))
     if not names:
         run.missing.append("AP by class, images: the config names no data set to test on")
     return found

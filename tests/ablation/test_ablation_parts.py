@@ -15,8 +15,11 @@ from ghm_d2.ablation.plot import draw_summary
 from ghm_d2.ablation.report import render_markdown, summarize
 from ghm_d2.ablation.results import Store, _figures, read_study
 from ghm_d2.ablation.stats import mean_and_deviation, paired_difference, t_quantile
+from ghm_d2.engine.arguments import parse_arguments
+from ghm_d2.engine.setup import load_config
 from ghm_d2.errors import UserError
 from ghm_d2.modeling import validate_ghm_config
+from tests.kinds import Kind
 from tests.tiny import RETINANET, ROOT, TINY, coco_content, unregister_all, write_coco
 
 
@@ -165,9 +168,18 @@ def test_broken_yaml(tmp_path):
 # --- identities ---------------------------------------------------------------------------------
 
 
-def plan(folder, *pairs, seeds=(1,), names=("first", "second"), row=None, images=6):
+def plan(
+    folder,
+    *pairs,
+    seeds=(1,),
+    names=("first", "second"),
+    row=None,
+    images=6,
+    complete=True,
+    **changes,
+):
     overrides = {k: list(v) if isinstance(v, tuple) else v for k, v in TINY.items() if k != "SEED"}
-    grid = GOOD | {"overrides": overrides, "rows": [ROW if row is None else row]}
+    grid = GOOD | {"overrides": overrides, "rows": [ROW if row is None else row]} | changes
     folder.mkdir(exist_ok=True)
     file = folder / "grid.yaml"
     file.write_text(yaml.safe_dump(grid))
@@ -179,6 +191,7 @@ def plan(folder, *pairs, seeds=(1,), names=("first", "second"), row=None, images
         scratch=folder / "log",
         datasets=[f"{name}={write_coco(folder, name, content)}" for name in names],
         pairs=[str(word) for word in pairs],
+        complete=complete,
     )
     unregister_all()
     return runs
@@ -220,6 +233,45 @@ def test_plan_is_what_train_net_gets(tmp_path):
     assert words.count("--dataset") == 2 and runs[0].iterations == 50
     assert runs[0].overrides["MODEL.GHM.RETINANET.CLS.BINS"] == 5
     assert runs[0].config["MODEL.RETINANET.NUM_CLASSES"] == 3
+
+
+def test_plan_of_a_python_config(tmp_path):
+    kind = Kind("python", tmp_path)
+    row = {"name": "a", "overrides": {"model.ghm_c.bins": 5, "model.ghm_r": None}}
+    whole = {"config_file": kind.file, "overrides": {"train.init_checkpoint": "it's a\\b"}}
+    arguments = whole | {"row": row}
+    (run,) = plan(tmp_path / "a", "train.max_iter=50", **arguments, complete=False)
+    settings, words = run.config, run.argv_into(tmp_path / "o")
+    assert settings["model.ghm_c.bins"] == 5 and settings["model.ghm_r"] is None
+    assert settings["model._target_"] == "ghm_d2.modeling.GHMRetinaNet"
+    assert settings["model.num_classes"] == 3 and settings["train.seed"] == 1
+    assert run.iterations == 50 and run.weights == {"name": "it's a\\b"}
+    parsed = parse_arguments(words)
+    again = load_config(parsed.config_file, parsed.opts)
+    assert again.train.output_dir == str(tmp_path / "o") and again.model.ghm_r is None
+    assert again.train.init_checkpoint == "it's a\\b" and again.train.checkpointer.period == 5
+    assert again.dataloader.train.dataset.names == ["first"]
+    assert again.dataloader.test.dataset.names == ["second"]
+    assert parsed.dataset == [word for word in words if word.startswith(("first=", "second="))]
+
+    def ident(*pairs, **changes):
+        return plan(tmp_path / "b", *pairs, complete=False, **arguments | changes)[0].id
+
+    base = ident("train.max_iter=50", names=("x", "y"))
+    assert base == run.id == ident("train.max_iter=50", "train.checkpointer.period=1")
+    others = [ident(), ident("train.max_iter=50", "optimizer.lr=0.1"), ident(seeds=(2,))]
+    others.append(ident("train.max_iter=50", row={"name": "a"}))
+    assert len({base, *others}) == 5
+    for changes, sentence in (
+        ({"row": row | {"config_file": RETINANET}}, "is of another kind than"),
+        ({"overrides": {"train.seed": 3}}, "use --seeds instead"),
+        ({"overrides": {"SEED": 3}}, "unknown key SEED"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            ident(**changes)
+        unregister_all()
+    with pytest.raises(UserError, match="cannot be set for all runs: it is what row 'a'"):
+        ident("model.ghm_c.bins=7")
 
 
 def stored(run, **changes):

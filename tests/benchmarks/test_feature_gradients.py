@@ -162,7 +162,7 @@ def test_batches_are_compared_by_direction():
     assert same["cosine_between_batches"] == pytest.approx(1)
 
 
-def test_script_writes_data_tables_and_figure(tmp_path):
+def test_script_writes_data_and_tables(tmp_path):
     data = f"tiny={write_coco(tmp_path)}"
     output = tmp_path / "out" / "gradients.json"
     opts = "MODEL.GHM.TORCHVISION.FREEZE_AT features.13 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 1.0"
@@ -193,7 +193,6 @@ def test_script_writes_data_tables_and_figure(tmp_path):
     assert ratio < cls["cross entropy x 20"]["positives_share"]
     table = output.with_suffix(".md").read_text()
     assert all(f"| {name} |" in table for name in [*cls, *box])
-    assert all(output.with_suffix(x).stat().st_size > 5000 for x in (".png", ".svg"))
 
 
 def test_mistakes_are_one_sentence(tmp_path):

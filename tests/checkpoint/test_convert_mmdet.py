@@ -328,11 +328,19 @@ def test_settings_that_are_refused(write, output, old, new, sentence):
     assert sentence in refused(path, output)
 
 
-def test_a_config_text_is_not_run(write, output, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("os.mkdir({made!r})", "computes model, and text is not run"),
+        ("dict(type=os.mkdir({made!r}))", "computes model, and text is not run"),
+        ("(", "no config text in it can be read"),
+    ],
+)
+def test_a_config_text_is_not_run_and_that_is_said(write, output, tmp_path, caplog, model, said):
     made = tmp_path / "made"
-    text = f"import os\nos.mkdir({str(made)!r})\nmodel = os.mkdir({str(made)!r})\n"
+    text = f"import os\nmodel = {model.format(made=str(made))}\n"
     convert_from_mmdet(write(mmdet_retinanet(), meta={"cfg": text}), output)
-    assert not made.exists()
+    assert not made.exists() and said in caplog.text
 
 
 # Mistakes.

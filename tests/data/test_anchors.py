@@ -1,6 +1,7 @@
 """Anchors against boxes: the measure, the suggestion, and the line of the log."""
 
 import logging
+import shlex
 
 import numpy as np
 import pytest
@@ -12,13 +13,20 @@ from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data.anchor_check import anchor_report, configured_anchors, log_anchor_fit
+from ghm_d2.data.anchor_check import (
+    AnchorSettings,
+    anchor_report,
+    configured_anchors,
+    log_anchor_fit,
+)
 from ghm_d2.data.anchors import Anchors, InputSize, best_shape_iou, suggest
+from ghm_d2.engine.python_config import load_config, read_anchors
 from ghm_d2.engine.trainer import GHMTrainer
 from tests.tiny import ROOT
 
 RETINANET = "configs/ghm_retinanet_R_50.yaml"
 FASTER = "configs/ghm_faster_rcnn_R_50.yaml"
+PYTHON_TWINS = ["configs/lazy/ghm_retinanet_R_50.py", "configs/lazy/ghm_faster_rcnn_R_50.py"]
 
 
 def config(file=RETINANET, *pairs):
@@ -27,6 +35,13 @@ def config(file=RETINANET, *pairs):
     cfg.merge_from_file(str(ROOT / file), allow_unsafe=False)
     cfg.merge_from_list(list(pairs))
     return cfg
+
+
+def settings(file=RETINANET, *pairs):
+    """What a config of either kind says of anchors and resize."""
+    if not file.endswith(".py"):
+        return AnchorSettings.of(config(file, *pairs))
+    return read_anchors(load_config(str(ROOT / file), pairs))
 
 
 def square(*sizes, stride=0, ratios=(1.0,)):
@@ -101,34 +116,46 @@ def test_suggestions_fit_and_change_only_what_they_must(anchors, sides, changes)
     assert "sizes" not in changes or found.anchors.sizes != anchors.sizes
 
 
+def test_a_python_config_says_the_same():
+    for yaml, python in zip((RETINANET, FASTER), PYTHON_TWINS, strict=True):
+        one, other = settings(yaml), settings(python)
+        np.testing.assert_allclose(one.anchors.shapes(), other.anchors.shapes())
+        assert one.input_size == other.input_size
+    for words in (
+        ["dataloader.train.mapper.augmentations.0._target_=ghm_d2.data.Nothing"],
+        ["model.anchor_generator._target_=detectron2.modeling.anchor_generator.Rotated"],
+    ):
+        assert settings(PYTHON_TWINS[0], *words) is None
+    step = "dataloader.train.mapper.augmentations.0"
+    drawn = (f"{step}.short_edge_length=[400, 600]", f"{step}.sample_style=range")
+    assert settings(PYTHON_TWINS[0], *drawn).input_size == InputSize((400, 500, 600), 1333)
+
+
 def test_nothing_fits_a_hair():
     boxes, images = np.full((50, 2), 0.5), np.full((50, 2), 800)
     assert suggest(boxes, images, square(256, stride=64), InputSize((0,), 1333)) is None
 
 
-@pytest.mark.parametrize("file", [RETINANET, FASTER])
+@pytest.mark.parametrize("file", [RETINANET, FASTER, *PYTHON_TWINS])
 @pytest.mark.parametrize(
     ("sides", "image"), [((7, 7), (800, 800)), ((60, 4), (800, 800)), ((40, 40), (4000, 4000))]
 )
 def test_the_words_of_the_warning_mend_it(file, sides, image):
     """Put into the config as the log says them, the pairs fit as many boxes as it promised."""
     data = records(sides, image)
-    text, fits = anchor_report(config(file), data)
+    text, fits = anchor_report(settings(file), data)
     assert not fits and text.startswith("Most boxes have no anchor that fits: only 0% of 20 boxes")
     share, _, words = text.partition("With these it would be ")[2].partition("%: ")
-    pairs = []
-    for piece in words.replace(' "', "|").replace('" ', "|").replace('"', "|").split("|"):
-        pairs += [piece] if piece[:1] in "[(" else piece.split()
-    again, fits = anchor_report(config(file, *filter(None, pairs)), data)
+    again, fits = anchor_report(settings(file, *shlex.split(words)), data)
     assert fits and again.startswith(f"{share}% of 20 boxes")
 
 
 def test_no_warning_for_what_fits_or_has_no_anchors(caplog):
     with caplog.at_level(logging.INFO, "ghm_d2"):
-        log_anchor_fit(config(), records((100, 100)))
-        log_anchor_fit(config(), [{"width": 8, "height": 8, "annotations": []}])
+        log_anchor_fit(settings(), records((100, 100)))
+        log_anchor_fit(settings(), [{"width": 8, "height": 8, "annotations": []}])
         rotated = config(FASTER, "MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator")
-        log_anchor_fit(rotated, records((1, 1)))
+        log_anchor_fit(AnchorSettings.of(rotated), records((1, 1)))
     assert [r.levelname for r in caplog.records] == ["INFO"]
     assert "100% of 20 boxes have an anchor" in caplog.text
 
@@ -148,8 +175,8 @@ def test_crowds_and_empty_boxes_do_not_count_and_many_boxes_are_sampled():
         {"bbox": [0, 0, 3, 0], "bbox_mode": BoxMode.XYWH_ABS},
         {"bbox": [0, 0, 100, 100], "bbox_mode": BoxMode.XYXY_ABS},
     ]
-    assert anchor_report(config(), data)[0].startswith("100% of 1 boxes have")
-    many = anchor_report(config(), records((100, 100), number=1000) * 50)[0]
+    assert anchor_report(settings(), data)[0].startswith("100% of 1 boxes have")
+    many = anchor_report(settings(), records((100, 100), number=1000) * 50)[0]
     assert many.startswith("100% of 17000 boxes (1 image in 3) have")
 
 

@@ -13,7 +13,7 @@ from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.data.keypoints import check_keypoints, convert_incomplete, mirrored_pairs
 from ghm_d2.engine import main
 from ghm_d2.errors import UserError
-from tests.tiny import coco_content, forget_program, one_sentence, unregister_all, write_coco
+from tests.tiny import ROOT, coco_content, forget_program, one_sentence, unregister_all, write_coco
 
 NAMES = ["nose", "left_eye", "right_eye"]
 CONFIG = str(Path(__file__).parents[2] / "configs" / "ghm_faster_rcnn_R_50.yaml")
@@ -174,6 +174,57 @@ def test_what_a_keypoint_head_cannot_train_on(tmp_path, capsys, made, opts, word
     argv = ["--config-file", CONFIG, "--dataset", pair, test, *SMALL, *opts]
     sentence = one_sentence(main, [*argv, "OUTPUT_DIR", tmp_path / "out"], capsys, "train_net.py")
     assert re.search(words, sentence), sentence
+
+
+PYTHON = f"""
+from detectron2 import model_zoo
+from detectron2.config import LazyConfig
+
+_cfg = LazyConfig.load("{ROOT}/configs/lazy/ghm_faster_rcnn_R_50.py")
+model, optimizer, lr_multiplier = _cfg.model, _cfg.optimizer, _cfg.lr_multiplier
+dataloader, train = _cfg.dataloader, _cfg.train
+_points = model_zoo.get_config("common/models/keypoint_rcnn_fpn.py").model.roi_heads
+for _name in ("keypoint_in_features", "keypoint_pooler", "keypoint_head"):
+    model.roi_heads[_name] = _points[_name]
+model.roi_heads.keypoint_head.num_keypoints = 3
+dataloader.train.mapper.use_keypoint = True
+train.update(init_checkpoint="", device="cpu")
+"""
+
+
+@pytest.mark.parametrize(
+    ("made", "opts", "words"),
+    [
+        (coco_content(), [], "use_keypoint is True, but .*has no keypoints.*use_keypoint=False"),
+        (
+            content(),
+            ["model.roi_heads.keypoint_head.num_keypoints=17"],
+            "give model.roi_heads.keypoint_head.num_keypoints=3",
+        ),
+        (content(()), [], "take RandomFlip out of dataloader.train.mapper.augmentations"),
+        (content(), [], r"dataloader.evaluator.kpt_oks_sigmas=\"\[0.05, 0.05, 0.05\]"),
+    ],
+    ids=["none", "number", "names", "tolerances"],
+)
+def test_a_python_config_is_told_the_same(tmp_path, capsys, made, opts, words):
+    (tmp_path / "points.py").write_text(PYTHON)
+    pair = f"points={write_coco(tmp_path, 'points', made)}"
+    test = f"val={write_coco(tmp_path, 'val', made)}"
+    argv = ["--config-file", tmp_path / "points.py", "--dataset", pair, test, *opts]
+    argv += [f"train.output_dir={tmp_path / 'out'}"]
+    sentence = one_sentence(main, argv, capsys, "train_net.py")
+    assert re.search(words, sentence), sentence
+
+
+def test_a_python_config_with_faulty_keypoints_is_told_so(tmp_path, capsys):
+    (tmp_path / "points.py").write_text(PYTHON)
+    made = content()
+    change_number(made)
+    pair = f"points={write_coco(tmp_path, 'points', made)}"
+    argv = ["--config-file", tmp_path / "points.py", "--dataset", pair]
+    argv += [f"train.output_dir={tmp_path / 'out'}"]
+    sentence = one_sentence(main, argv, capsys, "train_net.py")
+    assert "use_keypoint is True, but" in sentence and "annotation 3 are not 9 numbers" in sentence
 
 
 @pytest.mark.parametrize(

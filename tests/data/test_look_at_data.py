@@ -10,7 +10,8 @@ from PIL import Image
 from ghm_d2.cli.look import main
 from ghm_d2.data.look_pictures import draw_histograms, spread
 from ghm_d2.data.look_statistics import count_data, summary
-from tests.tiny import ROOT, coco_content, forget_program, write_coco
+from tests.kinds import KINDS, Kind
+from tests.tiny import coco_content, forget_program, write_coco
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +59,14 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
     assert not lit[:, 230:].any() and not lit[270:].any()
 
 
-def test_a_config_brings_its_data_and_its_anchors(tmp_path, capsys):
-    data = write_coco(tmp_path / "data")
-    config = ROOT / "configs" / "ghm_retinanet_R_50.yaml"
-    words = ("--config-file", config, "--dataset", f"m={data}", "--output", tmp_path / "o")
-    look(*words, "INPUT.MIN_SIZE_TRAIN", "(32,)")
-    assert "Most boxes have no anchor that fits" in capsys.readouterr().out
+@pytest.mark.parametrize("name", KINDS)
+def test_a_config_brings_its_data_and_its_anchors(name, tmp_path, capsys):
+    data, kind = write_coco(tmp_path / "data"), Kind(name, tmp_path)
+    size = kind.words(train_size=[32] if kind.python else (32,))
+    look("--config-file", kind.file, "--dataset", f"m={data}", "--output", tmp_path / "o", *size)
+    text = capsys.readouterr().out
+    way_out = '"model.anchor_generator.sizes=' if kind.python else 'MODEL.ANCHOR_GENERATOR.SIZES "'
+    assert "Most boxes have no anchor that fits" in text and way_out in text
 
 
 def boxes(*rows, image=(100, 50)):
@@ -90,17 +93,30 @@ def test_what_does_not_count_is_said():
     assert data.per_image.tolist() == [1, 1, 0]
     assert data.sizes.tolist() == [20, 100] and data.ratios.tolist() == [4, 1]
     text = summary(data)
-    assert "not counted below: 1 crowd regions, 1 boxes without area" in text
-    assert "1 images without any" in text
+    assert "not counted below: 1 crowd region, 1 box without area" in text
+    assert "1 image without any" in text
     assert "4 classes have no box: b, 2, 3, 4" in text
     assert "50% small (< 32), 0% medium, 50% large (>= 96)" in text
     assert "there is no box" in summary(count_data("d", [boxes()], ("a",)))
 
 
+def test_two_data_sets_in_one_picture(tmp_path, capsys):
+    first, second = (write_coco(tmp_path / name) for name in "ab")
+    look("--dataset", f"a={first}", f"b={second}", "--output", tmp_path / "o")
+    assert Image.open(tmp_path / "o" / "compared.png").size[0] == 1320
+    assert "compared.png" in capsys.readouterr().out
+
+
+def test_one_class_and_thousands():
+    text = summary(count_data("d", [boxes(*[((0, 0, 9, 9), 0)] * 4155)], ("cell",)))
+    assert "d: 1 image, 4,155 boxes, 1 class\n" in text and "cell     4,155  100.0%" in text
+    assert "imbalance" not in text
+
+
 def test_rare_classes_and_long_tables():
     rows = [((0, 0, 10, 10), k % 40) for k in range(4000)] + [((0, 0, 8, 8), 40)]
     text = summary(count_data("d", [boxes(*rows)], [f"c{k}" for k in range(41)]))
-    assert "1 classes have less than a tenth of the mean number: c40" in text
+    assert "1 class has less than a tenth of the mean number: c40" in text
     assert "100.0 times as many as the rarest class" in text
     assert "... and 11 rarer classes" in text
 
@@ -113,7 +129,7 @@ def test_hostile_names_are_drawn(tmp_path):
 
 def test_hostile_names_and_one_box_make_a_picture(tmp_path):
     data = count_data("$x_{", [boxes(((0, 0, 10, 10), 0))], (r"$\frac{", "b" * 300))
-    draw_histograms(data, tmp_path / "a.png")
+    draw_histograms([data], tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size[0] == 1320
 
 

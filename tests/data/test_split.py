@@ -7,7 +7,8 @@ import random
 import pytest
 
 from ghm_d2.cli.split_data import main
-from ghm_d2.data.split import choose, split_coco
+from ghm_d2.data.split import choose, fold_coco, split_coco
+from ghm_d2.errors import UserError
 from tests.tiny import coco_content
 
 
@@ -47,6 +48,30 @@ def test_a_file_that_is_listed_twice_stays_together():
     for seed in range(6):
         for part in split_coco(content, 0.34, seed):
             assert len({row["id"] for row in part["images"]} & {1, 4}) in (0, 2)
+
+
+def test_each_image_is_held_out_once():
+    content = coco_content(8)
+    content["images"][3]["file_name"] = content["images"][0]["file_name"]
+    folds = fold_coco(content, 3, 1)
+    assert sorted(len(held["images"]) for _, held in folds) in ([2, 3, 3], [2, 2, 4])
+    for table in ("images", "annotations"):
+        held_out = [row["id"] for _, held in folds for row in held[table]]
+        assert sorted(held_out) == [row["id"] for row in content[table]]
+    for rest, held in folds:
+        names = [{row["file_name"] for row in part["images"]} for part in (rest, held)]
+        assert not names[0] & names[1] and len(names[0] | names[1]) == 7
+        assert {row["image_id"] for row in held["annotations"]} == {r["id"] for r in held["images"]}
+    turned = {**content, "images": content["images"][::-1]}
+    assert [ids(held) for _, held in fold_coco(turned, 3, 1)] == [ids(held) for _, held in folds]
+    assert [ids(held) for _, held in fold_coco(content, 3, 2)] != [ids(held) for _, held in folds]
+    for wrong in (1, 8, -1):
+        with pytest.raises(UserError, match=f"between 2 and 7, .* got {wrong}"):
+            fold_coco(content, wrong, 1)
+
+
+def ids(part):
+    return {row["id"] for row in part["images"]}
 
 
 def test_stray_annotations_are_counted(tmp_path, caplog, monkeypatch):

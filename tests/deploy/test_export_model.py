@@ -93,8 +93,8 @@ def test_without_images_the_file_runs_on_noise_and_knows_its_classes(retinanet, 
 def test_file_that_finds_something_else_is_exit_code_1(
     retinanet, tmp_path, monkeypatch, fails, capsys
 ):
-    def wrong(file, format):
-        right = load_exported(file, format)
+    def wrong(file, format, options):
+        right = load_exported(file, format, options)
 
         def run(image):
             boxes, scores, classes = right(image)
@@ -126,6 +126,9 @@ def test_mistakes(retinanet, tmp_path, fails):
         ([*retinanet, "--format", "caffe", "--output", "x"], "invalid choice: 'caffe'"),
         ([*retinanet, "--format", "onnx"], "the following arguments are required: --output"),
         ([*retinanet, *out, "SEED"], "one key has no value"),
+        ([*retinanet, *out, "--batch", "0"], "--batch must be at least 1, got 0"),
+        ([*retinanet, *out, "--opset", "17"], "--opset is of ONNX"),
+        ([*retinanet, *out[2:], "--format", "onnx", "--opset", "9"], "between 16 and 20, got 9"),
         ([*retinanet, *out[:3], tmp_path], "is a folder: name a file"),
         ([*retinanet, *out[:3], tmp_path / "broken.png" / "m"], "cannot be written"),
         ([*retinanet, *out, "--check", tmp_path / "none.png"], "none.png does not exist"),
@@ -145,6 +148,27 @@ def test_mistakes(retinanet, tmp_path, fails):
         assert message in sentence, sentence
         assert sentence.startswith("ghm-d2 export: error: ")
         assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+def test_batch_half_and_opset(format, retinanet, tmp_path, capsys):
+    skip_where_refused(format)
+    write_pictures(tmp_path / "images", (170, 200))
+    file = tmp_path / "model.bin"
+    argv = ["--check", tmp_path / "images", *retinanet, "--format", format, "--output", file]
+    opset = ["--opset", 18] if format == "onnx" else []
+    main([str(word) for word in [*argv, "--half", "--batch", 2, *opset]])
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if "detections are the same" in line]
+    matched, _, expected = line.split(": ")[-1].split()[:3]
+    assert int(matched) >= 0.9 * int(expected) > 0
+    assert "they are numbered (--dataset" in text  # no names in the file: said, not silent
+    extra = {METADATA_KEY: ""}
+    if format == "torchscript":
+        torch.jit.load(str(file), _extra_files=extra)
+        found = json.loads(extra[METADATA_KEY])
+        assert (found["batch"], found["half"], found["fixed_size"]) == (True, True, True)
+        assert found["input"].startswith("images: (N, C, H, W)")
 
 
 def test_image_too_small_for_torch_export(retinanet, tmp_path, fails):

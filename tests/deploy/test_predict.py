@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -17,7 +18,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ghm_d2.cli.predict import main
+from ghm_d2.config import add_ghm_config
 from ghm_d2.data.pictures import draw
+from ghm_d2.deploy import setup
 from ghm_d2.deploy.coco_ids import category_ids, image_ids
 from ghm_d2.deploy.setup import image_preparer
 from tests.detectors import small_config
@@ -358,18 +361,18 @@ def test_results_are_not_overwritten(retinanet, tmp_path, fails):
 def test_large_images_are_drawn_small(retinanet, tmp_path):
     """In the right place, though; the results are in pixels of the image."""
     small = picture(150, 200)
-    Image.fromarray(small).resize((4000, 3000)).save(tmp_path / "large.png")
+    Image.fromarray(small).resize((2000, 1500)).save(tmp_path / "large.png")
     argv = ["--input", tmp_path / "large.png", "--output", tmp_path / "out"]
     run(retinanet, *argv, "--confidence-threshold", 0.3)
     drawn = np.asarray(Image.open(tmp_path / "out" / "large.png")).astype(int)
     assert drawn.shape == (1200, 1600, 3)
-    plain = np.asarray(Image.fromarray(small).resize((4000, 3000)).resize((1600, 1200)))
+    plain = np.asarray(Image.fromarray(small).resize((2000, 1500)).resize((1600, 1200)))
     changed = np.abs(drawn - plain).max(axis=2) > 25
     rows = written(tmp_path / "out")
     assert rows
     for x, y, _, height in (row["bbox"] for row in rows):
-        down = (np.array([y, y + height]) * 0.4).astype(int)
-        left = int(x * 0.4)
+        down = (np.array([y, y + height]) * 0.8).astype(int)
+        left = int(x * 0.8)
         assert changed[slice(*down), max(0, left - 3) : left + 4].any(axis=1).mean() > 0.7
 
 
@@ -383,7 +386,7 @@ def write_video(file: Path, frames: int) -> None:
 
 @pytest.mark.parametrize("channels", ["BGR", "RGB"])
 def test_video(retinanet, channels, tmp_path, capsys):
-    """Each frame is found what the model finds in it, and the drawn video has as many frames."""
+    """In each frame is found what the model finds in it, and the drawn video has as many frames."""
     write_video(tmp_path / "clip.avi", 3)
     argv = ["--input", tmp_path / "clip.avi", "--output", tmp_path / "out", "INPUT.FORMAT",
             channels, "INPUT.MIN_SIZE_TEST", "0", "--confidence-threshold", "0.1"]  # fmt: skip
@@ -443,3 +446,26 @@ def test_the_script_itself(monkeypatch, capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "--confidence-threshold" in text and "KEY VALUE" in text
+
+
+def test_the_folder_of_a_training_stands_for_its_weights(tmp_path):
+    """Its config.yaml does where no weights are given; the best model comes first."""
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    cfg.MODEL.WEIGHTS = "backbone.pth"
+    file = tmp_path / "config.yaml"
+    file.write_text(cfg.dump())
+
+    def chosen(config_file, weights=None):
+        own = cfg.clone()
+        if weights is not None:
+            own.MODEL.WEIGHTS = str(weights)
+        keys = setup._choose_weights(own, str(config_file), {"MODEL.WEIGHTS"} if weights else set())
+        return own.MODEL.WEIGHTS if keys else None
+
+    assert chosen(file) is None  # nothing is trained yet
+    for name in ("model_final.pth", "model_best.pth"):
+        (tmp_path / name).touch()
+        assert chosen(file) == chosen("other.yaml", tmp_path) == str(tmp_path / name)
+    assert chosen(file, tmp_path / "model_final.pth") is None  # a file is that file
+    assert chosen(tmp_path / "other.yaml") is None

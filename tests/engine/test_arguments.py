@@ -4,10 +4,9 @@ import sys
 
 import pytest
 
-from ghm_d2.engine import main
-from ghm_d2.engine.arguments import parse_arguments, train_program
+from ghm_d2.engine import main, summary
+from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.engine.setup import locate_config_file
-from ghm_d2.engine.summary import next_command
 from ghm_d2.errors import UserError
 from ghm_d2.model_zoo import get_config_file
 
@@ -37,6 +36,18 @@ def test_values_survive(value, last):
     config = ["--config-file", "f.yaml"]
     argv = [*config, "KEY", value] if last else ["KEY", value, *config]
     assert parse_arguments(argv).opts == ["KEY", value]
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("f.yaml", ["SEED", "1"]), ("f.py", ["train.seed=1"])], ids=["yaml", "py"]
+)
+def test_a_list_ends_at_a_key_of_the_config(file, words):
+    parser = Parser()
+    parser.add_argument("--config-file")
+    parser.add_argument("--input", nargs="+")
+    argv = ["--config-file", file, "--input", "t=1.png", "b.png", *words]
+    args = parse_arguments(argv, parser, lists=("--input",))
+    assert args.input == ["t=1.png", "b.png"] and args.opts == words
 
 
 @pytest.mark.parametrize(
@@ -89,9 +100,8 @@ def test_messages_name_what_was_run(started, name, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main([])
     assert capsys.readouterr().err.startswith(f"{name}: error: ")
-    assert ("ghm-d2 train --conf" in next_command(train_program(), "f.yaml", [], [])) == (
-        name == "ghm-d2 train"
-    )
+    monkeypatch.setattr(sys, "argv", [started])
+    assert summary._line("train", "--resume").endswith(f"{name} --resume")
 
 
 def test_config_files_are_found_by_name(tmp_path, monkeypatch):

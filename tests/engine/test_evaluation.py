@@ -13,7 +13,11 @@ from pycocotools.cocoeval import COCOeval
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import evaluation
-from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator, costs_recorded
+from ghm_d2.engine.evaluation import (
+    AllThresholdsCOCOEvaluator,
+    costs_recorded,
+    score_thresholds,
+)
 from ghm_d2.run_folder import SECONDS_PER_IMAGE
 from tests.tiny import coco_content, unregister_all, write_coco
 
@@ -33,23 +37,24 @@ def dataset(tmp_path):
     unregister_all()
 
 
-def evaluated(kind, folder, content, *, found=True):
+def evaluated(kind, folder, content, *, found=True, noise=2.0, seed=3):
     """The evaluator and its results for detections that are off by up to a few pixels."""
-    random = np.random.default_rng(3)
+    random = np.random.default_rng(seed)
     evaluator = kind("evaluated", output_dir=str(folder), allow_cached_coco=False)
     evaluator.reset()
     for image in content["images"]:
         truth = [a for a in content["annotations"] if a["image_id"] == image["id"]]
         boxes = torch.tensor([a["bbox"] for a in truth])
         boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-        boxes = boxes + torch.tensor(random.normal(0, 2.0, boxes.shape)).float()
+        boxes = boxes + torch.tensor(random.normal(0, noise, boxes.shape)).float()
         instances = Instances((64, 64))
         instances.pred_boxes = Boxes(boxes if found else boxes[:0])
         instances.scores = torch.tensor(random.random(len(boxes)))[: len(boxes) if found else 0]
         classes = torch.tensor([a["category_id"] - 1 for a in truth])
         instances.pred_classes = classes if found else classes[:0]
         evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
-    return evaluator, evaluator.evaluate()["bbox"]
+    evaluator.results = evaluator.evaluate()
+    return evaluator, evaluator.results["bbox"]
 
 
 def test_each_threshold_is_what_pycocotools_gives_for_it_alone(tmp_path, dataset):
@@ -85,6 +90,58 @@ def test_nothing_found_is_nan_at_each_threshold(tmp_path, dataset):
     _, results = evaluated(AllThresholdsCOCOEvaluator, tmp_path, dataset, found=False)
     assert set(NAMES) <= set(results)
     assert all(math.isnan(value) for value in results.values())
+
+
+def exact(truth, found, category=None):
+    """Score to F1 by counting COCO's matches at IoU 0.5, of one class or of all."""
+    result = COCOeval(truth, found, "bbox")
+    result.evaluate()
+    calls = [
+        c for c in result.evalImgs
+        if c and c["aRng"] == result.params.areaRng[0] and category in (None, c["category_id"])
+    ]  # fmt: skip
+    objects = sum(len(c["gtIds"]) for c in calls)
+    scores = np.concatenate([c["dtScores"] for c in calls])
+    hits = np.concatenate([c["dtMatches"][0] > 0 for c in calls])
+    return {
+        s: (2 * hits[scores >= s].sum() / ((scores >= s).sum() + objects), scores, hits, objects)
+        for s in scores
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_score_threshold_gives_the_best_f1(tmp_path, dataset, seed):
+    """Of each class and of all together: with so few objects, each has its point."""
+    evaluator, _ = evaluated(AllThresholdsCOCOEvaluator, tmp_path, dataset, noise=6.0, seed=seed)
+    best, truth = evaluator.results["best_f1"], evaluator._coco_api
+    found = truth.loadRes(str(tmp_path / "coco_instances_results.json"))
+    for category, name in ((1, "disc"), (2, "bar"), (3, "cup")):
+        f1 = exact(truth, found, category)
+        largest = max(value[0] for value in f1.values())
+        assert best[f"F1-{name}"] == pytest.approx(100 * largest)
+        assert f1[best[f"score_threshold-{name}"]][0] == pytest.approx(largest)
+    f1 = exact(truth, found)
+    largest = max(value[0] for value in f1.values())
+    value, scores, hits, objects = f1[best["score_threshold"]]
+    assert 0.4 < value < 0.98 and value == pytest.approx(largest)
+    assert best["F1"] == pytest.approx(100 * value)
+    kept = scores >= best["score_threshold"]
+    assert best["recall"] == pytest.approx(100 * hits[kept].sum() / objects)
+    assert best["precision"] == pytest.approx(100 * hits[kept].mean())
+    assert math.isnan(best["score_threshold-none"]) and math.isnan(best["F1-none"])
+
+
+def test_thresholds_among_the_results(tmp_path, dataset):
+    evaluator, _ = evaluated(AllThresholdsCOCOEvaluator, tmp_path, dataset)
+    results = evaluator.results
+    found = score_thresholds(results, ["evaluated"])
+    assert list(found) == ["", "disc", "bar", "cup"]  # "none" has no number
+    assert found[""] == results["best_f1"]["score_threshold"]
+    assert score_thresholds({"a": {}, "b": results}, ["b", "a"]) == found
+    assert score_thresholds({"a": {}, "b": results}, ["a", "b"]) == {}
+    assert score_thresholds(None, ()) == score_thresholds({}, ["a"]) == {}
+    evaluator, _ = evaluated(AllThresholdsCOCOEvaluator, tmp_path, dataset, found=False)
+    assert "best_f1" not in evaluator.results
 
 
 def test_the_log_shows_each_threshold(tmp_path, dataset, caplog):

@@ -15,7 +15,7 @@ from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer
 from ghm_d2.engine.finite import NotFiniteError
 from ghm_d2.engine.preemption import Preempted, StopOnSignal
-from ghm_d2.engine.processes import end_process
+from ghm_d2.engine.process_end import end_process
 from ghm_d2.engine.replay import load_replay
 from ghm_d2.errors import exits_with_one_sentence
 from tests.detectors import small_config

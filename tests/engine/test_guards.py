@@ -1,8 +1,10 @@
 """The guards around a training, once through a YAML and once through a Python config."""
 
 import json
+import multiprocessing
 import os
-import resource
+import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +12,12 @@ import sys
 import pytest
 import torch
 
+from ghm_d2.cli import replay
 from ghm_d2.engine import GHMTrainer, main
+from ghm_d2.engine.output_folder import locked
 from ghm_d2.engine.preemption import PREEMPTED
 from tests.engine.test_resume import final, same
+from tests.foreign import Call
 from tests.kinds import KINDS, Kind, metrics
 from tests.tiny import ROOT, coco_content, forget_program, write_coco
 
@@ -64,12 +69,6 @@ def fails(run, capsys):
     return train
 
 
-def script(words, **options):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, *words]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, **options)
-
-
 def at_iteration(monkeypatch, number, act):
     """Calls ``act(trainer)`` before the step of one iteration."""
     run_step = GHMTrainer.run_step
@@ -87,8 +86,13 @@ def test_a_resumed_training_is_the_undisturbed_one(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         at_iteration(patch, 3, lambda trainer: (_ for _ in ()).throw(RuntimeError("killed")))
         run("parts")
+    (tmp_path / "parts" / "model_0000003.pth.part").touch()
+    with open(tmp_path / "parts" / "metrics.json", "a") as stream:
+        stream.write('{"iteration": 2, "total_loss": 1.0}\n{"iter')
     run("parts", "--resume")
     same(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    assert not list((tmp_path / "parts").glob("*.part"))
+    assert [row["iteration"] for row in metrics(tmp_path / "parts")] == [3]
     assert final(tmp_path / "parts")["trainer"]["hooks"]["ProcessStates"]["processes"]
     assert json.loads((tmp_path / "parts" / "training.json").read_text())["classes"]
 
@@ -113,12 +117,43 @@ def test_a_loss_that_is_not_finite_stops(fails, kind, tmp_path, monkeypatch, cap
     error = fails("out", code=3)
     assert "iteration 2" in error and "model_0000001.pth, is intact" in error
     file = next((tmp_path / "out" / "not_finite").iterdir())
-    replay = ["-m", "ghm_d2", "replay", str(file)]
-    done = script(replay)
+    words = [str(file)]
     if kind.python:
-        assert done.returncode == 2 and "give --trust-checkpoint" in done.stderr
-        done = script([*replay, "--trust-checkpoint"])
-    assert done.returncode == 1 and "NOT FINITE" in done.stdout, done.stderr
+        with pytest.raises(SystemExit) as stop:
+            replay.main(words)
+        assert stop.value.code == 2 and "give --trust-checkpoint" in capsys.readouterr().err
+        words.append("--trust-checkpoint")
+    with pytest.raises(SystemExit) as stop:
+        replay.main(words)
+    assert stop.value.code == 1 and "NOT FINITE" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_never_written(fails, tmp_path, monkeypatch):
+    def spoil(trainer):
+        weight = trainer.model.head.cls_score.weight.data
+        trainer.optimizer.register_step_post_hook(lambda *_: weight.fill_(torch.inf))
+
+    at_iteration(monkeypatch, 3, spoil)
+    assert "not finite, the first head.cls_score.weight" in fails("out", code=3)
+    assert [file.name for file in (tmp_path / "out").glob("*.pth")] == ["model_0000001.pth"]
+
+
+def test_images_that_cannot_be_read_are_counted(run, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(data, "first", f"first={write_coco(tmp_path / 'data')}")
+    image = tmp_path / "data" / "images" / "2.png"
+    image.write_bytes(image.read_bytes()[:80])  # the header alone, which is what is checked
+    run("out")
+    text = capsys.readouterr().out
+    assert re.search(r"/2\.png cannot be used .*; 1 of \d images so far", text)
+
+
+def test_weights_run_no_code_unless_trusted(fails, tmp_path):
+    file, made = tmp_path / "evil.pkl", tmp_path / "made"
+    file.write_bytes(pickle.dumps(Call(os.mkdir, str(made))))
+    assert f"evil.pkl holds {os.name}.mkdir" in fails("out", weights=file)
+    assert not made.exists()
+    fails("out", "--trust-checkpoint", weights=file)  # it holds no weights, but it was opened
+    assert made.exists()
 
 
 def test_a_finished_training_is_not_replaced_unasked(run, fails, kind, tmp_path):
@@ -133,31 +168,25 @@ def test_a_finished_training_is_not_replaced_unasked(run, fails, kind, tmp_path)
     assert [row["iteration"] for row in metrics(tmp_path / "out")] == [3]
 
 
-HOLDER = """
-import sys
-from ghm_d2.engine.output_folder import locked
-with locked(sys.argv[1]):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
+def hold(folder, end):
+    with locked(folder):
+        end.send("locked")
+        end.recv()
 
 
 def test_one_folder_takes_one_training(run, fails, tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "out")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
+    context = multiprocessing.get_context("fork")  # a spawned process would import torch first
+    end, other_end = context.Pipe()
+    holder = context.Process(target=hold, args=(str(tmp_path / "out"), other_end), daemon=True)
+    holder.start()
     try:
-        assert holder.stdout.readline() == "locked\n"
+        assert end.recv() == "locked"
         error = fails("out")
         assert f"another training writes into {tmp_path}/out (process {holder.pid} on " in error
         assert not (tmp_path / "out" / "config.yaml").exists()
     finally:
         holder.kill()
-        holder.wait()
+        holder.join()
     run("out", max_iter=1)  # the lock has ended with its process
     assert final(tmp_path / "out")["iteration"] == 0
 
@@ -184,6 +213,7 @@ def test_a_training_killed_in_its_last_evaluation_evaluates(run, fails, tmp_path
     rows = [row for row in metrics(tmp_path / "out") if "bbox/AP" in row]
     assert [row["iteration"] for row in rows] == [4]
     assert (tmp_path / "out" / "pictures" / "predictions.png").exists()
+    assert "bbox/AP" in json.loads((tmp_path / "out" / "inference" / "results.json").read_text())
     assert "4 iterations are done already" in fails("out", "--resume", test=True)
 
 
@@ -246,6 +276,10 @@ def test_resume_notices_a_checkpoint_without_a_training(run, fails, tmp_path):
     whole["trainer"]["_trainer"]["optimizer"] = {"state": 3}
     torch.save(whole, file)
     assert "cannot be resumed" in fails("out", "--resume", max_iter=6)
+    file.write_bytes(file.read_bytes()[:-100])
+    run("out", "--resume", max_iter=5)
+    assert "going back to model_0000003.pth" in (tmp_path / "out" / "log.txt").read_text()
+    assert final(tmp_path / "out")["iteration"] == 4
 
 
 def test_evaluation_refuses_other_classes(run, fails, data, tmp_path, monkeypatch):
@@ -271,19 +305,52 @@ def hang(self, record):
     signal.pause()
 
 
-@pytest.mark.parametrize("size", [2_000, 100_000], ids=["at the start", "at a checkpoint"])
-def test_a_full_disk_is_one_sentence(kind, data, tmp_path, size):
-    """Files that cannot grow stand for the disk, wherever the training writes."""
-    argv = kind.argv("--dataset", data["first"], output=tmp_path / "out", max_iter=2)
-    limit = (size, size)
-    done = script(
-        [str(ROOT / "train_net.py"), *argv],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+# One process imports torch for all: each training is a fork of it, whose files cannot grow.
+FULL_DISK = """
+import json, os, resource, sys
+from ghm_d2.engine import main
+for size, argv in json.loads(sys.argv[1]):
+    if not (child := os.fork()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        main(argv)
+        sys.exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for stream in (sys.stdout, sys.stderr):
+        print("ended with", code, file=stream, flush=True)
+"""
+SIZES = {"at the start": 2_000, "at a checkpoint": 100_000}  # bytes
+
+
+@pytest.fixture(scope="module")
+def full_disk(data, tmp_path_factory):
+    """(kind, size) to output folder, what was printed, and the exit code."""
+    folder = tmp_path_factory.mktemp("full")
+    cases = {(name, size): folder / f"{name}_{size}" for name in KINDS for size in SIZES.values()}
+    jobs = []
+    for (name, size), output in cases.items():
+        argv = Kind(name, folder).argv("--dataset", data["first"], output=output, max_iter=2)
+        jobs.append((size, argv))
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, json.dumps(jobs)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "cannot be written (File too large)" in done.stderr.splitlines()[-1]
-    assert not list((tmp_path / "out").glob("*.part"))
+    assert done.returncode == 0, done.stderr
+    parts = [re.split(r"ended with (\d+)\n", text) for text in (done.stdout, done.stderr)]
+    told = zip(parts[0][::2], parts[1][::2], parts[1][1::2], strict=False)
+    return {case: (cases[case], *one) for case, one in zip(cases, told, strict=True)}
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_full_disk_is_one_sentence(full_disk, name, size):
+    """Files that cannot grow stand for the disk, wherever the training writes."""
+    output, out, err, code = full_disk[name, size]
+    assert code == "2", err
+    assert "Traceback" not in out + err
+    assert "cannot be written (File too large)" in err.splitlines()[-1]
+    assert not list(output.glob("*.part"))
 
 
 def test_interrupted_before_the_first_step(run, fails, monkeypatch):

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.engine import GHMTrainer
-from ghm_d2.engine.processes import end_process
+from ghm_d2.engine.process_end import end_process
 from tests.detectors import small_config
 from tests.tiny import tiny_pairs, unregister_all, write_coco
 

@@ -11,7 +11,8 @@ from detectron2.utils import comm
 
 from ghm_d2.engine.finite import NotFiniteError
 from ghm_d2.engine.preemption import PREEMPTED, Preempted
-from ghm_d2.engine.processes import Processes, exit_code_of, launch_processes, leave_process_group
+from ghm_d2.engine.process_end import exit_code_of, leave_process_group
+from ghm_d2.engine.processes import Processes, launch_processes
 from ghm_d2.errors import UserError, exits_with_one_sentence
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import LazyConfig
 
 from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
-from ghm_d2.engine import clipping, main, python_build
+from ghm_d2.engine import GHMTrainer, clipping, main, python_build
 from ghm_d2.engine.python_config import load_config
 from ghm_d2.errors import UserError
 from tests.tiny import PYTHON_CONFIG, ROOT, coco_content, forget_program, one_sentence, write_coco
@@ -205,6 +205,38 @@ def test_classes_of_a_registered_data_set_must_fit(base, data, fails):
     pairs = [f"dataloader.{split}.dataset.names=first" for split in ("train", "test")]
     error = fails([*base, *pairs])
     assert "has 3 classes but model.num_classes is 80: give model.num_classes=3" in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limit"),
+    [
+        ([], 100),
+        (["model.max_detections_per_image=300"], 300),
+        (
+            ["model.max_detections_per_image=300", "dataloader.evaluator.max_dets_per_image=200"],
+            200,
+        ),
+    ],
+)
+def test_as_many_detections_count_as_the_model_may_give(config, data, overrides, limit, tmp_path):
+    register_coco_dataset(check_coco_dataset(parse_dataset(data["first"])))
+    cfg = load_config(config, [f"train.output_dir={tmp_path}", *overrides])
+    evaluator = GHMTrainer.build_evaluator(cfg, "first")
+    assert evaluator._max_dets_per_image == [1, 10, limit]
+
+
+def test_more_objects_than_the_model_may_find_are_named(base, data, tmp_path, fails, capsys):
+    content = coco_content()
+    content["annotations"] = [
+        {**content["annotations"][0], "id": k, "bbox": [k % 8, k // 8, 20.0, 20.0]}
+        for k in range(1, 9)
+    ]
+    crowded = f"crowded={write_coco(tmp_path, 'crowded', content)}"
+    argv = [*base, "--dataset", data["first"], crowded, "model.max_detections_per_image=5"]
+    fails([*argv, "model.ghm_c.bins=0"])
+    said = (tmp_path / "out" / "log.txt").read_text()
+    assert "has 8 objects, and a detector may find 5" in said
+    assert "give model.max_detections_per_image=8" in said
 
 
 def test_help(capsys):

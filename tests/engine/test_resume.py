@@ -92,7 +92,7 @@ def test_resumed_is_undisturbed(train, tmp_path, config, words):
     train(tmp_path / "whole", *words, *both, config=config)
     parts = stop_at(tmp_path / "whole", tmp_path / "parts")
     words += ["DATALOADER.NUM_WORKERS", 0] if config == RETINANET else []
-    train(parts, *words, "--resume", config=config)
+    train(parts, *words, *both, "--resume", config=config)
     same(final(tmp_path / "whole"), final(parts))
 
 

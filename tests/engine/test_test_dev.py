@@ -1,17 +1,14 @@
 """Test sets without ground truth: the submission file, and where it goes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin_meta, register_coco_instances
 
 from ghm_d2.engine import main
-from tests.tiny import RETINANET, ROOT, coco_content, forget_program, tiny_pairs, write_coco
+from tests.tiny import RETINANET, coco_content, forget_program, tiny_pairs, write_coco
 
 COCO_THINGS = [
     {"id": c["id"], "name": c["name"]} for c in builtin_meta.COCO_CATEGORIES if c["isthing"]
@@ -48,27 +45,23 @@ def submission(folder, categories):
     return results
 
 
-def test_coco_test_dev(base, tmp_path):
-    """As users run it: DETECTRON2_DATASETS holds images and their information alone."""
-    coco = tmp_path / "coco"
+def test_coco_test_dev(base, tmp_path, monkeypatch, capsys):
+    """As users run it: datasets/coco holds images and their information alone."""
+    coco = tmp_path / "datasets" / "coco"
     write_coco(coco, "info", unlabelled(COCO_THINGS))
     shutil.move(coco / "images", coco / "test2017")
     (coco / "annotations").mkdir()
     shutil.move(coco / "info.json", coco / "annotations" / "image_info_test-dev2017.json")
-    done = subprocess.run(
-        [sys.executable, ROOT / "train_net.py", *base, "DATASETS.TEST", "('coco_2017_test-dev',)"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"DETECTRON2_DATASETS": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    main([*map(str, base), "DATASETS.TEST", "('coco_2017_test-dev',)"])
+    text = capsys.readouterr().out
     results = submission(tmp_path / "out" / "inference", COCO_THINGS)
     assert max(row["category_id"] for row in results) > 80  # COCO's own ids, not 0 .. 79
     file = tmp_path / "out" / "inference" / "coco_instances_results.json"
     said = f"coco_2017_test-dev has no ground truth here; its predictions are in {file}"
-    assert done.stdout.count(said) == 1
-    assert "detections_test-dev2017_NAME_results.json" in done.stdout
-    assert "https://cocodataset.org/#upload" in done.stdout
+    assert text.count(said) == 1
+    assert "detections_test-dev2017_NAME_results.json" in text
+    assert "https://cocodataset.org/#upload" in text
 
 
 def test_registered_under_any_name(base, tmp_path, capsys):

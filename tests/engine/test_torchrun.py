@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.engine.test_resume import final, same, stop_at
-from tests.tiny import RETINANET, ROOT, tiny_pairs, write_coco
+from tests.kinds import KINDS, Kind
+from tests.tiny import ROOT, write_coco
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
@@ -27,11 +28,10 @@ def start(tmp_path):
     """Start a job that trains into tmp_path/NAME; it is ended with the test."""
     jobs, data = [], f"data={write_coco(tmp_path)}"
 
-    def run(command, name, *words, iterations=6):
-        pairs = tiny_pairs(
-            OUTPUT_DIR=tmp_path / name, SOLVER__MAX_ITER=iterations, SOLVER__CHECKPOINT_PERIOD=3
-        )
-        words = [*command, "--config-file", RETINANET, *pairs, "--dataset", data, *words]
+    def run(command, name, *words, iterations=6, kind="yaml"):
+        values = {"output": tmp_path / name, "max_iter": iterations, "period": 3}
+        argv = Kind(kind, tmp_path).argv(*words, "--dataset", data, **values)
+        words = [*command, *argv]
         job = subprocess.Popen(
             [str(word) for word in words],
             stdout=subprocess.PIPE,
@@ -63,12 +63,14 @@ def children(pid):
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_after_a_kill(start, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_torchrun_goes_on_after_a_kill(start, tmp_path, kind):
     """Also in a folder with the checkpoint of an earlier training, which must not be resumed."""
-    whole = start([*TORCHRUN, SCRIPT], "whole", iterations=60)
+    whole = start([*TORCHRUN, SCRIPT], "whole", iterations=60, kind=kind)
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "last_checkpoint").write_text("model_final.pth")
-    killed = start([*TORCHRUN, "--max-restarts", "1", SCRIPT], "killed", iterations=60)
+    restarting = [*TORCHRUN, "--max-restarts", "1", SCRIPT]
+    killed = start(restarting, "killed", iterations=60, kind=kind)
     wait_for(tmp_path / "killed" / "model_0000008.pth", killed)
     os.kill(children(killed.pid)[-1], signal.SIGKILL)
     texts = [job.communicate()[0] for job in (whole, killed)]

@@ -1,9 +1,6 @@
 """GHMTrainer: its optimizer, its evaluators, and the pictures and summary at the end."""
 
 import json
-import logging
-import os
-import sys
 
 import numpy as np
 import pytest
@@ -14,9 +11,9 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from ghm_d2.data import CocoDataset, check_coco_dataset, parse_dataset, register_coco_dataset
+from ghm_d2.data import check_coco_dataset, parse_dataset, register_coco_dataset
 from ghm_d2.data.pictures import TILE
-from ghm_d2.engine import GHMTrainer, pictures, summary
+from ghm_d2.engine import GHMTrainer, pictures
 from ghm_d2.engine.evaluation import AllThresholdsCOCOEvaluator
 from ghm_d2.engine.pictures import draw_predictions, plot_training
 from ghm_d2.errors import UserError
@@ -178,69 +175,3 @@ def test_curves_show_losses_and_ap(tmp_path, monkeypatch):
     assert drawn["bbox/AP"] == ((39,), (7.0,))
     width, height = Image.open(tmp_path / "deep" / "training.png").size
     assert width > height > 300
-
-
-def test_summary_names_files_and_the_next_command(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(summary.shutil, "which", lambda name: sys.executable)
-    out = tmp_path / "out"
-    out.mkdir()
-    write_metrics(out / "metrics.json", [{"iteration": 1, "total_loss": 1.0}])
-    for name in ("model_final.pth", "config.yaml"):
-        (out / name).touch()
-    command = summary.next_command(
-        "train_net.py",
-        f"{out}/config.yaml",
-        ["MODEL.WEIGHTS", f"{out}/model_final.pth"],
-        [CocoDataset(data, "a b.json", "images")],
-    )
-
-    def draw(file):
-        file.parent.mkdir()
-        file.touch()
-
-    summary.summarize_training(RunFolder(out), draw, {}, command, iterations=12, seconds=3723)
-    text = capsys.readouterr().out
-    assert "iteration 12 in 1 h 02 min" in text
-    for name in (
-        "model_final.pth",
-        "metrics.json",
-        "config.yaml",
-        "pictures/predictions.png",
-        "pictures/training.png",
-    ):
-        assert f" {out / name}\n" in text
-        assert (out / name).exists()
-    assert (
-        f"python train_net.py --config-file {out}/config.yaml --eval-only "
-        f"--dataset '{data}=a b.json,images' MODEL.WEIGHTS {out}/model_final.pth"
-    ) in text
-
-
-def test_summary_survives_what_it_cannot_draw(tmp_path, caplog, capsys, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("ghm_d2"), "propagate", True)
-
-    def draw(file):
-        raise KeyError("no image")
-
-    run = RunFolder(tmp_path)
-    summary.summarize_training(run, draw, None, None, iterations=12, seconds=61.5)
-    assert "predictions could not be drawn (KeyError: no image)" in caplog.text
-    assert "curves could not be drawn (UserError: " in caplog.text
-    text = capsys.readouterr().out
-    assert "in 1 min 01 s" in text and "give a second --dataset" in text
-    assert "model_final.pth" not in text
-
-
-def test_ap_table_shows_every_figure_that_is_one():
-    results = {"bbox": {"AP": 12.345, "APl": float("nan"), "AP-disc": 3.0}}
-    rows = [line.split() for line in summary.ap_table(results).splitlines()]
-    assert rows == [["AP", "12.3"], ["AP-disc", "3.0"]]
-    assert "nothing was detected" in summary.ap_table({"bbox": {"AP": float("nan")}})
-    both = summary.ap_table({"a_val": results, "b_val": {"bbox": {"AP": 50.0}}}).split()
-    assert both == ["a_val", "AP", "12.3", "AP-disc", "3.0", "b_val", "AP", "50.0"]
-
-
-def test_the_next_command_names_an_interpreter_that_is_not_on_the_path(monkeypatch):
-    monkeypatch.setattr(summary.shutil, "which", lambda name: "/usr/bin/python")
-    monkeypatch.setattr(summary.sys, "executable", os.path.abspath(".venv/bin/python"))
-    assert summary._python() == ".venv/bin/python"

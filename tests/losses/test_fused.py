@@ -212,6 +212,13 @@ def test_mu_overwritten_before_the_backward_pass():
         loss.backward()
 
 
+def test_a_worker_keeps_to_one_core(threads):
+    # Asked for 2 threads each, the workers of 2 cores would wait for one another.
+    blocks = Blocks(3 * BLOCK)
+    assert set(blocks.map(lambda _: torch.get_num_threads())) == {1}
+    assert torch.get_num_threads() == threads
+
+
 def test_modules_use_the_kernels(monkeypatch):
     used = []
     fused = kernels.FusedExamples

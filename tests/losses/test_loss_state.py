@@ -186,7 +186,7 @@ def test_only_decay_lowers_the_count_of_an_empty_region(decay, kept):
 
 
 def test_first_loss_is_too_large_without_bias_correction():
-    # DESIGN: the average starts at zero, so the first weight is 1 / (1 - alpha) too large
+    # the average starts at zero, so the first weight is 1 / (1 - alpha) too large
     inputs = ends(6, 4)
     plain = GHMRLoss(momentum=0.0)(*inputs).item()
     assert GHMRLoss(momentum=0.75)(*inputs).item() == pytest.approx(plain / 0.25, rel=1e-6)

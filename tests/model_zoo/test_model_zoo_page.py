@@ -49,9 +49,17 @@ FIGURES = {
 def test_row_of_a_model():
     index = {"models": [ZOO_ENTRY | FIGURES], "published": read_index(PACKAGED_INDEX)["published"]}
     page = model_zoo_page(index)
-    row = "| `a/b` | 1 | bccd_train | 500 x 4 | 0.634 | - | 812 MiB | 35.8 (bccd_val), - (empty) |"
-    assert f"{row} 1 x GPU | 2.11.0 | 01234567 | `{'0' * 32}` |" in page
+    row = "| `a/b` | 500 x 4 | 0.634 | - | 0.8 | 35.8 (bccd_val), - (empty) | 1 |"
+    download = f"`a/b/1/{ZOO_ENTRY['weights']}`, `a/b/1/metrics.json` (md5 `{'0' * 32}`)"
+    assert f"{row} {download} | bccd_train | 1 x GPU | 2.11.0 | 01234567 |" in page
     assert 'model_zoo.get("a/b.yaml", trained=True)' in page
+
+
+def test_nothing_is_listed_that_nobody_can_have():
+    """Without weights to fetch, the page says how they are made."""
+    assert read_index(PACKAGED_INDEX)["models"] == []
+    page = (ROOT / "MODEL_ZOO.md").read_text()
+    assert "No weights are published" in page and "ghm-d2 export-zoo --run output" in page
 
 
 def test_models_of_another_index():
@@ -74,7 +82,7 @@ def test_command_takes_over_a_zoo(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().out
         before = len(read_index(PACKAGED_INDEX)["models"])
         assert f"{before + 1} models of our own, {added} of them new" in said
-    assert "| `a/b` | 1 | bccd_train |" in page.read_text()
+    assert "| `a/b` | 500 x 4 |" in page.read_text()
     assert read_index(packaged)["published"] == read_index(PACKAGED_INDEX)["published"]
     with pytest.raises(SystemExit) as stop:
         main(["--page", str(page), "--zoo", str(tmp_path / "gone")])

@@ -370,6 +370,25 @@ def test_run_of_a_python_config(run, tmp_path, monkeypatch, caplog):
         model_zoo.get("lazy/ghm_x.yaml", trained=True)
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("/gone/checkout/configs/quickstart/ghm_retinanet_quickstart.yaml",
+         "quickstart/ghm_retinanet_quickstart"),
+        ("/site-packages/ghm_d2/configs/mmdet/ghm_retinanet_R_50.yaml",
+         "mmdet/ghm_retinanet_R_50"),
+        ("/gone/configs/lazy/ghm_fcos_R_50.py", "lazy/ghm_fcos_R_50"),
+        ("/gone/configs/ghm_retinanet_R_50.yaml", "ghm_retinanet_R_50"),
+        ("/home/somebody/mine/cells.yaml", "cells"),
+        ("cells.yaml", "cells"),
+    ],
+)  # fmt: skip
+def test_name_wherever_the_checkout_lies(run, tmp_path, file, name):
+    record = json.loads((run / "training.json").read_text())
+    (run / "training.json").write_text(json.dumps(record | {"config_file": file}))
+    assert export_run(run, tmp_path / "zoo") == tmp_path / "zoo" / name / "1"
+
+
 def test_detector_that_stock_detectron2_lacks():
     cfg = small_config("ghm_retinanet_R_50")
     ours, stock = small_model("ghm_retinanet_R_50"), small_config("ghm_retinanet_R_50")

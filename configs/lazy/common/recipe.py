@@ -38,3 +38,11 @@ train.statistics_period = 100
 train.seed = -1
 # [task, figure, value, tolerance] each, as in [["bbox", "AP", 37.0, 0.3]]: exit code 1 otherwise.
 train.expected_results = []
+# What MODEL.GHM.TRAINING is in YAML; docs/configuration.md describes it.
+train.val_metric = "bbox/AP"
+train.save_best = False
+train.patience = 0
+train.validation_loss = False
+train.ema_decay = 0.0
+train.accumulation_steps = 1
+train.writers = []

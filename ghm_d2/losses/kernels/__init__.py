@@ -5,7 +5,6 @@ whole-tensor functions (:class:`EagerExamples`) are the only path.
 """
 
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -26,7 +25,7 @@ __all__ = [
     "FusedExamples",
     "compiled_loss",
     "device_examples",
-    "device_settings",
+    "device_takes",
     "regression_kernel",
     "sigmoid_kernel",
     "walk",
@@ -38,7 +37,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 MAX_BINS = 2047  # a histogram is a power of two long, with a place for what does not count
-MAX_TENSORS = 8  # of one launch
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # torch.compile keeps the kernels where PyTorch can be told of them.
 compiled_loss: Any = None
@@ -146,10 +144,8 @@ def _on_device(x: Tensor) -> bool:
     return x.device.type == "cuda" and _HAS_TRITON
 
 
-def device_settings(
-    raw: Sequence[tuple[Tensor, Tensor, Tensor | None]], bins: int, logits: bool
-) -> tuple[int, int] | None:
-    """(kind, columns) for the kernels of a CUDA device, or None where they do not take these.
+def device_takes(raw: Sequence[Arguments], bins: int, logits: bool) -> bool:
+    """Whether the kernels of a CUDA device take these.
 
     Args:
         raw: for each tensor logits (R, K), labels (R,) or (R, K), and weights of either shape, as
@@ -157,29 +153,17 @@ def device_settings(
         bins: number of unit regions.
         logits: which of the two.
     """
-    if not _on_device(raw[0][0]) or bins > MAX_BINS or len(raw) > MAX_TENSORS:
-        return None
-    first = _kind(*raw[0], logits)
-    if first is None or any(_kind(*each, logits) != first for each in raw):
-        return None
-    return first[:2]
-
-
-def _kind(
-    x: Tensor, y: Tensor, weight: Tensor | None, logits: bool
-) -> tuple[int, int, torch.dtype, int] | None:
-    """What all tensors of a launch must have in common; None where no kernel takes them."""
-    if x.dtype not in _DTYPES or y.requires_grad or (not logits and y.dtype == torch.float64):
-        return None
-    # the numbers of triton.py, which has to be imported for none of this
-    kind = 3 if not logits else 1 if y.dim() == 1 else 2
-    # not of a first row: a level without positives has none
-    columns = x.shape[1] if logits else math.prod(x.shape[1:])
-    return kind, columns, x.dtype, 0 if weight is None else weight.dim()
+    return bins <= MAX_BINS and all(
+        _on_device(x)
+        and x.dtype in _DTYPES
+        and not y.requires_grad
+        and (logits or y.dtype != torch.float64)  # a difference is not taken in float64
+        for x, y, _ in raw
+    )
 
 
 def device_examples(
-    raw: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    raw: Sequence[Arguments],
     bins: int,
     eager: Callable[[Sequence[Tensor]], EagerExamples] | None,
     *,
@@ -189,16 +173,13 @@ def device_examples(
     """The examples of a CUDA device, which check and write by themselves, or None.
 
     Args:
-        raw, bins: see :func:`device_settings`.
+        raw, bins: see :func:`device_takes`.
         eager: makes the same examples of the predictions.
-        ignored: what is ignored in the labels.
+        ignored: what is ignored in the labels; None: -1 in those that name classes.
         mu: width of the quadratic part, of deltas, a number or a 0-d float32 tensor on their
             device, which no wait for the device reads; None: these are logits.
     """
-    if (found := device_settings(raw, bins, mu is None)) is None:
+    if not device_takes(raw, bins, mu is None):
         return None
-    kind, columns = found
-    examples: FusedExamples = _triton().TritonExamples(
-        raw, eager, bins, kind=kind, columns=columns, ignored=ignored, mu=0.0 if mu is None else mu
-    )
-    return examples
+    found: FusedExamples = _triton().TritonExamples(raw, eager, bins, ignored=ignored, mu=mu)
+    return found

@@ -15,8 +15,8 @@ from .examples import FusedExamples
 
 __all__ = ["harmonized_loss"]
 
-# Written out, because each version of PyTorch derives a schema from other annotations.
-_SETTINGS = "int kind, int columns, int? ignored, Tensor? mu"
+# Written out: versions of PyTorch differ in the annotations that they can read a schema from.
+_SETTINGS = "int bins, int? ignored, Tensor? mu"
 _TENSORS = "Tensor[] predictions, Tensor[] targets, Tensor[] weights"
 _LOSS = (
     f"({_TENSORS}, Tensor acc_sum, Tensor? num_updates, {_SETTINGS}, float momentum, "
@@ -30,15 +30,15 @@ def _examples(
     predictions: Sequence[Tensor],
     targets: Sequence[Tensor],
     weights: Sequence[Tensor],
-    settings: tuple[int, int, int, int | None, Tensor | None],
+    bins: int,
+    ignored: int | None,
+    mu: Tensor | None,
 ) -> FusedExamples:
     from .triton_launch import TritonExamples
 
-    bins, kind, columns, ignored, mu = settings
-    own: list[Tensor | None] = list(weights) or [None] * len(predictions)
+    own = [w if w.numel() else None for w in weights]
     raw = list(zip(predictions, targets, own, strict=True))
-    width = 0.0 if mu is None else mu
-    return TritonExamples(raw, None, bins, kind=kind, columns=columns, ignored=ignored, mu=width)
+    return TritonExamples(raw, None, bins, ignored=ignored, mu=mu)
 
 
 @torch.library.custom_op("ghm_d2::harmonized_loss", mutates_args=(), schema=_LOSS)
@@ -48,8 +48,7 @@ def harmonized_loss(
     weights: Sequence[Tensor],
     acc_sum: Tensor,
     num_updates: Tensor | None,
-    kind: int,
-    columns: int,
+    bins: int,
     ignored: int | None,
     mu: Tensor | None,
     momentum: float,
@@ -64,9 +63,9 @@ def harmonized_loss(
 
     Args:
         predictions, targets: see `TritonExamples`.
-        weights: as many, or none.
+        weights: as many; one without elements stands for None, which such a list cannot hold.
         acc_sum, num_updates: the running counts before.
-        kind, columns, ignored, mu: see `TritonExamples`.
+        bins, ignored, mu: see `TritonExamples`.
         momentum, normalize_by, decay_empty_bins: see `Averaging`.
         scale: factor of the region weights.
         pooled: whether all tensors share a histogram.
@@ -79,8 +78,7 @@ def harmonized_loss(
     """
     from . import triton_launch
 
-    bins = acc_sum.numel()
-    examples = _examples(predictions, targets, weights, (bins, kind, columns, ignored, mu))
+    examples = _examples(predictions, targets, weights, bins, ignored, mu)
     counts = examples.counts(bins)
     if pooled:
         counts = counts.sum(0, keepdim=True)
@@ -117,14 +115,12 @@ def harmonized_gradient(
     weights: Sequence[Tensor],
     region_weights: Tensor,
     factor: Tensor,
-    kind: int,
-    columns: int,
+    bins: int,
     ignored: int | None,
     mu: Tensor | None,
 ) -> list[Tensor]:
     """The gradients of :func:`harmonized_loss` with respect to its predictions, times a scalar."""
-    bins = region_weights.shape[1]
-    examples = _examples(predictions, targets, weights, (bins, kind, columns, ignored, mu))
+    examples = _examples(predictions, targets, weights, bins, ignored, mu)
     gradients = examples.gradient(region_weights, factor)
     return [g.view_as(x) for g, x in zip(gradients, predictions, strict=True)]
 
@@ -136,8 +132,8 @@ def _(predictions, *_):  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     predictions, targets, weights, _, _, *settings = inputs
-    ctx.lengths, ctx.settings = (len(predictions), len(targets)), settings[:3]
-    ctx.save_for_backward(*predictions, *targets, *weights, output[1], settings[3])
+    ctx.lengths, ctx.settings = (len(predictions), len(targets)), settings[:2]
+    ctx.save_for_backward(*predictions, *targets, *weights, output[1], settings[2])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -146,7 +142,7 @@ def _backward(ctx, factor, *_):  # type: ignore[no-untyped-def]
     first, second = ctx.lengths
     parts = tensors[:first], tensors[first : first + second], tensors[first + second :]
     gradients = harmonized_gradient(*parts, region_weights, factor, *ctx.settings, mu)
-    return gradients, [None] * second, [None] * len(parts[2]), *[None] * 13
+    return gradients, [None] * second, [None] * len(parts[2]), *[None] * 12
 
 
 harmonized_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -82,6 +82,36 @@ class _CpuExamples(FusedExamples):
 
         return finder.total(blocks.map(work), self._numbers_dropped)
 
+    def _sum(
+        self,
+        weights: Tensor,
+        buffers: int,
+        norm_of: Callable[[int, Scratch], Tensor],
+        use: Callable[[int, Scratch, Tensor], float],
+    ) -> float:
+        """Adds up what `use` makes of each block: of its number, its scratch, and its weights.
+
+        The weights lie in the second buffer, which may have held the norms; the first is free.
+        """
+        finder, tables = region_finder(weights.shape[1]), _tables(weights)
+        owners = self._blocks.owners
+
+        def work(numbers: range) -> float:
+            scratch_of = self._blocks.scratch(buffers)
+            total = 0.0
+            for i in numbers:
+                scratch = scratch_of(i)
+                region = finder.find_again(norm_of(i, scratch), scratch, self._corrections[i])
+                weight = scratch.buffers[1]
+                try:
+                    torch.index_select(tables[owners[i]], 0, region, out=weight)
+                except IndexError:  # of a NaN
+                    return torch.nan
+                total += use(i, scratch, weight)
+            return total
+
+        return sum(self._blocks.map(work))
+
     def _empty(self) -> list[Tensor]:
         return [torch.empty_like(x) for x in self.data]
 
@@ -140,35 +170,27 @@ class SigmoidExamples(_CpuExamples):
     def _weighted(
         self, weights: Tensor, want_loss: bool, want_gradient: bool
     ) -> tuple[float, list[Tensor] | None]:
-        finder, tables = region_finder(weights.shape[1]), _tables(weights)
         kept, self._norms = self._norms, None
         gradient = kept
         if gradient is None and want_gradient:
             gradient = self._empty()
         norms = None if kept is None else self._blocks.split(kept)
         gradients = None if gradient is None else self._blocks.split(gradient)
-        owners = self._blocks.owners
 
-        def work(numbers: range) -> float:
-            scratch_of = self._blocks.scratch(3 if norms is None else 2)
-            total = 0.0
-            for i in numbers:
-                scratch = scratch_of(i)
-                norm = self._write_norm(i, scratch.buffers[2]) if norms is None else norms[i]
-                region = finder.find_again(norm, scratch, self._corrections[i])
-                loss, weight = scratch.buffers[:2]
-                try:
-                    torch.index_select(tables[owners[i]], 0, region, out=weight)
-                except IndexError:  # of a NaN
-                    return torch.nan
-                if want_loss:
-                    # Not torch.dot, which adds up one by one and loses a digit on such a block.
-                    total -= self._negative_loss(i, norm, loss).mul_(weight).sum().item()
-                if gradients is not None:
-                    self._write_gradient(i, norm, weight, gradients[i])
+        def norm_of(number: int, scratch: Scratch) -> Tensor:
+            return self._write_norm(number, scratch.buffers[2]) if norms is None else norms[number]
+
+        def use(number: int, scratch: Scratch, weight: Tensor) -> float:
+            norm, total = scratch.buffers[2] if norms is None else norms[number], 0.0
+            if want_loss:
+                # Not torch.dot, which adds up one by one and loses a digit on such a block.
+                loss = self._negative_loss(number, norm, scratch.buffers[0])
+                total = -loss.mul_(weight).sum().item()
+            if gradients is not None:
+                self._write_gradient(number, norm, weight, gradients[number])
             return total
 
-        return sum(self._blocks.map(work)), gradient
+        return self._sum(weights, 3 if norms is None else 2, norm_of, use), gradient
 
     def _negative_loss(self, number: int, norm: Tensor, loss: Tensor) -> Tensor:
         # -softplus(z) = log(1 - sigmoid(z)), but for a large z.
@@ -250,30 +272,20 @@ class RegressionExamples(_CpuExamples):
     def _weighted(
         self, weights: Tensor, want_loss: bool, want_gradient: bool
     ) -> tuple[float, list[Tensor] | None]:
-        finder, tables = region_finder(weights.shape[1]), _tables(weights)
         gradient = self._empty() if want_gradient else None
         gradients = None if gradient is None else self._blocks.split(gradient)
-        owners = self._blocks.owners
 
-        def work(numbers: range) -> float:
-            scratch_of = self._blocks.scratch(5)
+        def norm_of(number: int, scratch: Scratch) -> Tensor:
+            return torch.abs(self._write(number, scratch)[2], out=scratch.buffers[1])
+
+        def use(number: int, scratch: Scratch, weight: Tensor) -> float:
+            square, root, slope = scratch.buffers[2:]
             total = 0.0
-            for i in numbers:
-                scratch = scratch_of(i)
-                square, root, slope = self._write(i, scratch)
-                norm = weight = scratch.buffers[1]
-                region = finder.find_again(
-                    torch.abs(slope, out=norm), scratch, self._corrections[i]
-                )
-                try:
-                    torch.index_select(tables[owners[i]], 0, region, out=weight)
-                except IndexError:  # of a NaN
-                    return torch.nan
-                if want_loss:
-                    # d^2 / (root + mu), as in functional.regression_examples.
-                    total += square.div_(root.add_(self.mu)).mul_(weight).sum().item()
-                if gradients is not None:
-                    gradients[i].copy_(slope.mul_(weight))
+            if want_loss:
+                # d^2 / (root + mu), as in functional.regression_examples.
+                total = square.div_(root.add_(self.mu)).mul_(weight).sum().item()
+            if gradients is not None:
+                gradients[number].copy_(slope.mul_(weight))
             return total
 
-        return sum(self._blocks.map(work)), gradient
+        return self._sum(weights, 5, norm_of, use), gradient

@@ -22,10 +22,9 @@ __all__ = ["BLOCK", "Blocks", "Scratch"]
 # Measured on two cores with 2^16 to 2^21: smaller blocks spend their time in Python and wait for
 # its lock, larger ones need more scratch memory (2 MiB a buffer here).
 BLOCK = 1 << 19
-# The blocks of a thread are at least so many: their scratch memory is then a small part of the
-# whole, ...
+# A thread gets at least so many blocks, or their scratch memory would be a large part of the whole,
 _FEWEST = 8
-# ... but they are not shorter than this for it.
+# but none shorter than this, or the calls would cost more than the work.
 _SHORTEST = 1 << 16
 # Fewer examples than this for each thread are not worth the waiting for its lock.
 _WORTHWHILE = 1 << 19
@@ -138,6 +137,9 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     started = Barrier(threads + 1)
 
     def start() -> None:
+        # Its first look at this number makes a thread take over the process's, so it looks now:
+        # later, each worker would spread over all cores, which the others need.
+        torch.get_num_threads()
         torch.set_num_threads(1)  # for this thread, and for all that start after it ...
         started.wait()
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..density import exact_gradient_density
 from ..functional import at_least_float32, count_unit_regions, harmonized_sum, unit_region_index
 
 __all__ = ["Arguments", "EagerExamples", "EagerPart", "Examples", "FusedExamples"]
@@ -35,8 +36,8 @@ class EagerPart(NamedTuple):
         loss: loss of each example, any shape, on the graph.
         gradient_norm: of the same shape, in [0, 1].
         valid: bool, broadcastable to it, False drops an example; None keeps all.
-        prediction: what they were made of; that it is overwritten before the backward pass is an
-            error here too, whether or not a copy would have saved the gradient.
+        prediction: what they were made of. Overwriting it before the backward pass is an error, as
+            it is with the kernels, also where the gradient would not need it.
     """
 
     loss: Tensor
@@ -79,6 +80,28 @@ class EagerExamples:
                 apply = _HarmonizedSum.apply
                 terms.append(apply(part.loss, region, own, part.prediction.detach()))  # type: ignore[no-untyped-call]
         return sum(terms[1:], start=terms[0])
+
+    def exact_sum(self, epsilon: float, pooled: bool) -> Tensor:
+        """`sum_i loss_i / GD(g_i)` with the exact density, a scalar on the graph.
+
+        Args:
+            epsilon: width of the window.
+            pooled: whether all tensors share one density; else each has its own.
+        """
+        total = torch.zeros((), device=self.parts[0].loss.device)
+        for share in [self.parts] if pooled else [[part] for part in self.parts]:
+            norms = torch.cat([part.gradient_norm.flatten() for part in share])
+            masks = [
+                torch.ones_like(part.gradient_norm, dtype=torch.bool)
+                if part.valid is None
+                else part.valid.expand_as(part.gradient_norm)
+                for part in share
+            ]
+            kept = torch.cat([mask.flatten() for mask in masks])
+            losses = torch.cat([part.loss.flatten() for part in share])
+            density = exact_gradient_density(norms, epsilon, kept)
+            total = total + (losses * torch.where(kept, 1 / density, 0.0)).sum()
+        return total
 
 
 class _HarmonizedSum(torch.autograd.Function):

@@ -1,0 +1,1 @@
+"""Annotations that a detector does not believe: found, shown, marked, dropped or mended."""

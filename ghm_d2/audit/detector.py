@@ -1,0 +1,150 @@
+"""Detections of every image by a trained detector, or by detectors trained on the other images."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ghm_d2 import __file__ as _package
+from ghm_d2.data.split import fold_coco
+from ghm_d2.engine.output_folder import exists_and_is_newer
+from ghm_d2.engine.settings import pair
+from ghm_d2.engine.setup import is_python, load_config
+from ghm_d2.errors import UserError
+from ghm_d2.files import read_json, write_json
+from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
+
+__all__ = ["cross_fit", "detect"]
+
+_TRAIN, _HELD_OUT = "audit_train", "audit_held_out"
+_RECORD = "audit.json"
+
+
+def detect(
+    content: Mapping[str, Any],
+    image_dir: str,
+    folder: Path,
+    config_file: str,
+    overrides: Sequence[str],
+) -> Path:
+    """Runs a trained detector on the images of a data set.
+
+    Args:
+        content: the checked content of the annotation file.
+        image_dir: the folder of its images.
+        folder: to write into; is made.
+        config_file, overrides: of the detector, with its weights.
+
+    Returns:
+        The file of its detections, in COCO's results format.
+
+    Raises:
+        UserError: the evaluation failed, whose message stands above.
+    """
+    file = folder / "held_out.json"
+    write_json(file, content, indent=None)
+    words = ["--eval-only", "--dataset", f"{_HELD_OUT}={file},{image_dir}"]
+    _train([*words, *_config(config_file, overrides, folder)], "the evaluation")
+    return _predictions(folder)
+
+
+def cross_fit(
+    content: Mapping[str, Any],
+    image_dir: str,
+    folder: Path,
+    config_file: str,
+    overrides: Sequence[str],
+    *,
+    folds: int,
+    seed: int,
+    fingerprint: Mapping[str, Any],
+) -> list[Path]:
+    """Trains one detector for each fold on the others, and runs it on the fold.
+
+    A call that was interrupted goes on where it was when it is repeated.
+
+    Args:
+        content, image_dir, config_file, overrides: as for :func:`detect`.
+        folder: to write into; is made. `fold_1` and so on are the OUTPUT_DIRs of the trainings.
+        folds: how many, at least 2.
+        seed: of the folds.
+        fingerprint: tells the data from other data.
+
+    Returns:
+        The files of the detections.
+
+    Raises:
+        UserError: a training failed or was stopped, or the folder holds those of other settings.
+    """
+    settings = {
+        "config_file": config_file,
+        "overrides": list(overrides),
+        "folds": folds,
+        "seed": seed,
+        "data": dict(fingerprint),
+    }
+    parts = fold_coco(content, folds, seed)
+    record = folder / _RECORD
+    if record.exists() and read_json(record) != settings:
+        raise UserError(
+            f"{folder} holds detectors of another data set, config or number of folds "
+            f"({_RECORD}): name another --output."
+        )
+    write_json(record, settings)
+    found = []
+    for number, (rest, held_out) in enumerate(parts, start=1):
+        run = RunFolder(folder / f"fold_{number}")
+        found.append(_predictions(run.folder))
+        if exists_and_is_newer(found[-1], run.folder / FINAL_CHECKPOINT):
+            print(f"fold {number} of {folds} is done already", flush=True)
+            continue
+        print(f"fold {number} of {folds}: {run.folder}", flush=True)
+        words = _config(config_file, overrides, run.folder)
+        for name, part in ((_TRAIN, rest), (_HELD_OUT, held_out)):
+            file = run.folder / f"{name.removeprefix('audit_')}.json"
+            write_json(file, part, indent=None)
+            words += ["--dataset", f"{name}={file},{image_dir}"]
+        if run.last_checkpoint() is not None:
+            words.append("--resume")
+        _train(words, f"the training of fold {number}")
+    return found
+
+
+def _predictions(folder: Path) -> Path:
+    return RunFolder(folder).predictions(_HELD_OUT, [_HELD_OUT])
+
+
+def _config(config_file: str, overrides: Sequence[str], folder: Path) -> list[str]:
+    output = pair(load_config(config_file, overrides), "output_dir", folder)
+    words = [output] if is_python(config_file) else output.split(" ", 1)
+    return ["--config-file", config_file, *overrides, *words]
+
+
+def _train(words: Sequence[str], what: str) -> None:
+    """Runs train_net.py in a process of its own, as each leaves logs and data sets behind.
+
+    A signal that would end this process reaches the training, which writes a checkpoint first.
+    """
+    paths = [str(Path(_package).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    program = [sys.executable, "-m", "ghm_d2", "train", *words]
+    with subprocess.Popen(program, env=environment) as process:
+        # A terminal sends Ctrl-C to both.
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            before[number] = signal.signal(number, lambda n, _: process.send_signal(n))
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if code:
+        error = UserError(
+            f"{what} ended with exit code {code}, for the reason above; the same command goes on "
+            "from its last checkpoint."
+        )
+        error.exit_code = code if code > 0 else 1
+        raise error

@@ -1,0 +1,46 @@
+"""Logs with a JSON object a line, which grow during a training and are cut when it is resumed."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from ghm_d2.errors import cannot
+
+__all__ = ["cut_rows"]
+
+logger = logging.getLogger(__name__)
+
+
+def cut_rows(file: Path, is_undone: Callable[[dict[str, Any]], bool]) -> None:
+    """Removes rows at the end of a log, in place, because a writer may hold the file open.
+
+    Args:
+        file: need not exist.
+        is_undone: whether the iteration of a row is done again; what is no row goes too.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+
+    def goes(line: bytes) -> bool:
+        try:
+            return is_undone(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return True  # the process was killed in the middle of this line
+
+    if not file.exists():
+        return
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+        removed = len(list(takewhile(goes, reversed(lines))))
+        if removed:
+            os.truncate(file, sum(map(len, lines[:-removed])))
+    except OSError as error:
+        raise cannot("cut", file, error) from error
+    if removed:
+        message = "%s: removed %d row(s) of iterations after the checkpoint; they are done again"
+        logger.info(message, file, removed)
