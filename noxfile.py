@@ -32,7 +32,7 @@ def constraints(session: nox.Session, *others: str) -> str:
 def test(session: nox.Session, limits: str, check: str) -> None:
     """Installs everything within these constraints, checks the versions, runs the tests."""
     session.install("-c", limits, "setuptools", "wheel")
-    extras = ".[ablation,detectron2,dev,export,mlflow,wandb]"
+    extras = ".[ablation,detectron2,dev,export,mlflow,tiles,wandb]"
     session.install("--no-build-isolation", "-c", limits, "-e", extras)
     site_packages = session.run(
         "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True

@@ -30,6 +30,7 @@ from ghm_d2.audit.predictions import Detections, read_predictions
 from ghm_d2.audit.suspects import Suspect, choose, judge
 from ghm_d2.data import check_coco_dataset, parse_dataset
 from ghm_d2.data.corrupt import KINDS, box_ious
+from ghm_d2.data.datasets import load_checked
 from ghm_d2.errors import exits_with_one_sentence
 from ghm_d2.files import read_json, write_json
 from ghm_d2.losses.functional import regression_examples
@@ -179,7 +180,7 @@ def main() -> None:
     add("--note", default="", help="how these came about, for the record")
     add("--output", type=Path, required=True)
     args = parser.parse_args()
-    data = check_coco_dataset(parse_dataset(args.dataset)).load()
+    data = load_checked(check_coco_dataset(parse_dataset(args.dataset)))
     files = [file for pattern in args.predictions for file in sorted(glob.glob(pattern))]
     detections = read_predictions(files, data.content, complete=True)
     images = {row["id"] for row in data.content["images"]}

@@ -1,8 +1,51 @@
 """The config keys of this extension."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from detectron2.config import CfgNode as CN
 
 __all__ = ["add_ghm_config"]
+
+# The keys of a number that may also be "auto".
+AUTO_KEYS = tuple(
+    f"MODEL.GHM.{part}.{key}"
+    for part in ("RETINANET", "RPN", "ROI_BOX_HEAD")
+    for key in ("REG.MU",)
+)
+
+
+class _Config(CN):
+    """A config whose `AUTO_KEYS` take a number and "auto".
+
+    yacs lets a value replace one of its own type alone, but any replace None. What is no number and
+    not "auto" either is refused when the config is checked.
+    """
+
+    def __new__(cls, *content: Any, **options: Any) -> CN:
+        # yacs merges nodes of one class alone, and makes those of what it reads by this call.
+        return CN(*content, **options) if content else super().__new__(cls)
+
+    def merge_from_list(self, cfg_list: list[Any]) -> None:
+        for start in range(0, len(cfg_list), 2):  # a key may stand there twice
+            self._open(cfg_list[start : start + 1])
+            super().merge_from_list(cfg_list[start : start + 2])
+
+    def merge_from_other_cfg(self, cfg_other: CN) -> None:
+        self._open(key for key in AUTO_KEYS if _value(cfg_other, key) is not None)
+        super().merge_from_other_cfg(cfg_other)
+
+    def _open(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key in AUTO_KEYS:
+                node, _, leaf = key.rpartition(".")
+                _value(self, node)[leaf] = None
+
+
+def _value(node: Any, key: str) -> Any:
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
 
 
 def _loss_node(bins: int, momentum: float, loss_weight: float) -> CN:
@@ -33,10 +76,12 @@ def _pair_node(cls: CN, reg: CN) -> CN:
     node.CLS = cls
     # GHM-R on the box regression loss.
     node.REG = reg
-    # "ghm_r", or "asl1": authentic smooth L1, normalised as Detectron2's smooth L1, with ENABLED,
-    # LOSS_WEIGHT (1 makes it as strong as smooth L1) and MU alone of the other keys.
+    # "ghm_r", or with ENABLED and LOSS_WEIGHT alone of the other keys: "smooth_l1", which is
+    # Detectron2's with that factor; "asl1", authentic smooth L1 normalised alike, with MU too.
+    # ENABLED False gives Detectron2's loss as it is.
     node.REG.LOSS_TYPE = "ghm_r"
-    # mu of authentic smooth L1, in units of the deltas.
+    # mu of authentic smooth L1, in units of the deltas; "auto": for "ghm_r", 1.5 times a moving
+    # average of the median error, in [0.01, 0.5].
     node.REG.MU = 0.02
     return node
 
@@ -49,6 +94,8 @@ def add_ghm_config(cfg: CN) -> None:
     Args:
         cfg: a config from :func:`detectron2.config.get_cfg`; changed in place.
     """
+    if type(cfg) is CN:
+        object.__setattr__(cfg, "__class__", _Config)  # yacs would take it for a key
     cfg.MODEL.GHM = CN()
     # Pool the region counts over all processes (False: each has its own, as in the authors' code).
     # With IMAGES_PER_HISTOGRAM, the first groups of all processes share counts, and so on.
@@ -80,13 +127,24 @@ def add_ghm_config(cfg: CN) -> None:
     cfg.MODEL.GHM.TRAINING.ACCUMULATION_STEPS = 1
     # Where the figures go besides the terminal, metrics.json and TensorBoard: "wandb", "mlflow".
     cfg.MODEL.GHM.TRAINING.WRITERS = ()
+    # Detectron2's augmentations for training images, as Python would call them:
+    # "RandomRotation([-10, 10]), RandomBrightness(0.8, 1.2)". They come before those of INPUT; one
+    # that sets the size takes the place of MIN_SIZE_TRAIN, and RandomFlip that of RANDOM_FLIP.
+    cfg.MODEL.GHM.AUGMENTATIONS = ""
 
     # META_ARCHITECTURE "GHMRetinaNet": the authors' settings.
     cfg.MODEL.GHM.RETINANET = _pair_node(_loss_node(30, 0.75, 1.0), _loss_node(10, 0.7, 10.0))
-    # "ghm_c", or a baseline of the paper with ENABLED and LOSS_WEIGHT alone of the other keys:
-    # "cross_entropy" (mean over all anchors; the paper's weight is 20) or "ohem" (3 negatives for
-    # each positive). ENABLED False gives focal loss.
+    # "ghm_c", or a baseline of the paper with ENABLED, LOSS_WEIGHT and TARGETS alone of the other
+    # keys: "focal" (Detectron2's, with that factor), "cross_entropy" (mean over all anchors; the
+    # paper's weight is 20) or "ohem" (3 negatives for each positive). ENABLED False gives
+    # Detectron2's focal loss as it is.
     cfg.MODEL.GHM.RETINANET.CLS.LOSS_TYPE = "ghm_c"
+    # Factor of GHM-C for each class: by name ("cup=2, bar=0.5", the others having 1), as a number
+    # for each ("1 2 0.5"), or "balanced": objects / (classes * objects of the class).
+    cfg.MODEL.GHM.RETINANET.CLS.CLASS_WEIGHT = ""
+    # What a positive anchor's own class should score: "hard", 1; "iou", the IoU of its decoded box
+    # with the box matched to it, so that scores rank boxes (with "focal": quality focal loss).
+    cfg.MODEL.GHM.RETINANET.CLS.TARGETS = "hard"
     # One histogram for each FPN "level" (authors' code) or for the whole "batch".
     cfg.MODEL.GHM.RETINANET.SCOPE = "level"
     # Images that share a histogram; 0: all images of the process. 2 makes one GPU with 16 images
@@ -102,6 +160,8 @@ def add_ghm_config(cfg: CN) -> None:
 
     # ROI_HEADS.NAME "GHMROIHeads", or "GHMCascadeROIHeads": every stage has these losses.
     cfg.MODEL.GHM.ROI_BOX_HEAD = _pair_node(_loss_node(30, 0.75, 0.25), _loss_node(10, 0.7, 0.25))
+    # As MODEL.GHM.RETINANET.CLS.CLASS_WEIGHT; with softmax, background has 1.
+    cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.CLASS_WEIGHT = ""
     # Foreground probability at the start with USE_SIGMOID_CE and GHM-C (softmax needs none).
     cfg.MODEL.GHM.ROI_BOX_HEAD.PRIOR_PROB = 0.01
 

@@ -12,6 +12,7 @@ __all__ = [
     "UserError",
     "cannot",
     "command",
+    "counted",
     "exits_with_one_sentence",
     "reason",
     "shown",
@@ -66,6 +67,17 @@ def shown(text: object, limit: int = 300) -> str:
         end = limit // 3  # where a path or a message says what it is about
         text = f"{text[: limit - end - 3]}...{text[-end:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 class", "4,155 boxes": a number of things for a reader.
+
+    Args:
+        number: of them.
+        noun: what one is called.
+    """
+    plural = "" if number == 1 else "es" if noun.endswith(("s", "x")) else "s"
+    return f"{number:,} {noun}{plural}"
 
 
 def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:

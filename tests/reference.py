@@ -11,6 +11,7 @@ Source: Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, a
 Clear rather than fast; the gradient of every loss is written in closed form, with w constant.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -237,27 +238,89 @@ def ghm_c(
 
 
 def ghm_r(*, mu=0.02, bins=10, momentum=0.7, **switches) -> GHMReference:
+    if mu == "auto":
+        return FollowingGHMR(bins=bins, momentum=momentum, **switches)
+
     def examples(*call: Array | None) -> Examples:
         return asl1_examples(*call, mu=mu)
 
     return GHMReference(examples, bins=bins, momentum=momentum, **switches)
 
 
+class FollowingGHMR(GHMReference):
+    """mu = 1.5 A within [0.01, 0.5]; A is a moving average (0.95) of the lower median of |d|, which
+    begins with the first median."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(asl1_examples, **settings)
+        self.average: float | None = None
+
+    def pooled(self, calls: Sequence[tuple]) -> tuple[float, list[Array]]:
+        errors = np.concatenate(
+            [
+                np.abs(np.subtract(pred, target, dtype=np.float64))[
+                    mask_of(weight[0] if weight else None, pred.shape)
+                ]
+                for pred, target, *weight in calls
+            ]
+        )
+        average = self.average
+        if errors.size:
+            median = np.sort(errors)[(errors.size - 1) // 2]
+            average = median if average is None else 0.95 * average + 0.05 * median
+        self.mu = min(max(1.5 * (average or 0.0), 0.01), 0.5)
+        if self.training:
+            self.average = average
+        self.examples = functools.partial(asl1_examples, mu=self.mu)
+        return super().pooled(calls)
+
+
 # The baselines: (loss, gradient), labels (R,) with K = background and -1 = ignored.
 
 
-def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
-    """Sum over the classes, mean over the rows that are not ignored."""
-    examples = sigmoid_examples(logits, labels)
+def cross_entropy(logits: Array, labels: Array, dense: Array | None = None) -> tuple[float, Array]:
+    """Sum over the classes, mean over the rows that are not ignored; `dense` (R, K): targets."""
+    examples = sigmoid_examples(logits, labels if dense is None else dense)
     rows = max(np.count_nonzero(np.asarray(labels) != -1), 1)
-    weights = examples.keep / rows
+    weights = (np.asarray(labels) != -1)[:, None] / rows
     return float((weights * examples.loss).sum()), weights * examples.gradient
 
 
-def ohem(logits: Array, labels: Array, ratio: int) -> tuple[float, Array]:
+def focal(
+    logits: Array,
+    labels: Array,
+    scores: Array | None = None,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> tuple[float, Array]:
+    """Summed; with `scores`, the target of each row's own class, quality focal loss, without alpha.
+
+    d/dx g^gamma BCE = g^gamma (p - t) + gamma g^(gamma - 1) sign(p - t) p (1 - p) BCE, g = |p - t|
+    """
+    x = np.asarray(logits, dtype=np.float64)
+    dense = np.zeros_like(x)
+    for row, label in enumerate(labels):
+        if 0 <= label < x.shape[1]:
+            dense[row, label] = 1.0 if scores is None else scores[row]
+    examples = sigmoid_examples(x, dense)
+    p, g, slope = sigmoid(x), examples.gradient_norm, examples.gradient
+    loss = g**gamma * examples.loss
+    gradient = (
+        g**gamma * slope + gamma * g ** (gamma - 1) * np.sign(slope) * p * (1 - p) * examples.loss
+    )
+    weights = (np.asarray(labels) != -1)[:, None] * np.ones_like(x)
+    if scores is None:
+        weights = weights * np.where(dense == 1, alpha, 1 - alpha)
+    return float((weights * loss).sum()), weights * gradient
+
+
+def ohem(
+    logits: Array, labels: Array, ratio: int, dense: Array | None = None
+) -> tuple[float, Array]:
     """Sum over the classes, mean over the positives and the `ratio` times as many negatives of the
-    largest loss."""
-    examples = sigmoid_examples(logits, labels)
+    largest loss; `dense` (R, K): the targets."""
+    examples = sigmoid_examples(logits, labels if dense is None else dense)
     background = examples.loss.shape[1]
     row_loss = examples.loss.sum(axis=1)
     chosen = [r for r, label in enumerate(labels) if 0 <= label < background]

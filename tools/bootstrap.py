@@ -208,12 +208,12 @@ def install_detectron2(environment: Environment, requested: str) -> None:
 
 def install(environment: Environment, record: dict) -> None:
     """Installs the packages, this project (editable) and, if there is none yet, Detectron2."""
-    constraints, extras = ROOT / "constraints.txt", "ablation,detectron2,dev,export"
+    constraints, extras = ROOT / "constraints.txt", "ablation,detectron2,dev,export,tiles"
     ours = record["requested"] or record["detectron2"] not in ("", "found")
     as_it_is = not ours and probe(str(environment.python))["found"]
     if as_it_is:
         print("setup: Detectron2 is already there: it and its packages stay as they are")
-        constraints, extras = environment.own_limits, "ablation,dev,export"
+        constraints, extras = environment.own_limits, "ablation,dev,export,tiles"
         constraints.write_text(installed_versions(environment))
     record["detectron2"] = "found" if as_it_is else record["requested"] or DETECTRON2_WHEEL
     environment.write(record)

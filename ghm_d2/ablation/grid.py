@@ -9,7 +9,7 @@ import yaml
 
 from ghm_d2.errors import UserError, cannot, reason, similar_names
 
-__all__ = ["TABLES", "Grid", "Row", "load_grid"]
+__all__ = ["TABLES", "Grid", "Row", "Tuning", "load_grid"]
 
 # The paper's tables that come with the package: name -> file.
 TABLES = {path.stem: path for path in sorted((Path(__file__).parent / "tables").glob("*.yaml"))}
@@ -38,6 +38,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How every row of a grid is tuned before it is reported.
+
+    Attributes:
+        keys: config key to the factor, above 1, of one step up or down.
+        tries: configs that each row may try, its own among them, at least 2.
+        seeds: values of SEED; none of them is reported.
+        fraction: of the training images, held out to choose on.
+        split_seed: another one holds other images out.
+    """
+
+    keys: Mapping[str, float]
+    tries: int
+    seeds: tuple[int, ...] = (101,)
+    fraction: float = 0.25
+    split_seed: int = 1
+
+
+@dataclass(frozen=True)
 class Grid:
     """An ablation table before it is run.
 
@@ -52,6 +71,7 @@ class Grid:
         compare: names of the rows compared with it; all others by default.
         published_on: what the published values were measured on.
         note: shown below the heading.
+        tuning: how the rows are tuned first; None: they are taken as they are.
     """
 
     name: str
@@ -64,6 +84,7 @@ class Grid:
     compare: tuple[str, ...] = ()
     published_on: str = ""
     note: str = ""
+    tuning: Tuning | None = None
 
 
 _ROW_FIELDS = tuple(field.name for field in fields(Row))
@@ -122,7 +143,31 @@ def load_grid(file: str | Path) -> Grid:
         compare=compare or tuple(n for n in names if reference and n != reference),
         published_on=str(content.get("published_on", "")),
         note=str(content.get("note", "")).strip(),
+        tuning=_tuning(f"{file}: tuning", content.get("tuning")),
     )
+
+
+def _tuning(where: str, content: Any) -> Tuning | None:
+    if content is None:
+        return None
+    _check_fields(where, content, [field.name for field in fields(Tuning)], ("keys", "tries"))
+    keys = content["keys"]
+    if not isinstance(keys, dict) or not keys:
+        raise UserError(f"{where}: keys must map config keys to factors, got {keys!r}.")
+    numbers = {"tries": 2, "split_seed": 0}
+    found = Tuning(**content | {"seeds": tuple(content.get("seeds", Tuning.seeds))})
+    for key, factor in keys.items():
+        if not isinstance(factor, int | float) or not factor > 1:
+            raise UserError(f"{where}: the factor of {key} must be above 1, got {factor!r}.")
+    for name, least in numbers.items():
+        value = getattr(found, name)
+        if type(value) is not int or value < least:
+            raise UserError(f"{where}: {name} must be a whole number >= {least}, got {value!r}.")
+    if not isinstance(found.fraction, int | float) or not 0 < found.fraction < 1:
+        raise UserError(f"{where}: fraction must lie between 0 and 1, got {found.fraction!r}.")
+    if not found.seeds or any(type(seed) is not int or seed < 0 for seed in found.seeds):
+        raise UserError(f"{where}: seeds must be whole numbers of at least 0.")
+    return found
 
 
 def _row(file: Path, number: int, content: Any) -> Row:

@@ -275,13 +275,13 @@ class _Fingerprints:
         if (file := metadata.get("json_file")) and not os.path.isfile(file):
             DatasetCatalog.get(name)  # the default data set is drawn on first use
         found = self._files.get(name, (metadata.get("json_file"), metadata.get("image_root")))
-        if found[0] and found[1]:
+        if found[0] and found[1] and os.path.isfile(found[0]):
             annotations = _sha256(found[0])
             with open(found[0], encoding="utf-8") as stream:
                 names = [image["file_name"] for image in json.load(stream)["images"]]
             sizes = [os.path.getsize(os.path.join(found[1], name)) for name in names]
             content: list[Any] = [annotations, sorted(zip(names, sizes, strict=True))]
-        else:  # registered by the user's own code
+        else:  # registered by the user's own code, or a folder of labels
             records = DatasetCatalog.get(name)
             content = [
                 record | {"file_name": os.path.basename(record["file_name"])} for record in records

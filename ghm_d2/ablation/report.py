@@ -12,12 +12,17 @@ from .plan import Run
 from .plot import draw_summary
 from .results import Store
 from .stats import mean_and_deviation, paired_difference
+from .tuning import Tuned
 
 __all__ = ["render_markdown", "summarize", "write_report"]
 
 
 def write_report(
-    grid: Grid, runs: Sequence[Run], store: Store, failed: Mapping[str, str]
+    grid: Grid,
+    runs: Sequence[Run],
+    store: Store,
+    failed: Mapping[str, str],
+    tuned: Tuned | None = None,
 ) -> tuple[str, list[Path]]:
     """Write the study, the table and the picture of what is done, into the store's folder.
 
@@ -26,12 +31,16 @@ def write_report(
         runs: its plan.
         store: where the finished runs are.
         failed: identity to reason.
+        tuned: how its rows came to their values.
 
     Returns:
         The table as Markdown, and the files.
     """
     results = {run.id: found for run in runs if (found := store.load(run))}
     summary = summarize(grid, runs, results, failed)
+    if tuned:
+        summary["tuning"] = tuned.record
+        results |= {run.id: found for run in tuned.runs if (found := store.load(run))}
     text = render_markdown(summary)
     stem = store.folder / grid.name
     table = Path(f"{stem}.md")
@@ -160,6 +169,7 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
             )
     parts.append("\n".join(notes))
     parts.append(_comparison_table(summary))
+    parts.append(_tuning_table(summary.get("tuning")))
     if failed := summary["failed"]:
         lines = [f"- {name}: {reason}" for name, reason in failed.items()]
         parts.append("\n".join([f"{len(failed)} failed:", "", *lines]))
@@ -221,6 +231,35 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
         "for their number)."
     )
     return f"## Compared with {summary['reference']}\n\n{table}\n\n{told}"
+
+
+def _tuning_table(record: Mapping[str, Any] | None) -> str:
+    if not record:
+        return ""
+    keys = list(record["keys"])
+    names = [".".join(key.split(".")[-2:]) for key in keys]
+    header = ["", "tries", f"{record['column']} as configured", "chosen", *names]
+    lines = []
+    for name, row in record["rows"].items():
+        scores = [one["score"] for one in row["tries"]]
+        figures = (
+            [scores[0], max((s for s in scores if s is not None), default=None)] if scores else []
+        )
+        cells = [name, str(len(scores)), *("" if s is None else f"{s:.1f}" for s in figures)]
+        cells += [f"{row['chosen'][key]:g}" for key in keys if key in row["chosen"]]
+        lines.append(cells + [""] * (len(header) - len(cells)))
+    factors = ", ".join(
+        f"{n} by {f:g}" for n, f in zip(names, record["keys"].values(), strict=True)
+    )
+    images = record["images"]
+    told = (
+        f"Every row had {record['tries']} tries ({factors}), seed {_list(record['seeds'])}, "
+        f"trained on {images['rest']} of the training images and compared on the other "
+        f"{images['held_out']}. The images and seeds of the tables above chose nothing."
+    )
+    missing = [name for name, row in record["rows"].items() if not row["complete"]]
+    told += f" Not tuned yet: {', '.join(missing)}." if missing else ""
+    return f"## Tuning\n\n{markdown_table(header, lines)}\n\n{told}"
 
 
 def _interval(item: Mapping[str, Any]) -> str:

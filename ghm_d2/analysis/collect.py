@@ -45,14 +45,15 @@ class PartDistributions:
 
         Where they are off, a YAML config still has them, and a Python config the authors' values.
         """
+        losses = {type(m): m for m in module.modules() if isinstance(m, HarmonizedLoss)}
+        ghm_c = losses.get(GHMCLoss) or GHMCLoss()
+        ghm_r = losses.get(GHMRLoss) or GHMRLoss()
         if isinstance(cfg, CfgNode):
             node, focal = cfg.MODEL.GHM[part], cfg.MODEL.RETINANET
             bins = node.CLS.BINS, node.REG.BINS
-            mu, alpha, gamma = node.REG.MU, focal.FOCAL_LOSS_ALPHA, focal.FOCAL_LOSS_GAMMA
+            alpha, gamma = focal.FOCAL_LOSS_ALPHA, focal.FOCAL_LOSS_GAMMA
+            mu = ghm_r.mu if node.REG.MU == "auto" else node.REG.MU
         else:
-            losses = {type(m): m for m in module.modules() if isinstance(m, HarmonizedLoss)}
-            ghm_c = losses.get(GHMCLoss) or GHMCLoss()
-            ghm_r = losses.get(GHMRLoss) or GHMRLoss()
             bins, mu = (ghm_c.bins, ghm_r.bins), ghm_r.mu
             alpha = getattr(module, "focal_loss_alpha", 0.25)
             gamma = getattr(module, "focal_loss_gamma", 2.0)
@@ -60,7 +61,7 @@ class PartDistributions:
         activation = "softmax" if softmax else "sigmoid"
         return cls(
             ClassificationDistribution(bins[0], alpha, gamma, activation),
-            RegressionDistribution(bins[1], mu),
+            RegressionDistribution(bins[1], float(mu)),
         )
 
 

@@ -67,6 +67,11 @@ def settings_of(cfg: CfgNode) -> MmdetSettings:
         )
     parts = cfg.MODEL.GHM.RETINANET
     harmonised = cfg.MODEL.META_ARCHITECTURE == "GHMRetinaNet"
+    if harmonised and parts.REG.ENABLED and parts.REG.MU == "auto":
+        raise UserError(
+            "the config has MODEL.GHM.RETINANET.REG.MU = 'auto', and only a number can be "
+            "converted."
+        )
     return MmdetSettings(
         ratios=ratios[0],
         sizes=sizes,

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from ghm_d2.ablation import TABLES, Grid, Run, load_grid, plan_runs, write_report
+from ghm_d2.ablation import TABLES, Grid, Run, load_grid, plan_runs, tune, write_report
 from ghm_d2.ablation.execute import CLUSTERS, Outcome, execute
 from ghm_d2.ablation.results import Store
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.engine.preemption import PREEMPTED
-from ghm_d2.engine.setup import is_python, locate_config_file
+from ghm_d2.engine.setup import given_keys, is_python, locate_config_file
 from ghm_d2.errors import UserError, exits_with_one_sentence
 from ghm_d2.provenance import machine
 
@@ -86,31 +86,49 @@ def _run(grid: Grid, args: argparse.Namespace) -> None:
     """Plan, run what is not done, report."""
     _check(args)
     parameters = _parameters(args.cluster_option)
+    if grid.tuning and (both := set(grid.tuning.seeds) & set(args.seeds)):
+        raise UserError(f"--seeds {min(both)} is a seed that the grid is tuned with: give others.")
+    if grid.tuning and (both := set(grid.tuning.keys) & given_keys(_base(grid, args), args.opts)):
+        raise UserError(f"{min(both)} cannot be set for all runs: the grid tunes it.")
     try:
         store = Store(Path(args.output))
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be written ({error}).") from error
-    runs = plan_runs(
-        grid,
-        args.seeds,
-        datasets=args.dataset,
-        pairs=args.opts,
-        config_file=args.config_file and locate_config_file(args.config_file),
-        num_gpus=args.num_gpus,
-        scratch=store.work,
-        complete=not args.report_only,
-    )
-    _warn_of_equal_rows(runs)
+
+    def plan(rows: Grid, seeds: Sequence[int], datasets: Sequence[str]) -> list[Run]:
+        return plan_runs(
+            rows,
+            seeds,
+            datasets=datasets,
+            pairs=args.opts,
+            config_file=args.config_file and locate_config_file(args.config_file),
+            num_gpus=args.num_gpus,
+            scratch=store.work,
+            complete=not args.report_only,
+        )
+
     outcome = Outcome()
-    if not args.report_only:
+
+    def bring(runs: Sequence[Run]) -> dict[str, str]:
+        if args.report_only:
+            return {}
         threads = args.threads or max(machine()["cores"] // args.jobs, 1)
-        outcome = execute(runs, store, args.jobs, threads, args.num_gpus, args.cluster, parameters)
-    text, files = write_report(grid, runs, store, outcome.failed)
+        done = execute(runs, store, args.jobs, threads, args.num_gpus, args.cluster, parameters)
+        outcome.failed |= done.failed
+        return done.failed
+
+    tuned = None
+    if grid.tuning:
+        tuned = tune(grid, grid.tuning, args.dataset, store, plan, bring)
+    runs = plan(tuned.grid if tuned else grid, args.seeds, args.dataset)
+    _warn_of_equal_rows(runs)
+    bring(runs)
+    text, files = write_report(grid, runs, store, outcome.failed, tuned)
     print(f"\n{text}")
     for file in files:
         print(f"  {file}")
     if outcome.failed:
-        number = len({run.id for run in runs})
+        number = len({run.id for run in [*runs, *(tuned.runs if tuned else [])]})
         logger.warning(
             "%d of %d runs failed; the same command tries them again", len(outcome.failed), number
         )
@@ -125,8 +143,12 @@ def _first_look(words: Sequence[str]) -> tuple[Grid | None, bool]:
     args, _ = parser.parse_known_args(words)
     file = TABLES.get(args.table, args.grid)
     grid = load_grid(file) if file else None
-    base = args.config_file or (grid and str(grid.config_file))
-    return grid, bool(base) and is_python(base)
+    return grid, grid is not None and is_python(_base(grid, args))
+
+
+def _base(grid: Grid, args: argparse.Namespace) -> str:
+    """The config file that all rows start from."""
+    return str(args.config_file or grid.config_file)
 
 
 def _check(args: argparse.Namespace) -> None:

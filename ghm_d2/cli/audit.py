@@ -17,6 +17,7 @@ from ghm_d2.audit.suspects import choose, judge
 from ghm_d2.data import check_coco_dataset, parse_dataset
 from ghm_d2.data.coco import CocoData
 from ghm_d2.data.corrupt import KINDS
+from ghm_d2.data.datasets import load_checked
 from ghm_d2.data.split import write_coco
 from ghm_d2.engine.arguments import (
     CONFIG_FILE_HELP,
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{file} exists already: name another --output, or replace it with --overwrite."
                 )
         dataset = check_coco_dataset(parse_dataset(args.dataset[0]))
-        data = dataset.load()
+        data = load_checked(dataset)
         if not data.keep_written_ids():
             logger.warning("annotation ids are missing, equal or no numbers: they are given anew")
         found = _detections(args, data, dataset.image_root)

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from ghm_d2.data.coco import check_content
 from ghm_d2.data.corrupt import KINDS, corrupt_coco
-from ghm_d2.data.registration import log_repairs, refuse
+from ghm_d2.data.dataset_folders import is_foreign
+from ghm_d2.data.datasets import log_repairs, refuse
 from ghm_d2.data.split import describe, write_coco
 from ghm_d2.data.tables import read_annotations
 from ghm_d2.engine.arguments import Parser
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.errors import UserError, command, exits_with_one_sentence
 
 __all__ = ["main"]
 
@@ -56,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not shares:
             options = ", ".join(f"--{kind.replace(' ', '-')}" for kind in KINDS)
             raise UserError(f"nothing to do: give one or more of {options}.")
+        if is_foreign(args.annotations):
+            raise UserError(
+                f"{file} is no annotation file in COCO format: {command('import-data')} {file} "
+                "makes one."
+            )
         content = read_annotations(file)
         rows = content.get("annotations")  # also those that are left out, whose ids are taken
         data = check_content(content, root=args.image_dir)

@@ -8,17 +8,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from ghm_d2.data import register_datasets
 from ghm_d2.data.anchor_check import AnchorSettings, anchor_report
 from ghm_d2.data.annotations import Uses
-from ghm_d2.data.look_pictures import draw_grid, draw_histograms, spread
-from ghm_d2.data.look_statistics import count_data, summary
+from ghm_d2.data.loader import build_train_mapper
+from ghm_d2.data.look_pictures import (
+    MOST_COMPARED,
+    draw_augmented,
+    draw_grid,
+    draw_histograms,
+    spread,
+)
+from ghm_d2.data.look_statistics import DataStatistics, count_data, summary
+from ghm_d2.engine import python_build
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.engine.python_config import read_anchors
-from ghm_d2.engine.settings import read_settings
+from ghm_d2.engine.settings import Config, read_settings
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
@@ -32,7 +40,7 @@ _PROGRAM = "ghm-d2 look"
 def _parser() -> Parser:
     parser = Parser(
         prog=_PROGRAM,
-        usage="%(prog)s --output DIR (--dataset NAME=annotations.json,image_dir ... | "
+        usage="%(prog)s --output DIR (--dataset NAME=annotations.json,image_dir|NAME=FOLDER ... | "
         "--config-file FILE) [options] [KEY VALUE ...]",
         description="A first look at data: images with their boxes, histograms of classes and box "
         "sizes, and a summary. With --config-file also how well its anchors fit.",
@@ -42,10 +50,16 @@ def _parser() -> Parser:
     add("--output", required=True, type=Path, metavar="DIR", help="for the pictures; is made")
     add_dataset_option(
         parser,
-        "COCO-format data (repeatable)",
+        "COCO-format data, or a folder of any tool's labels (repeatable)",
     )
     add("--config-file", metavar="FILE", help="look at its DATASETS where no --dataset is given")
     add("--images", type=int, default=12, metavar="N", help="images that are drawn (12)")
+    add(
+        "--augmented",
+        action="store_true",
+        help="draw images also as the detector of --config-file will see them in training, twice "
+        "each",
+    )
     return parser
 
 
@@ -59,26 +73,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
     """
     with exits_with_one_sentence(_PROGRAM):
-        args = parse_arguments(sys.argv[1:] if argv is None else argv, _parser())
+        words = sys.argv[1:] if argv is None else argv
+        args = parse_arguments(words, _parser(), flags=("-h", "--help", "--augmented"))
         if args.images < 1:
             raise UserError(f"--images must be at least 1, got {args.images}.")
         setup_logger(name="ghm_d2")
-        anchors, names = _data_sets(args)
+        cfg, names = _data_sets(args)
         try:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot("made", f"--output {args.output}", error) from error
-        for name in names:
-            _look(name, anchors, args)
+        compared = [_look(name, cfg, args) for name in names]
+        compared = [data for data in compared if len(data.sides)][:MOST_COMPARED]
+        if len({data.classes for data in compared}) == 1 < len(compared):
+            draw_histograms(compared, args.output / "compared.png")
+            print(f"\nAll of them in one picture:\n  {args.output / 'compared.png'}")
 
 
-def _data_sets(args: argparse.Namespace) -> tuple[AnchorSettings | None, list[str]]:
+def _data_sets(args: argparse.Namespace) -> tuple[Config | None, list[str]]:
     if args.config_file:
         cfg, datasets = build_config(args.config_file, args.opts, args.dataset, log_to_file=False)
-        settings = read_settings(cfg)
-        names = [dataset.name for dataset in datasets] or [*settings.train, *settings.test]
-        anchors = AnchorSettings.of(cfg) if isinstance(cfg, CfgNode) else read_anchors(cfg)
-        return anchors, list(dict.fromkeys(names))
+        names = [dataset.name for dataset in datasets]
+        if not names:
+            settings = read_settings(cfg)
+            names = [*settings.train, *settings.test]
+        return cfg, list(dict.fromkeys(names))
+    if args.augmented:
+        raise UserError("--augmented shows what a config does: give --config-file FILE too.")
     if args.opts:
         raise UserError(f"{args.opts[0]} overrides a config: give --config-file FILE too.")
     if not args.dataset:
@@ -87,7 +108,22 @@ def _data_sets(args: argparse.Namespace) -> tuple[AnchorSettings | None, list[st
     return None, [dataset.name for dataset in register_datasets(args.dataset, uses=boxes)]
 
 
-def _look(name: str, anchors: AnchorSettings | None, args: argparse.Namespace) -> None:
+def _anchors(cfg: Config) -> AnchorSettings | None:
+    return AnchorSettings.of(cfg) if isinstance(cfg, CfgNode) else read_anchors(cfg)
+
+
+def _mapper(cfg: Config) -> DatasetMapper:
+    build = build_train_mapper if isinstance(cfg, CfgNode) else python_build.build_train_mapper
+    mapper = build(cfg)
+    if not isinstance(mapper, DatasetMapper):
+        raise UserError(
+            f"--augmented shows what Detectron2's DatasetMapper makes of images, and "
+            f"dataloader.train.mapper is {type(mapper).__name__}."
+        )
+    return mapper
+
+
+def _look(name: str, cfg: Config | None, args: argparse.Namespace) -> DataStatistics:
     if name not in DatasetCatalog:
         raise UserError(f"there is no data set {name}: give --dataset {name}=ann.json,image_dir.")
     try:
@@ -99,10 +135,11 @@ def _look(name: str, anchors: AnchorSettings | None, args: argparse.Namespace) -
     metadata = MetadataCatalog.get(name)
     data = count_data(name, records, metadata.get("thing_classes") or ())
     text = summary(data)
-    if fit := anchor_report(anchors, records)[0]:
+    if cfg is not None and (fit := anchor_report(_anchors(cfg), records)[0]):
         text += f"\nanchors of {args.config_file}: {fit}"
     stem = re.sub(r"[^\w.-]", "_", name)  # a data set may be called anything
-    files = [args.output / f"{stem}_{what}" for what in ("images.png", "boxes.png", "summary.txt")]
+    parts = ("images.png", "boxes.png", "summary.txt", "augmented.png")
+    files = [args.output / f"{stem}_{what}" for what in parts]
     picked = spread(records, args.images)
     unreadable = draw_grid(picked, metadata, files[0])
     for sentence in unreadable:
@@ -112,9 +149,12 @@ def _look(name: str, anchors: AnchorSettings | None, args: argparse.Namespace) -
             "%d of %d images could not be read and are not drawn", len(unreadable), len(picked)
         )
     if len(data.sides):
-        draw_histograms(data, files[1])
+        draw_histograms([data], files[1])
+    if args.augmented:
+        draw_augmented(picked[: -(-args.images // 2)], _mapper(cfg), metadata, files[3])
     files[2].write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n")
     for file in files:
         if file.exists():
             print(f"  {file}")
+    return data

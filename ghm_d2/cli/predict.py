@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ghm_d2.data.tiles import check_tiling
 from ghm_d2.deploy.coco_ids import image_ids
 from ghm_d2.deploy.predict import Predictor
 from ghm_d2.deploy.setup import (
@@ -56,6 +57,14 @@ def _parser() -> Parser:
         help="detections with lower scores are neither drawn nor written (that with the best F1 in "
         "the evaluation of the training, where the weights have one, or 0.5)",
     )
+    add(
+        "--tile",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="look at each image also in tiles of this side, which overlap by a fifth, for objects "
+        "that are small in large images (needs pip install 'ghm_d2[tiles]'; boxes alone)",
+    )
     add("--no-pictures", action="store_true", help="draw nothing")
     add("--overwrite", action="store_true", help=f"replace a {_RESULTS} that is there")
     return parser
@@ -78,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if threshold is not None and not 0 <= threshold <= 1:
             raise UserError(f"--confidence-threshold must lie in [0, 1], got {threshold}.")
         output = Path(args.output)
+        if args.tile:
+            check_tiling(args.tile, 0)
         files = list_files(args.input, IMAGE_SUFFIXES + VIDEO_SUFFIXES, without=output)
         outputs = {} if args.no_pictures else _outputs(files, output)
         _make(output, args.overwrite)
@@ -94,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 metadata.get("name", "a data set with the classes of the weights"),
                 f", and what is found in them goes to {_OTHERS}" if known else "",
             )
-        predictor = Predictor(cfg, detector.model, metadata, threshold)
+        predictor = Predictor(cfg, detector.model, metadata, threshold, args.tile)
         results: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for number, file in enumerate(tqdm(files, desc="predicting", unit="file"), start=1):
             image_id = known.get(file, number)

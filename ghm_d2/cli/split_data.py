@@ -12,11 +12,12 @@ from pathlib import Path
 
 from ghm_d2.data.annotations import Uses
 from ghm_d2.data.coco import check_content
-from ghm_d2.data.registration import log_repairs, refuse
+from ghm_d2.data.dataset_folders import is_foreign
+from ghm_d2.data.datasets import log_repairs, refuse
 from ghm_d2.data.split import describe, split_coco, write_coco
 from ghm_d2.data.tables import read_annotations
 from ghm_d2.engine.arguments import Parser
-from ghm_d2.errors import exits_with_one_sentence
+from ghm_d2.errors import UserError, command, exits_with_one_sentence
 
 __all__ = ["main"]
 
@@ -37,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exits_with_one_sentence(parser.prog):
         args = parser.parse_args(argv)
         file = str(args.annotations)
+        if is_foreign(args.annotations):
+            raise UserError(
+                f"{file} is no annotation file in COCO format: {command('import-data')} {file} "
+                f"--val-fraction {args.fraction:g} --output-dir {args.output_dir} splits labels of "
+                "other kinds."
+            )
         # What training would refuse is worth knowing before there are two such files.
         data = check_content(read_annotations(file), uses=Uses(keypoints=False))
         refuse(file, data.found)

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import BoxMode
 
 from .anchors import ENOUGH_IOU, Anchors, InputSize, best_shape_iou, suggest
+from .augmentation import sets_size
 
 __all__ = ["AnchorSettings", "anchor_report", "configured_anchors", "log_anchor_fit"]
 
@@ -43,9 +44,13 @@ class AnchorSettings:
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "AnchorSettings | None":
-        """Those of a config of Detectron2; None without axis-aligned anchors."""
+        """Those of a config of Detectron2.
+
+        None without axis-aligned anchors, and where `MODEL.GHM.AUGMENTATIONS` sets the size of
+        images.
+        """
         anchors, is_range = configured_anchors(cfg), cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
-        if anchors is None:
+        if anchors is None or sets_size(cfg):
             return None
         size = InputSize.drawn_from(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, is_range)
         return cls(anchors, size, _WORDS, is_range)
@@ -83,7 +88,7 @@ def anchor_report(
     iou = best_shape_iou(settings.input_size.resize(boxes, images), settings.anchors)
     share = float((iou >= ENOUGH_IOU).mean())
     text = (
-        f"{share:.0%} of {len(boxes)} boxes{f' (1 image in {every})' if every > 1 else ''} have "
+        f"{share:.0%} of {len(boxes):,} boxes{f' (1 image in {every})' if every > 1 else ''} have "
         f"an anchor with IoU >= {ENOUGH_IOU} by shape, after the resize of the training images"
     )
     if share > 0.5:

@@ -1,89 +1,133 @@
-"""CVAT's own XML, "CVAT for images": one file for all images of a task."""
+"""CVAT's own XML, for images and for videos: one file for all images of a task."""
 
-import math
-from collections.abc import Callable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from .fields import number
 from .image_files import find_images
-from .voc import LabelledImage, VocObject, image_size, polygon_corners
+from .labels import LabelledImage, LabelledObject, checked_size, ellipse, outline, rectangle
 
 __all__ = ["read_cvat"]
 
 _SPLIT = "subset"  # an attribute of an image, where the task has subsets
+_BOX = ("xtl", "ytl", "xbr", "ybr")
 
 
-def read_cvat(root: Element, folder: Path, report: Callable[[str], None]) -> list[LabelledImage]:
-    """The images of one file, and their boxes.
+def read_cvat(
+    root: Element, folder: Path, images: Sequence[Path], report: Callable[[str], None]
+) -> Iterator[LabelledImage]:
+    """The images of one file, and their objects.
 
-    CVAT counts from 0 and its corners are places between pixels. Of a polygon the box around it is
-    taken; other shapes are no objects of a detector.
+    CVAT counts from 0 and its corners are places between pixels. Lines and points are no objects of
+    a detector. Of a video, the images are its frames.
 
     Args:
         root: of the file, <annotations>.
         folder: that holds the images, also further below.
+        images: all image files in it.
         report: takes what is wrong with an image that is left out; it follows the file's name.
 
     Raises:
         ValueError: it holds no image; the message follows the name of the file.
     """
-    nodes = root.findall("image")
-    if not nodes:
-        way_out = "export the task as CVAT for images" if root.find("track") is not None else ""
-        raise ValueError(f"holds no <image>{': ' * bool(way_out)}{way_out}")
-    places = find_images([node.get("name", "") for node in nodes], str(folder))
-    images = []
-    for node, place in zip(nodes, places, strict=True):
+    if root.find("image") is None and root.find("track") is not None:
+        found = _frames(root, images)
+    elif root.find("image") is None:
+        raise ValueError("holds no <image>")
+    else:
+        nodes = root.findall("image")
+        places = find_images([node.get("name", "") for node in nodes], str(folder))
+        found = [
+            (node.get("name"), place.path, node, list(node))
+            for node, place in zip(nodes, places, strict=True)
+        ]
+    for name, path, node, shapes in found:
         try:
-            images.append(_image(node, place.path))
+            yield _image(node, path, shapes)
         except ValueError as error:
-            report(f"{node.get('name')!r} {error}")
-    return images
+            report(f"{name!r} {error}")
 
 
-def _image(node: Element, path: str | None) -> LabelledImage:
+def _image(node: Element | None, path: str | Path | None, shapes: Sequence) -> LabelledImage:
     if path is None:
         raise ValueError("has no image of this name")
-    width, height = image_size(Path(path))
-    written = tuple(number(node.get(side)) for side in ("width", "height"))
-    if all(written) and written != (width, height):
-        raise ValueError(
-            f"is for an image of {written[0]:g} x {written[1]:g} pixels, but the file has "
-            f"{width} x {height}: the boxes would be wrong"
-        )
+    written = (None, None) if node is None else (node.get("width"), node.get("height"))
+    width, height = checked_size(Path(path), *written)
     objects, lost = [], []
-    for shape in node:
+    for shape in shapes:
+        if shape.tag == "tag":  # of the image as a whole
+            continue
         name = (shape.get("label") or "").strip()
-        corners = _corners(shape)
-        if corners is None or not name:
+        found = _object(name, shape) if name else None
+        if found is None:
             lost.append(f"holds a <{shape.tag}> without a box or label")
         else:
-            objects.append(VocObject(name, corners, outline=shape.tag != "box", from_zero=True))
-    if lost and not objects:
-        raise ValueError(lost[0])
-    split = (node.get(_SPLIT) or "").strip()
+            objects.append(found)
+    split = "" if node is None else (node.get(_SPLIT) or "").strip()
     return LabelledImage(Path(path), width, height, tuple(objects), split, tuple(lost))
 
 
-def _corners(shape: Element) -> tuple[float, float, float, float] | None:
+def _object(name: str, shape: Element) -> LabelledObject | None:
     if shape.tag == "box":
-        values = [number(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr")]
-        return None if None in values else _turned(values, number(shape.get("rotation")) or 0)
+        return rectangle(name, [shape.get(key) for key in _BOX], shape.get("rotation"))
     if shape.tag == "polygon":
-        points = [point.split(",") for point in (shape.get("points") or "").split(";")]
-        if any(len(point) != 2 for point in points):
-            return None
-        x, y = zip(*points, strict=True)
-        return polygon_corners([number(v) for v in x], [number(v) for v in y])
+        return outline(name, [(shape.get("points") or "").replace(";", ",").split(",")])
+    if shape.tag == "ellipse":
+        return ellipse(
+            name, *([shape.get(k) for k in keys] for keys in (("cx", "cy"), ("rx", "ry")))
+        )
+    if shape.tag == "mask":
+        left, top, w, h = (number(shape.get(key)) for key in ("left", "top", "width", "height"))
+        known = None not in (left, top, w, h)
+        return LabelledObject(name, (left, top, left + w, top + h)) if known else None
     return None
 
 
-def _turned(values: Sequence[float], degrees: float) -> tuple[float, float, float, float]:
-    """The box around one that is turned about its centre."""
-    x0, y0, x1, y1 = values
-    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    w, h = (x1 - x0) / 2, (y1 - y0) / 2
-    w, h = w * cos + h * sin, w * sin + h * cos
-    cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
-    return (cx - w, cy - h, cx + w, cy + h) if degrees else (x0, y0, x1, y1)
+def _frames(root: Element, images: Sequence[Path]) -> list:
+    """The frames of a video: every image whose name ends in a number, and the shapes in it."""
+    numbered: dict[int, list[Path]] = defaultdict(list)
+    for image in images:
+        if digits := re.search(r"\d+$", image.stem):
+            numbered[int(digits[0])].append(image)
+    if not numbered:
+        raise ValueError(
+            "is of a video, and there are no images whose names end in the numbers of its frames: "
+            "export it with its images, or write them with "
+            "ffmpeg -i VIDEO -start_number 0 images/frame_%06d.png"
+        )
+    if any(len(files) > 1 for files in numbered.values()):
+        raise ValueError("is of a video, and images of several videos lie beside it")
+    shapes: dict[int, list[Element]] = defaultdict(list)
+    for track in root.findall("track"):
+        for frame, shape in _visible(track):
+            shapes[frame].append(shape)
+    absent = [(f"frame {k}", None, None, shapes[k]) for k in sorted(shapes) if k not in numbered]
+    return [(f.name, f, None, shapes[k]) for k, (f,) in sorted(numbered.items())] + absent
+
+
+def _visible(track: Element) -> Iterator[tuple[int, Element]]:
+    """Each frame in which a track is to be seen; boxes between two that are written lie between."""
+    known = {int(number(shape.get("frame")) or 0): shape for shape in track}
+    frames = sorted(known)
+    for frame, end in zip(frames, [*frames[1:], *frames[-1:]], strict=True):
+        shape = known[frame]
+        if shape.get("outside") == "1":
+            continue
+        shape.set("label", track.get("label") or "")
+        yield frame, shape
+        for between in range(frame + 1, end):
+            yield between, _between(shape, known[end], (between - frame) / (end - frame))
+
+
+def _between(first: Element, second: Element, share: float) -> Element:
+    """The box that CVAT draws; other shapes, and one that goes away, stay where they are."""
+    made = Element(first.tag, dict(first.attrib))
+    if first.tag == second.tag == "box" and second.get("outside") != "1":
+        for key in _BOX:
+            a, b = number(first.get(key)), number(second.get(key))
+            if a is not None and b is not None:
+                made.set(key, str(a + (b - a) * share))
+    return made

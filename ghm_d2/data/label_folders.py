@@ -1,25 +1,50 @@
-"""Folders of Pascal VOC or CVAT labels: their XML files, images, and lists of splits."""
+"""Folders of labels: which tool wrote them, and where their files and images lie."""
 
-import logging
+import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-
-from tqdm import tqdm
+from pathlib import Path
+from typing import Any
 
 from ghm_d2.errors import UserError
 
-from .cvat import read_cvat
-from .voc import LabelledImage, read_annotation
-from .xml_files import read_xml
+from .label_studio import is_label_studio
+from .labelme import is_labelme
+from .tables import read_json
+from .via import is_via, via_table
+from .yolo import YoloSet, find_yolo
 
-__all__ = ["LabelFolder", "Images", "find_folder", "members", "read_images", "split_of_folder"]
+__all__ = [
+    "COCO",
+    "LABELME",
+    "LABEL_STUDIO",
+    "VIA",
+    "XML",
+    "YOLO",
+    "LabelFolder",
+    "coco_files",
+    "find_folder",
+    "folder_split",
+    "is_image",
+    "json_kind",
+    "read_table",
+    "split_word",
+]
 
-logger = logging.getLogger(__name__)
-
-Images = Mapping[tuple["LabelFolder", str], LabelledImage]
+COCO, YOLO, XML, VIA = "COCO", "YOLO", "VOC or CVAT", "VIA"
+LABELME, LABEL_STUDIO = "labelme", "Label Studio"
+_JSON = {
+    COCO: lambda x: isinstance(x, dict) and {"images", "categories"} <= set(x),
+    LABELME: is_labelme,
+    VIA: is_via,
+    LABEL_STUDIO: is_label_studio,
+}
+_KINDS = "COCO, YOLO, VOC, CVAT, labelme, VIA or Label Studio"
+_HIDDEN = (".", "__MACOSX")
+_MOST_LOOKED_AT = 200  # JSON files; of labelme there may be one for each image
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 # Folders that say what their images are for, and what this project calls it.
@@ -32,207 +57,211 @@ _SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
-_SHOWN = 10  # broken files that are named one by one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelFolder:
-    """One folder of labelled images: where its XML files, images and lists of splits lie."""
+    """One folder of labelled images: what wrote its labels, and where its parts lie.
+
+    Attributes:
+        path: of the folder.
+        kind: of the labels.
+        files: that hold them; of YOLO none, whose images lead to them.
+        annotations: the folder or file of the labels.
+        images: the folder of the images, which may lie further below.
+        yolo: what a folder of YOLO labels declares.
+    """
 
     path: Path
+    kind: str
+    files: tuple[Path, ...]
     annotations: Path
     images: Path
+    yolo: YoloSet | None = None
 
     @cached_property
     def lists(self) -> dict[str, Path]:
         """The lists of images in ImageSets/Main, by the names of the splits."""
         return {file.stem: file for file in (self.path / "ImageSets" / "Main").glob("*.txt")}
 
-    def xml_files(self) -> list[Path]:
-        """All of them, also in folders below; whichever case their suffix has."""
-        return sorted(f for f in self.annotations.rglob("*") if f.suffix.lower() == ".xml")
-
+    @cached_property
     def image_files(self) -> dict[str, list[Path]]:
         """All images, by their names without suffix."""
         found: dict[str, list[Path]] = defaultdict(list)
-        for file in sorted(self.images.rglob("*")):
-            if file.suffix.lower() in _IMAGE_SUFFIXES:
+        for file in _below(self.images):
+            if is_image(file):
                 found[file.stem].append(file)
         return found
 
+    @property
+    def tool(self) -> str:
+        """What wrote the labels, for a message."""
+        if self.kind != XML:
+            return self.kind
+        with self.files[0].open("rb") as stream:
+            return "CVAT" if b"<annotations" in stream.read(4096) else "Pascal VOC"
 
-def find_folder(path: Path) -> LabelFolder:
-    """Where the parts of a folder are.
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those that the folder declares, in their order; empty where it does not."""
+        return self.yolo.names if self.yolo else ()
+
+
+def find_folder(path: Path, images: Path | None = None) -> LabelFolder:
+    """What wrote the labels of a folder, and where its parts are.
+
+    Args:
+        path: a folder, or one file that holds the labels of many images.
+        images: the folder of the images; None: the folder itself.
 
     Raises:
-        UserError: it does not exist or holds no XML file.
+        UserError: it does not exist, or holds no labels or those of several tools.
     """
     path = path.expanduser().resolve()
-    if not path.is_dir():
+    if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
+        path = path.parent
+    if path.is_file():
+        folder, files = path.parent, [path]
+        annotations = path
+    elif path.is_dir():
+        folder = annotations = path
+        if inner := _inner(path):
+            return find_folder(inner, images)
+        annotations = _first(path / "Annotations", path / "annotations", path)
+        files = _below(path)
+    else:
         raise UserError(f"the folder {path} does not exist.")
-    annotations = _first(path / "Annotations", path / "annotations", path)
-    folder = LabelFolder(path, annotations, _first(path / "JPEGImages", path / "images", path))
-    inner = sorted(p.parent.name for p in path.glob("*/[Aa]nnotations"))
-    if annotations == path and inner:
-        raise UserError(f"{path} holds no XML file: give its folders {', '.join(inner)}.")
-    if not folder.xml_files():
-        raise UserError(f"{annotations} holds no XML file.")
+    root = images.expanduser().resolve() if images else _image_root(folder)
+    found: dict[str, list[Path]] = defaultdict(list)
+    if xml := [f for f in files if f.suffix.lower() == ".xml"]:
+        found[XML] = [f for f in xml if f.is_relative_to(annotations)] or xml
+    _find_json(files, found)
+    made = LabelFolder(folder, "", (), annotations, root)
+    texts = [f for f in files if f.suffix.lower() == ".txt"]
+    yolo = find_yolo(folder, texts, made.image_files) if path.is_dir() else None
+    if yolo:
+        found[YOLO] = []
+        folder, root = (yolo.root, yolo.root) if yolo.root else (folder, root)
+    if len(found) > 1:
+        where = ", ".join(f"{k} ({f[0].name})" if f else k for k, f in sorted(found.items()))
+        raise UserError(f"{path} holds labels of several kinds, {where}: give the file of one.")
+    if not found:
+        raise UserError(
+            f"{path} holds no labels of {_KINDS}: give the folder that holds both labels and "
+            "images, or NAME=LABELS,image_dir."
+        )
+    ((kind, labels),) = found.items()
+    return LabelFolder(folder, kind, tuple(labels), annotations, root, yolo)
+
+
+def _inner(path: Path) -> Path | None:
+    """The one folder with Annotations in it where this one has none, as in VOCdevkit."""
+    if any((path / name).is_dir() for name in ("Annotations", "annotations")):
+        return None
+    inner = sorted(p.parent for p in path.glob("*/[Aa]nnotations") if p.is_dir())
+    if not inner or all(folder_split(p.name) for p in inner):
+        return None
+    if len(inner) > 1:
+        names = ", ".join(p.name for p in inner)
+        raise UserError(f"{path} holds several folders of labels: give {names}.")
+    return inner[0]
+
+
+def _image_root(folder: Path) -> Path:
+    for name in ("JPEGImages", "images"):
+        if any(map(is_image, _below(folder / name))):
+            return folder / name
     return folder
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file is an image by its name."""
+    return file.suffix.lower() in _IMAGE_SUFFIXES
+
+
+def _below(folder: Path) -> list[Path]:
+    """All files below a folder, but those that systems and editors hide there."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(_HIDDEN))
+        found += [Path(place, file) for file in sorted(files) if not file.startswith(_HIDDEN)]
+    return found
+
+
+def _find_json(files: Iterable[Path], found: dict[str, list[Path]]) -> None:
+    tables = [f for f in files if f.suffix.lower() in (".json", ".csv")]
+    labelme = 0
+    for file in tables:
+        if labelme + sum(map(len, found.values())) >= _MOST_LOOKED_AT:
+            found[LABELME].append(file)
+            continue
+        if kind := json_kind(file):
+            found[kind].append(file)
+            labelme += kind == LABELME
+
+
+def json_kind(file: Path) -> str:
+    """Which tool wrote a JSON file or table; empty where none did that is known here."""
+    content = read_table(file)
+    return next((k for k, test in _JSON.items() if content is not None and test(content)), "")
+
+
+def read_table(file: Path) -> Any:
+    """What a JSON file or table holds; None where it is neither."""
+    try:
+        if file.suffix.lower() == ".csv":
+            return via_table(file.read_text(encoding="utf-8-sig"))
+        return read_json(str(file))
+    except ValueError:
+        return None
 
 
 def _first(*paths: Path) -> Path:
     return next(path for path in paths if path.is_dir())
 
 
-def read_images(folders: Iterable[LabelFolder]) -> dict[tuple[LabelFolder, str], LabelledImage]:
-    """Every image of the folders with labels that can be used; what cannot be is named.
+def split_word(text: str) -> str:
+    """The split that a name speaks of, as "instances_train2017" does; empty without one."""
+    return next(filter(None, map(folder_split, re.split(r"[^A-Za-z]+", text))), "")
 
-    Returns:
-        The images by folder and name, that of the XML file without its suffix.
+
+def folder_split(name: str) -> str:
+    """The split that a folder of this name is, as "Valid" or "train2017"; empty without one."""
+    return _SPLIT_FOLDERS.get(name.lower().rstrip("0123456789"), "")
+
+
+def coco_files(folder: LabelFolder) -> dict[str, tuple[Path, Path]]:
+    """The annotation file and image folder of each split of COCO data; "" is one without a name.
 
     Raises:
-        UserError: there is none.
+        UserError: several files could be that of a split.
     """
-    images: dict[tuple[LabelFolder, str], LabelledImage] = {}
-    broken: list[str] = []
-    for folder in folders:
-        files = folder.image_files()
-        seen: dict[Path, Path] = {}
-        xmls = folder.xml_files()
-        for xml in tqdm(xmls, desc=f"reading {folder.annotations}", unit="file", delay=2):
-            for name, image in _read(xml, folder, files, broken):
-                if image.file in seen:
-                    broken.append(f"{xml} is for {image.file.name}, as is {seen[image.file].name}")
-                    continue
-                seen[image.file] = xml
-                images[folder, name] = image
-        if bare := sum(len(found) for found in files.values()) - len(seen):
-            logger.warning(
-                "%s: %d images have no XML file that can be used and are left out (an XML file "
-                "without objects makes an image of background)",
-                folder.images,
-                bare,
+    found: dict[str, list[Path]] = defaultdict(list)
+    for file in folder.files:
+        above = file.parent.name if file.parent != folder.path else ""
+        found[split_word(file.stem) or folder_split(above)].append(file)
+    for split, files in found.items():
+        if boxes := [f for f in files if f.stem.startswith("instances")]:
+            files = found[split] = boxes  # beside captions and keypoints of the same images
+        if len(files) > 1:
+            names = ", ".join(f.relative_to(folder.path).as_posix() for f in files[:4])
+            raise UserError(
+                f"{folder.path} holds several COCO files{f' for {split}' if split else ''}, "
+                f"{names}: give one, as NAME=annotations.json,image_dir."
             )
-    _report(images, broken)
-    return images
+    return {
+        split: (files[0], _coco_images(files[0], folder, split)) for split, files in found.items()
+    }
 
 
-def _read(
-    xml: Path, folder: LabelFolder, files: dict[str, list[Path]], broken: list[str]
-) -> Iterator[tuple[str, LabelledImage]]:
-    name = xml.relative_to(folder.annotations).with_suffix("").as_posix()
-    try:
-        root = read_xml(xml)
-        if root.tag == "annotations":
-            for image in read_cvat(
-                root, folder.images, lambda text: broken.append(f"{xml}: {text}")
-            ):
-                yield image.file.relative_to(folder.images).with_suffix("").as_posix(), image
-        else:
-            yield name, read_annotation(root, xml, files)
-    except (ValueError, OSError) as error:
-        broken.append(f"{xml} {error}")
-
-
-def _report(images: Images, broken: list[str]) -> None:
-    for line in broken[:_SHOWN]:
-        logger.warning("%s", line)
-    if broken:
-        more = f" ({len(broken) - _SHOWN} more than are named)" if len(broken) > _SHOWN else ""
-        logger.warning("%d XML files are left out, with their images%s", len(broken), more)
-    lost = [f"{image.file.name} {text}" for image in images.values() for text in image.lost]
-    if lost:
-        logger.warning(
-            "%d objects are left out, because neither box nor polygon can be read; the first: %s",
-            len(lost),
-            lost[0],
-        )
-    if not images:
-        raise UserError(f"none of the {len(broken)} XML files can be used; the first: {broken[0]}.")
-
-
-def split_of_folder(folder: LabelFolder, name: str, image: LabelledImage) -> str:
-    """What an image is for, as its label or its outermost folder says; empty where none does."""
-    if image.split:
-        return _SPLIT_FOLDERS.get(image.split.lower(), image.split)
-    first, *below = PurePosixPath(name).parts
-    return _SPLIT_FOLDERS.get(first.lower(), "") if below else ""
-
-
-def members(split: str, folders: Iterable[LabelFolder], images: Images) -> list[LabelledImage]:
-    """The images that the lists, or else the folders, of a split name.
-
-    Raises:
-        UserError: there is no such list, or none of its images can be used.
-    """
-    # A split may exist in one of several folders alone, as VOC2012 has no test.
-    having = [folder for folder in folders if split in folder.lists]
-    if not having:
-        found = [i for (f, name), i in images.items() if split_of_folder(f, name, i) == split]
-        if not found:
-            raise UserError(f"--split {split}: there is no ImageSets/Main/{split}.txt.")
-        return found
-    found, absent, number = {}, [], 0
-    for folder in having:
-        known = _Names(folder, images)
-        for line in _lines(split, folder):
-            number += 1
-            image = known.find(line)
-            if image is None and line.split()[-1] in ("1", "-1", "0") and len(line.split()) > 1:
-                raise UserError(
-                    f"--split {split}: {folder.lists[split]} says which images show one class; "
-                    f"name a list of images (here are {', '.join(sorted(folder.lists))})."
-                )
-            if image is None:
-                absent.append(line)
-            else:
-                found.setdefault(image.file, image)
-    if absent:
-        logger.warning(
-            "%s: %d of %d listed images have no XML file that can be used, the first is %s",
-            split,
-            len(absent),
-            number,
-            absent[0],
-        )
-    if not found:
-        raise UserError(f"--split {split}: none of its {number} images can be used.")
-    return list(found.values())
-
-
-def _lines(split: str, folder: LabelFolder) -> list[str]:
-    file = folder.lists[split]
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--split {split}: {file} cannot be read ({error}).") from error
-    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-
-
-class _Names:
-    """The images of a folder by what a list may call them: with or without folders and suffix."""
-
-    def __init__(self, folder: LabelFolder, images: Images) -> None:
-        self._whole: dict[str, LabelledImage] = {}
-        self._last: dict[str, list[LabelledImage]] = defaultdict(list)
-        for (owner, name), image in images.items():
-            if owner == folder:
-                self._whole[name] = image
-                self._last[name.rpartition("/")[2]].append(image)
-                if image.file.stem != name.rpartition("/")[2]:
-                    self._last[image.file.stem].append(image)
-
-    def find(self, line: str) -> LabelledImage | None:
-        path = PurePosixPath(line.replace("\\", "/"))
-        for name in (path, path.with_suffix("") if _is_suffix(path.suffix) else path):
-            if image := self._whole.get(name.as_posix()):
-                return image
-            found = self._last.get(name.name, [])
-            near = [image for image in found if image.file.parent.name == name.parent.name]
-            if len(near or found) == 1:
-                return (near or found)[0]
-        return None
-
-
-def _is_suffix(suffix: str) -> bool:
-    return suffix.lower() in (*_IMAGE_SUFFIXES, ".xml")
+def _coco_images(file: Path, folder: LabelFolder, split: str) -> Path:
+    """The folder below which most of the first images lie where the file says."""
+    names = [row.get("file_name") for row in read_json(str(file))["images"][:50] if row]
+    names = [name for name in names if isinstance(name, str)]
+    stem = file.stem.partition("_")[2]  # instances_train2017
+    parts = (stem, split, "valid", f"images/{stem}", f"images/{split}", "images", "")
+    places = [file.parent / "images", file.parent, *(folder.path / part for part in parts if part)]
+    places = [place for place in [*places, folder.images, folder.path] if place.is_dir()]
+    there = [sum((place / name).is_file() for name in names) for place in places]
+    # Where none has them under these names, they are looked for by their base names in all of it.
+    return places[there.index(max(there))] if any(there) else folder.path

@@ -25,6 +25,7 @@ from ghm_d2.randomness import numpy_state, preserved, seeded, set_numpy_state
 
 from . import workers
 from .anchor_check import AnchorSettings, log_anchor_fit
+from .augmentation import train_augmentations
 from .readable import UnusableData
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "build_test_mapper",
     "build_train_loader",
     "build_train_loader_from_parts",
+    "build_train_mapper",
 ]
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,22 @@ def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
     plain.defrost()
     plain.MODEL.KEYPOINT_ON = False
     return DatasetMapper(plain, is_train=False)
+
+
+def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Detectron2's mapper for training, with what `MODEL.GHM.AUGMENTATIONS` adds.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    if not cfg.MODEL.get("GHM", {}).get("AUGMENTATIONS"):
+        return DatasetMapper(cfg, is_train=True)
+    return DatasetMapper(
+        cfg,
+        is_train=True,
+        augmentations=train_augmentations(cfg),
+        recompute_boxes=cfg.MODEL.MASK_ON,  # a mask is cut more closely than its box
+    )
 
 
 def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[list[dict]]:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from detectron2.structures import BoxMode
 
+from ghm_d2.errors import counted
+
 __all__ = ["DataStatistics", "count_data", "summary"]
 
 _SMALL, _MEDIUM = 32, 96  # COCO's limits, square roots of areas in pixels
@@ -95,20 +97,22 @@ def summary(data: DataStatistics) -> str:
     """The figures in words, some twenty lines."""
     number = len(data.sides)
     lines = [
-        f"{data.name}: {len(data.images)} images, {number} boxes, {len(data.classes)} classes",
+        f"{data.name}: {counted(len(data.images), 'image')}, {counted(number, 'box')}, "
+        f"{counted(len(data.classes), 'class')}",
         f"images: {_quantiles(data.images[:, 0])} wide, {_quantiles(data.images[:, 1])} high "
         "(smallest / median / largest, pixels)",
     ]
     if data.crowds or data.empty:
         lines.append(
-            f"not counted below: {data.crowds} crowd regions, {data.empty} boxes without area"
+            f"not counted below: {counted(data.crowds, 'crowd region')}, "
+            f"{counted(data.empty, 'box')} without area"
         )
     if not number:
         return "\n".join([*lines, "there is no box to look at"])
     small, large = (data.sizes < _SMALL).mean(), (data.sizes >= _MEDIUM).mean()
     lines += [
         f"boxes an image: {_quantiles(data.per_image)} (fewest / median / most), "
-        f"{(data.per_image == 0).sum()} images without any",
+        f"{counted((data.per_image == 0).sum(), 'image')} without any",
         f"box size (square root of the area): {_quantiles(data.sizes)} pixels; "
         f"{small:.0%} small (< {_SMALL}), {1 - small - large:.0%} medium, "
         f"{large:.0%} large (>= {_MEDIUM})",
@@ -128,17 +132,21 @@ def _quantiles(values: np.ndarray) -> str:
 def _imbalance(data: DataStatistics) -> list[str]:
     counts = data.class_counts
     most, present = int(counts.argmax()), counts[counts > 0]
-    lines = [
-        f"imbalance: {data.classes[most]} has {counts[most] / counts.sum():.0%} of the boxes, "
-        f"{counts[most] / present.min():.1f} times as many as the rarest class"
-    ]
+    lines = []
+    if len(present) > 1:
+        lines.append(
+            f"imbalance: {data.classes[most]} has {counts[most] / counts.sum():.0%} of the boxes, "
+            f"{counts[most] / present.min():.1f} times as many as the rarest class"
+        )
     rare = np.flatnonzero((counts > 0) & (counts < _RARE * counts.mean()))
     if len(rare):
         names = ", ".join(data.classes[k] for k in rare[np.argsort(counts[rare])][:8])
-        lines.append(f"  {len(rare)} classes have less than a tenth of the mean number: {names}")
+        have = f"{counted(len(rare), 'class')} {'has' if len(rare) == 1 else 'have'}"
+        lines.append(f"  {have} less than a tenth of the mean number: {names}")
     if absent := [data.classes[k] for k in np.flatnonzero(counts == 0)]:
         more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
-        lines.append(f"  {len(absent)} classes have no box: {', '.join(absent[:8])}{more}")
+        have = f"{counted(len(absent), 'class')} {'has' if len(absent) == 1 else 'have'}"
+        lines.append(f"  {have} no box: {', '.join(absent[:8])}{more}")
     return lines
 
 
@@ -146,13 +154,13 @@ def _class_table(data: DataStatistics) -> list[str]:
     counts = data.class_counts
     shown = [k for k in np.argsort(-counts, kind="stable") if counts[k]][:_SHOWN]
     width = max(5, *(len(data.classes[k]) for k in shown))
-    lines = [f"{'class':<{width}}   boxes  share  median size  height / width"]
+    lines = [f"{'class':<{width}}    boxes  share  median size  height / width"]
     for k in shown:
         own = data.labels == k
         lines.append(
-            f"{data.classes[k]:<{width}}  {counts[k]:>6}  {counts[k] / counts.sum():>5.1%}  "
+            f"{data.classes[k]:<{width}}  {counts[k]:>7,}  {counts[k] / counts.sum():>5.1%}  "
             f"{np.median(data.sizes[own]):>11.0f}  {np.median(data.ratios[own]):>14.2f}"
         )
     if (left := int((counts > 0).sum()) - len(shown)) > 0:
-        lines.append(f"... and {left} rarer classes")
+        lines.append(f"... and {counted(left, 'rarer class')}")
     return lines

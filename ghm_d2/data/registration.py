@@ -1,40 +1,26 @@
-"""COCO-format data named on the command line: parse, check, register.
-
-The checks read the annotation file and the headers of the images once, before any process is
-launched, so that a mistake in the data costs a second and one sentence instead of a traceback after
-an hour. What they leave is what training and evaluation see.
-"""
+"""Data named on the command line, registered for Detectron2."""
 
 import functools
 import hashlib
 import logging
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ghm_d2.errors import UserError, command
+from ghm_d2.errors import UserError
 
 from .annotations import Uses
-from .checks import KINDS, Findings
-from .coco import CocoData, check_content
-from .image_checks import ImageFile
-from .keypoints import Keypoints, mirrored_pairs
+from .dataset_folders import resolve
+from .dataset_option import CocoDataset, parse_dataset
+from .datasets import check_coco_dataset, check_same_classes, load_checked
+from .keypoints import mirrored_pairs
 from .overlap import log_shared_images
-from .tables import is_plain, read_annotations
 
 __all__ = [
-    "CocoDataset",
-    "check_coco_dataset",
-    "check_same_classes",
     "data_fingerprint",
     "log_more_objects_than",
-    "log_repairs",
-    "parse_dataset",
-    "refuse",
     "register_coco_dataset",
     "register_datasets",
 ]
@@ -42,115 +28,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _registered_here: set[str] = set()
-
-_LEVELS = {"repaired": logging.WARNING, "doubtful": logging.WARNING, "note": logging.INFO}
-
-
-@dataclass(frozen=True)
-class CocoDataset:
-    """One `--dataset`.
-
-    Attributes:
-        name: the name for `DATASETS.TRAIN` and `DATASETS.TEST`.
-        json_file: path of the annotation file.
-        image_root: folder that the file names in `json_file` are relative to.
-        uses: what the config takes of the annotations.
-        labelled: False: a file without annotations will do.
-        classes: category names by ascending category id; empty until the file has been checked.
-        files: the image of each entry of the file; empty until then.
-        fingerprint: what :func:`data_fingerprint` returns; empty until then.
-        data: what the file holds; stays in the process that has checked it, because another one
-            reads the file faster than it receives all of that. None until then.
-    """
-
-    name: str
-    json_file: str
-    image_root: str
-    uses: Uses = Uses()
-    labelled: bool = True
-    classes: tuple[str, ...] = ()
-    files: tuple[ImageFile | None, ...] = ()
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    data: CocoData | None = field(default=None, repr=False, compare=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "data": None}
-
-    @property
-    def evaluable(self) -> bool:
-        """Whether pycocotools reads in the file itself what is trained on."""
-        return self.data is not None and self.data.as_written
-
-    @property
-    def keypoints(self) -> Keypoints | None:
-        """Those of the file in the process that has checked it; None: it has no annotations."""
-        return None if self.data is None else self.data.keypoints
-
-    def load(self) -> CocoData:
-        """What the file holds, read again in a process that has not checked it."""
-        if self.data is not None:
-            return self.data
-        return _read(self, files=self.files)
-
-
-def parse_dataset(text: str) -> CocoDataset:
-    """Split NAME=annotations.json,image_dir at the first "=" and the last comma.
-
-    Raises:
-        UserError: a part is missing.
-    """
-    name, _, paths = text.partition("=")
-    json_file, _, image_root = paths.rpartition(",")
-    if not (name and json_file and image_root):
-        raise UserError(
-            f"--dataset {text!r} is not of the form NAME=annotations.json,image_dir: "
-            "write for example --dataset my_train=data/train.json,data/images."
-        )
-    return CocoDataset(name, os.path.expanduser(json_file), os.path.expanduser(image_root))
-
-
-def check_coco_dataset(
-    dataset: CocoDataset, *, labelled: bool = True, uses: Uses | None = None
-) -> CocoDataset:
-    """Check the annotation file and every image's header; log what is repaired or left out.
-
-    Args:
-        dataset: one `--dataset`.
-        labelled: False: a file without annotations will do, as a test set's has none.
-        uses: what the config takes of the annotations; by default everything.
-
-    Returns:
-        The data set with all its attributes.
-
-    Raises:
-        UserError: the data cannot be trained on; the message names the file and the reason.
-    """
-    file = dataset.json_file
-    if not os.path.isdir(dataset.image_root):
-        raise UserError(
-            f"--dataset {dataset.name}: the image folder {dataset.image_root} does not exist"
-            + (" (what follows the last comma)." if "," in dataset.json_file else ".")
-        )
-    logger.info("Checking data set %s (%s)", dataset.name, file)
-    dataset = replace(dataset, labelled=labelled, uses=uses or dataset.uses)
-    data = _read(dataset)
-    refuse(file, data.found)
-    log_repairs(file, data.found)
-    if "annotations" not in data.content:
-        logger.warning("%s has no annotations: predictions are written, no AP is computed.", file)
-    if data.keypoints and data.keypoints.without:
-        logger.info(
-            "%s: %d annotations have no keypoints; they count as not labelled.",
-            file,
-            data.keypoints.without,
-        )
-    return replace(
-        dataset,
-        classes=data.classes,
-        files=data.files,
-        fingerprint=data.fingerprint,
-        data=data,
-    )
 
 
 def data_fingerprint(name: str) -> dict[str, Any]:
@@ -172,51 +49,6 @@ def data_fingerprint(name: str) -> dict[str, Any]:
     return {"sha256": digest.hexdigest()[:16]}
 
 
-def _read(dataset: CocoDataset, files: tuple[ImageFile | None, ...] | None = None) -> CocoData:
-    file = dataset.json_file
-    data = check_content(
-        read_annotations(file),
-        labelled=dataset.labelled,
-        uses=dataset.uses,
-        name=dataset.name,
-        root=dataset.image_root,
-        files=files,
-    )
-    data.as_written &= is_plain(file)
-    return data
-
-
-def refuse(file: str, found: Findings) -> None:
-    """Raises UserError for the first kind that stops a training."""
-    if text := found.refusal():
-        colon = "" if text.startswith("holds ") else ":"  # of the file as a whole
-        raise UserError(f"{file}{colon} {text}; {command('check-data')} lists everything.")
-
-
-def log_repairs(file: str, found: Findings) -> None:
-    """Logs how often each kind was met that does not stop a training."""
-    for severity, level in _LEVELS.items():
-        for kind in found.kinds(severity):
-            count, first = found.counts[kind], found.examples[kind][0]
-            logger.log(level, "%s: %d %s; the first: %s.", file, count, KINDS[kind][1], first)
-
-
-def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
-    """Raise UserError unless all files list the same category names in the same order."""
-    for other in datasets[1:]:
-        if other.classes != datasets[0].classes:
-            raise UserError(
-                f"{datasets[0].json_file} and {other.json_file} list different categories "
-                f"({_shorten(datasets[0].classes)} against {_shorten(other.classes)}): all "
-                "--dataset files must have the same names in the same order of their ids."
-            )
-
-
-def _shorten(names: Sequence[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def register_coco_dataset(dataset: CocoDataset) -> None:
     """Register a checked data set; one that this function registered before is replaced.
 
@@ -231,7 +63,7 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
             )
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    load = functools.cache(dataset.load)
+    load = functools.cache(lambda: load_checked(dataset))
     data = load()
 
     def records() -> list[dict[str, Any]]:
@@ -296,7 +128,7 @@ def register_datasets(
     """Parse, check and register all that a command line gives by `--dataset`.
 
     Args:
-        texts: NAME=annotations.json,image_dir, each.
+        texts: NAME=annotations.json,image_dir or NAME=FOLDER, each.
         labelled, uses: see :func:`check_coco_dataset`.
 
     Returns:
@@ -305,7 +137,7 @@ def register_datasets(
     Raises:
         UserError: one of them is wrong, or two of them do not go together.
     """
-    datasets = [parse_dataset(text) for text in texts]
+    datasets = resolve([parse_dataset(text) for text in texts])
     names = [dataset.name for dataset in datasets]
     if len(set(names)) < len(names):
         raise UserError(f"--dataset gives the same name twice: {', '.join(names)}.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghm_d2.errors import UserError, cannot
+from ghm_d2.errors import UserError, cannot, counted
 
 __all__ = ["choose", "describe", "fold_coco", "split_coco", "write_coco"]
 
@@ -99,13 +99,13 @@ def describe(name: str, content: Mapping[str, Any]) -> str:
     classes = {row["id"]: row["name"] for row in content["categories"]}
     counts = Counter(row["category_id"] for row in content["annotations"])
     ordered = sorted(classes, key=lambda number: -counts[number])
-    shown = ", ".join(f"{classes[number]} {counts[number]}" for number in ordered[:12])
-    more = f", and {len(ordered) - 12} classes more" if len(ordered) > 12 else ""
+    shown = ", ".join(f"{classes[number]} {counts[number]:,}" for number in ordered[:12])
+    more = f", and {counted(len(ordered) - 12, 'class')} more" if len(ordered) > 12 else ""
     none = sum(not counts[number] for number in classes)
     missing = f"; {none} of {len(classes)} classes have no object here" if none else ""
     return (
-        f"{name}: {len(content['images'])} images, {len(content['annotations'])} objects "
-        f"({shown}{more}){missing}"
+        f"{name}: {counted(len(content['images']), 'image')}, "
+        f"{counted(len(content['annotations']), 'object')} ({shown}{more}){missing}"
     )
 
 

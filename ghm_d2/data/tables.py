@@ -14,7 +14,7 @@ from .checks import Problem
 from .fields import identity
 from .image_files import same_file
 
-__all__ = ["Ids", "is_plain", "read_annotations", "table_problems"]
+__all__ = ["Ids", "is_plain", "read_annotations", "read_json", "table_problems"]
 
 _FIELDS = {
     "categories": ("id", "name"),
@@ -24,18 +24,18 @@ _FIELDS = {
 _LARGEST = 2**53
 
 
-def read_annotations(file: str) -> dict[str, Any]:
-    """Reads an annotation file: UTF-8, also with a byte order mark, UTF-16 or UTF-32; also gzip.
+def read_json(file: str) -> Any:
+    """Reads a JSON file: UTF-8, also with a byte order mark, UTF-16 or UTF-32; also gzip.
 
     Raises:
-        UserError: it cannot be read, or holds something else than one JSON object.
+        UserError: it cannot be read, or is not JSON.
     """
     try:
         with open(file, "rb") as stream:
             data = stream.read()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
-        content = json.loads(data)
+        return json.loads(data)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{file} is not a complete gzip file ({reason(error)}).") from error
     except OSError as error:
@@ -47,6 +47,15 @@ def read_annotations(file: str) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a complete JSON file ({reason(error)}).") from error
+
+
+def read_annotations(file: str) -> dict[str, Any]:
+    """Reads an annotation file; see :func:`read_json`.
+
+    Raises:
+        UserError: it cannot be read, or holds something else than one JSON object.
+    """
+    content = read_json(file)
     if not isinstance(content, dict):
         raise UserError(
             f"{file} is not in COCO format: it holds a {type(content).__name__} where an object "

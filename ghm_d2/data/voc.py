@@ -1,70 +1,15 @@
-"""Pascal VOC annotations, one XML file an image, as COCO-format content."""
+"""Pascal VOC annotations, one XML file an image."""
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from xml.etree.ElementTree import Element
 
-from PIL import Image
-
 from .fields import flag, number
+from .labels import LabelledImage, LabelledObject, checked_size, outline, rectangle
 
-__all__ = [
-    "DIFFICULT",
-    "LabelledImage",
-    "VocObject",
-    "image_size",
-    "polygon_corners",
-    "read_annotation",
-    "to_coco",
-]
+__all__ = ["read_annotation"]
 
-DIFFICULT = ("crowd", "keep", "drop")
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-_ORIENTATION = 0x0112
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-
-
-@dataclass(frozen=True)
-class VocObject:
-    """One object as the XML has it.
-
-    Attributes:
-        name: of the class.
-        corners: xmin, ymin, xmax, ymax in pixels, as written.
-        difficult: whether the annotator marked it as hard to recognise.
-        outline: whether the corners are those of a polygon or rotated box.
-        from_zero: whether the corners count from 0 and are no pixels, whatever the others do.
-    """
-
-    name: str
-    corners: tuple[float, float, float, float]
-    difficult: bool = False
-    outline: bool = False
-    from_zero: bool = False
-
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """An image and its objects.
-
-    Attributes:
-        file: the image.
-        width, height: in pixels, turned as the EXIF data says, which is how Detectron2 reads it.
-        objects: may be empty.
-        split: the part of the data set that its folder or file says; empty where neither does.
-        lost: for each object that cannot be used, what is wrong with it.
-    """
-
-    file: Path
-    width: int
-    height: int
-    objects: tuple[VocObject, ...] = ()
-    split: str = ""
-    lost: tuple[str, ...] = ()
 
 
 def read_annotation(root: Element, xml: Path, images: dict[str, list[Path]]) -> LabelledImage:
@@ -90,23 +35,26 @@ def read_annotation(root: Element, xml: Path, images: dict[str, list[Path]]) -> 
     file = next((f for f in near if f.name == name), near[0] if near else None)
     if file is None:
         raise ValueError(f"has no image: neither {xml.stem}.* nor its <filename> {name!r} exists")
-    width, height = image_size(file)
-    written = tuple(number(root.findtext(f"size/{side}")) for side in ("width", "height"))
-    # Some tools write 0 where they do not know.
-    if all(written) and written != (width, height):
-        raise ValueError(
-            f"is for an image of {written[0]:g} x {written[1]:g} pixels, but {file.name} has "
-            f"{width} x {height}: the boxes would be wrong"
-        )
+    width, height = checked_size(file, root.findtext("size/width"), root.findtext("size/height"))
     objects, lost = [], []
     for node in root.findall("object"):
         try:
             objects.append(_object(node))
         except ValueError as error:
             lost.append(str(error))
-    if lost and not objects:  # it would train as an image of background
-        raise ValueError(lost[0])
-    return LabelledImage(file, width, height, tuple(objects), lost=tuple(lost))
+    return LabelledImage(
+        file, width, height, tuple(objects), lost=tuple(lost), from_zero=_is_of_labelimg(root)
+    )
+
+
+def _is_of_labelimg(root: Element) -> bool:
+    """Whether labelImg wrote a file: only it has all of these, in this order."""
+    tags = [node.tag for node in root if node.tag != "object"]
+    return (
+        tags == ["folder", "filename", "path", "source", "size", "segmented"]
+        and root.findtext("source/database") == "Unknown"
+        and all(node.findtext("pose") == "Unspecified" for node in root.iter("object"))
+    )
 
 
 def _file_name(text: str) -> str:
@@ -114,22 +62,7 @@ def _file_name(text: str) -> str:
     return text.strip().replace("\\", "/").rpartition("/")[2]
 
 
-def image_size(file: Path) -> tuple[int, int]:
-    """Width and height in pixels after the EXIF orientation.
-
-    Raises:
-        ValueError: it is no image that can be read.
-    """
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TRANSPOSED
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"belongs to {file.name}, which is not a readable image") from error
-    return (height, width) if turned else (width, height)
-
-
-def _object(node: Element) -> VocObject:
+def _object(node: Element) -> LabelledObject:
     name = (node.findtext("name") or "").strip()
     if not name:
         raise ValueError("holds an object without a <name>")
@@ -137,119 +70,31 @@ def _object(node: Element) -> VocObject:
     texts = [node.findtext(f"bndbox/{corner}") for corner in _CORNERS]
     corners = tuple(number(text) for text in texts)
     if None not in corners:
-        return VocObject(name, corners, difficult)
-    if outline := _rotated(node) or _polygon(node):
-        return VocObject(name, outline, difficult, outline=True, from_zero=True)
+        return LabelledObject(name, corners, difficult, from_one=True)
+    found = _rotated(node) or outline(name, _polygon(node), difficult=difficult)
+    if found:
+        return LabelledObject(name, found.corners, difficult, found.polygons)
     corner, text = next(
         (c, t) for c, t, v in zip(_CORNERS, texts, corners, strict=True) if v is None
     )
     raise ValueError(f"holds an <object> with the bndbox/{corner} {text!r}, which is not a number")
 
 
-def _polygon(node: Element) -> tuple[float, float, float, float] | None:
-    """The box around <polygon>: <x1>, <y1>, <x2>, ..., or a <pt> for each point."""
+def _polygon(node: Element) -> list[list[str | None]]:
+    """The one of <polygon>, if there is: <x1>, <y1>, <x2>, ..., or a <pt> for each point."""
     polygon = node.find("polygon")
     if polygon is None:
-        return None
-    x = [number(child.text) for child in polygon.iter() if child.tag.rstrip("0123456789") == "x"]
-    y = [number(child.text) for child in polygon.iter() if child.tag.rstrip("0123456789") == "y"]
-    return polygon_corners(x, y)
+        return []
+    x = [child.text for child in polygon.iter() if child.tag.rstrip("0123456789") == "x"]
+    y = [child.text for child in polygon.iter() if child.tag.rstrip("0123456789") == "y"]
+    return [[v for point in zip(x, y, strict=True) for v in point]] if len(x) == len(y) else []
 
 
-def polygon_corners(
-    x: Sequence[float | None], y: Sequence[float | None]
-) -> tuple[float, float, float, float] | None:
-    """The box around points; None where one of them is no number or there are fewer than three."""
-    if len(x) != len(y) or len(x) < 3 or None in x or None in y:
-        return None
-    return min(x), min(y), max(x), max(y)
-
-
-def _rotated(node: Element) -> tuple[float, float, float, float] | None:
-    """The box around <robndbox>, a rotated one: centre, sides and an angle in radians."""
+def _rotated(node: Element) -> LabelledObject | None:
+    """<robndbox>, a rotated box: centre, sides and an angle in radians."""
     values = [number(node.findtext(f"robndbox/{key}")) for key in ("cx", "cy", "w", "h", "angle")]
     if None in values:
         return None
     cx, cy, w, h, angle = values
-    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
-    half = ((w * cos + h * sin) / 2, (w * sin + h * cos) / 2)
-    return cx - half[0], cy - half[1], cx + half[0], cy + half[1]
-
-
-def to_coco(
-    images: Iterable[LabelledImage],
-    classes: Sequence[str],
-    root: Path,
-    *,
-    difficult: str = "crowd",
-    zero_based: bool = False,
-) -> tuple[dict[str, Any], Counter]:
-    """COCO-format content of labelled images.
-
-    VOC counts pixels from 1 and xmax, ymax are the last ones inside, so that xmin 1, xmax W covers
-    an image of width W: x = xmin - 1 and width = xmax - xmin + 1, as in Detectron2's own loader.
-
-    Args:
-        images: in the order of their ids, from 1.
-        classes: the categories, whose ids are 1, 2, ...
-        root: folder that the file names are relative to.
-        difficult: what becomes of difficult objects: "crowd" (`iscrowd` 1: training leaves them
-            out, evaluation counts them neither as found nor as missed, as VOC's does), "keep" (as
-            any other) or "drop".
-        zero_based: xmin and ymin count from 0 and xmax, ymax are the first pixels outside:
-            x = xmin and width = xmax - xmin.
-
-    Returns:
-        The content, and how many objects were treated in other than the plain way: "difficult",
-        "empty" (no area inside the image, left out), "clipped" (reached out of the image),
-        "swapped" (xmin was larger than xmax, or ymin than ymax), "outline" (the box around a
-        polygon or rotated box), "from 0" (began at 0, where VOC begins at 1), and
-        `("class", name)` for objects of other classes, left out.
-    """
-    shift = 0 if zero_based else 1
-    ids = {name: number for number, name in enumerate(classes, start=1)}
-    notes: Counter = Counter()
-    rows, annotations = [], []
-    for image_id, image in enumerate(images, start=1):
-        name = image.file.relative_to(root).as_posix()
-        rows.append(
-            {"id": image_id, "file_name": name, "width": image.width, "height": image.height}
-        )
-        for item in image.objects:
-            if item.name not in ids:
-                notes["class", item.name] += 1
-                continue
-            if item.difficult:
-                notes["difficult"] += 1
-                if difficult == "drop":
-                    continue
-            x0, y0, x1, y1 = item.corners
-            notes["swapped"] += x0 > x1 or y0 > y1
-            (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
-            notes["outline"] += item.outline
-            inside = 0 if item.from_zero else shift
-            notes["from 0"] += bool(inside) and min(x0, y0) == 0
-            low = min(x0, y0)
-            x0, y0 = max(x0 - inside, 0), max(y0 - inside, 0)
-            right, bottom = min(x1, image.width), min(y1, image.height)
-            if right <= x0 or bottom <= y0:
-                notes["empty"] += 1
-                continue
-            notes["clipped"] += low < 0 or (right, bottom) != (x1, y1)
-            box = [_plain(v) for v in (x0, y0, right - x0, bottom - y0)]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": ids[item.name],
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": int(item.difficult and difficult == "crowd"),
-                }
-            )
-    categories = [{"id": number, "name": name} for name, number in ids.items()]
-    return {"images": rows, "annotations": annotations, "categories": categories}, +notes
-
-
-def _plain(value: float) -> float:
-    return int(value) if value == int(value) else value
+    corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+    return rectangle("", corners, math.degrees(angle))

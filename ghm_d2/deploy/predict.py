@@ -22,6 +22,7 @@ from ghm_d2.errors import UserError
 
 from .coco_ids import category_ids
 from .setup import VIDEO_SUFFIXES, image_preparer
+from .tiles import tiled
 
 __all__ = ["Predictor"]
 
@@ -43,7 +44,9 @@ class Predictor:
         seconds: time that the model took for them, preparing and results included.
     """
 
-    def __init__(self, cfg: Config, model: nn.Module, metadata: Metadata, threshold: float) -> None:
+    def __init__(
+        self, cfg: Config, model: nn.Module, metadata: Metadata, threshold: float, tile: int = 0
+    ) -> None:
         """
         Args:
             cfg: of the model.
@@ -51,9 +54,14 @@ class Predictor:
             metadata: `thing_classes`, where they are known; `thing_dataset_id_to_contiguous_id`
                 translates the classes into category ids of the data set.
             threshold: detections with lower scores are left out.
+            tile: side of the tiles in which an image is looked at too, in pixels; 0: none.
+
+        Raises:
+            UserError: tiles need SAHI, or another side.
         """
         self.model, self.metadata, self.threshold = model, metadata, threshold
         self.prepare = image_preparer(cfg)
+        self._look = tiled(self._infer, tile, threshold) if tile else self._infer
         self._results: list[dict[str, Any]] = []
         self.done = 0
         self.unreadable = 0
@@ -118,7 +126,7 @@ class Predictor:
         """Detections above the threshold, on the CPU, as the model sees the image; recorded."""
         start = time.perf_counter()
         with torch.no_grad():
-            found = self._infer(rgb)
+            found = self._look(rgb)
         if len(found):
             self.best = max(self.best or 0.0, float(found.scores.max()))
         found = found[found.scores >= self.threshold]

@@ -83,8 +83,9 @@ def _parser() -> Parser:
     )
     add_dataset_option(
         parser,
-        "register COCO-format data; the first is trained on and the others are tested on, "
-        "unless DATASETS.TRAIN and DATASETS.TEST say otherwise (repeatable)",
+        "register COCO-format data, or a folder of any tool's labels; the first is trained on and "
+        "the others are tested on, unless DATASETS.TRAIN and DATASETS.TEST say otherwise "
+        "(repeatable)",
     )
     add_process_options(parser)
     return parser
@@ -96,7 +97,7 @@ def add_dataset_option(parser: argparse.ArgumentParser, about: str) -> None:
         "--dataset",
         action="append",
         default=[],
-        metavar="NAME=annotations.json,image_dir",
+        metavar="NAME=annotations.json,image_dir|NAME=FOLDER",
         help=about,
     )
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ghm_d2.data import workers
 from ghm_d2.data.anchor_check import log_anchor_fit
+from ghm_d2.data.augmentation import build_augmentations
 from ghm_d2.data.keypoints import convert_incomplete
 from ghm_d2.data.loader import build_train_loader_from_parts
 from ghm_d2.data.readable import ReadableMapper
@@ -34,6 +35,7 @@ __all__ = [
     "build_test_loader",
     "build_test_mapper",
     "build_train_loader",
+    "build_train_mapper",
 ]
 
 
@@ -62,8 +64,8 @@ def build_train_loader(cfg: DictConfig) -> Iterable[list[dict]]:
     node = cfg.dataloader.train
     if target_of(node) is not build_detection_train_loader:
         return _build(node, "dataloader.train")  # one of the user's own, as it is described
-    parts = _parts(node, "dataloader.train", but=("sampler",))
-    parts["mapper"] = ReadableMapper(parts["mapper"], is_train=True)
+    parts = _parts(node, "dataloader.train", but=("sampler", "mapper"))
+    parts["mapper"] = ReadableMapper(build_train_mapper(cfg), is_train=True)
     if isinstance(parts["dataset"], list):
         log_anchor_fit(read_anchors(cfg), parts["dataset"])
 
@@ -74,6 +76,18 @@ def build_train_loader(cfg: DictConfig) -> Iterable[list[dict]]:
         return TrainingSampler(len(parts["dataset"])) if listed else None
 
     return build_train_loader_from_parts(parts, build_sampler)
+
+
+def build_train_mapper(cfg: DictConfig) -> Any:
+    """The mapper; its augmentations may be texts too, as in a YAML config."""
+    node = cfg.dataloader.train.mapper
+    key, given = "dataloader.train.mapper", node.get("augmentations") or ()
+    if not any(isinstance(item, str) for item in given):
+        return _build(node, key)
+    key, parts = f"{key}.augmentations", _parts(node, key, but=("augmentations",))
+    built = [build_augmentations(x, key) if isinstance(x, str) else [_build(x, key)] for x in given]
+    parts["augmentations"] = [augmentation for some in built for augmentation in some]
+    return _call(lambda: target_of(node)(**parts), "dataloader.train.mapper")
 
 
 def build_test_loader(cfg: DictConfig, name: str) -> Iterable[list[dict]]:

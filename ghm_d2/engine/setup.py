@@ -17,7 +17,8 @@ from ghm_d2.config import add_ghm_config
 from ghm_d2.config_files import find_config, similar_configs
 from ghm_d2.data import CocoDataset, register_datasets
 from ghm_d2.data.annotations import Uses
-from ghm_d2.errors import UserError, cannot, reason, similar_names
+from ghm_d2.data.class_weights import set_class_weights
+from ghm_d2.errors import UserError, cannot, counted, reason, similar_names
 
 from .python_config import load_config as load_python_config
 from .python_config import read_uses
@@ -103,7 +104,7 @@ def build_config(
     Args:
         config_file: as for :func:`load_config`.
         overrides: likewise.
-        datasets: NAME=annotations.json,image_dir, each.
+        datasets: NAME=annotations.json,image_dir or NAME=FOLDER, each.
         eval_only: all of them are to be tested on.
         log_to_file: whether the log goes to a file in the output folder too.
 
@@ -128,6 +129,8 @@ def build_config(
         given = given_keys(config_file, overrides)
         choose_splits(cfg, [dataset.name for dataset in checked], given, eval_only)
         _set_num_classes(cfg, checked[0], given)
+    if isinstance(cfg, CfgNode):
+        set_class_weights(cfg)
     return cfg, checked
 
 
@@ -295,4 +298,4 @@ def _set_num_classes(cfg: Config, dataset: CocoDataset, given: set[str]) -> None
                 f"categories: leave {name} out."
             )
         set_key(cfg, name, count)
-    logger.info("%d classes: %s", count, ", ".join(dataset.classes))
+    logger.info("%s: %s", counted(count, "class"), ", ".join(dataset.classes))

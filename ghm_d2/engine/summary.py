@@ -144,7 +144,7 @@ def next_commands(
     """
     settings = read_settings(cfg)
     tested = [dataset for dataset in datasets if dataset.name in settings.test] or datasets[:1]
-    names = [f"{data.name}={data.json_file},{data.image_root}" for data in tested]
+    names = [str(data) for data in tested]
     options = ["--config-file", str(run.folder / CONFIG)]
     weights = _words(cfg, "weights", run.weights())
     if not isinstance(cfg, CfgNode):  # the saved one is to be read: it may name what cannot be

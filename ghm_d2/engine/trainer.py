@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
@@ -31,7 +31,7 @@ from torch import nn
 
 from ghm_d2.checkpoint import RestrictedCheckpointer
 from ghm_d2.data import workers
-from ghm_d2.data.loader import build_test_mapper, build_train_loader
+from ghm_d2.data.loader import build_test_mapper, build_train_loader, build_train_mapper
 from ghm_d2.data.readable import ReadableMapper
 from ghm_d2.errors import UserError
 from ghm_d2.randomness import preserved
@@ -231,7 +231,7 @@ class GHMTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg: Config) -> Iterable[list[dict]]:
         """See :func:`~ghm_d2.data.loader.build_train_loader`; over images that can be read."""
         if isinstance(cfg, CfgNode):
-            mapper = ReadableMapper(DatasetMapper(cfg, True), is_train=True)
+            mapper = ReadableMapper(build_train_mapper(cfg), is_train=True)
             return build_train_loader(cfg, mapper)
         return python_build.build_train_loader(cfg)
 

@@ -11,6 +11,7 @@ from ghm_d2.analysis.hook import build_gradient_statistics
 
 from .averaging import AveragedWeights
 from .finite_weights import FiniteWeights
+from .length import LengthEstimate
 from .output_folder import FolderIsThere
 from .preemption import StopOnSignal
 from .process_states import ProcessStates
@@ -49,6 +50,7 @@ def build_hooks(trainer: Any) -> list[HookBase | None]:
         ),
         FolderIsThere(settings.output_dir) if is_main else None,
         FiniteWeights(settings.checkpoint_period),
+        LengthEstimate() if is_main else None,
         hooks.IterationTimer(),
         hooks.LRScheduler(),
         _precise_bn(trainer),  # changes the model, so that it comes before its checkpoint

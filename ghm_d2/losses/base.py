@@ -225,13 +225,22 @@ class HarmonizedLoss(nn.Module):
     def _all_values(self, raw: Sequence[Arguments], checks: ValueChecks) -> list[Arguments]:
         return [self._values(*each, checks) for each in raw]
 
-    def _constants(self, raw: Sequence[Arguments]) -> dict[str, Any]:
+    def _constants(
+        self, raw: Sequence[Arguments], writes: bool, recomputed: bool
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What the examples of one call depend on besides its tensors, such as `mu`.
 
-        :func:`device_examples` takes them by these names. A derivative is taken with those of its
-        own forward pass, so that a tensor among them must not be written to later.
+        Args:
+            raw: what :meth:`_layout` made of its tensors; the values are not checked yet.
+            writes: whether this is a training step.
+            recomputed: see :meth:`_is_recomputed`; they must then be those of the first pass.
+
+        Returns:
+            These, as :func:`device_examples` takes them by name: a derivative is taken with those
+            of its own forward pass, so that a tensor among them must not be written to later. And
+            the buffers that they came from, after this step.
         """
-        return {}
+        return {}, {}
 
     def _eager(
         self, prediction: Tensor, target: Tensor, keep: Tensor | None, constants: dict[str, Any]
@@ -315,15 +324,18 @@ class HarmonizedLoss(nn.Module):
         Returns:
             A scalar, float32 at least.
         """
-        constants = self._constants(raw)
-        if (loss := self._compiled_loss(raw, constants, pooled)) is not None:
-            return loss
-        checks, recomputed = ValueChecks(), self._is_recomputed()
+        recomputed = self._is_recomputed()
         writes = self.training and torch.is_grad_enabled() and not recomputed
+        constants, state = self._constants(raw, writes, recomputed)
+        if (loss := self._compiled_loss(raw, constants, pooled)) is not None:
+            if writes and state:
+                self._write(state, torch.isfinite(loss.detach()))
+            return loss
+        checks = ValueChecks()
         device = self._device_examples(raw, constants)
         arguments = self._all_values(raw, checks) if device is None or _observers else []
         examples = self._examples(arguments, constants) if device is None else device
-        state = counts = region_weights = None
+        counts = region_weights = None
         if self.density == "exact":
             # no kernel computes the exact density
             loss = self.loss_weight * cast(EagerExamples, examples).exact_sum(1 / self.bins, pooled)
@@ -332,20 +344,24 @@ class HarmonizedLoss(nn.Module):
             if pooled and len(raw) > 1:
                 counts = counts.sum(0, keepdim=True)
             scale = self.loss_weight * self._pool(counts, writes)
-            region_weights, state = self._walk(counts)
+            region_weights, walked = self._walk(counts)
             weights = region_weights if scale == 1 else region_weights * scale
             if device is not None:
-                buffers = {name: getattr(self, name) for name in state} if writes else None
-                device.conclude_with(state, buffers, self._bits_of(device, raw))
+                buffers = {name: getattr(self, name) for name in walked} if writes else None
+                device.conclude_with(walked, buffers, self._bits_of(device, raw))
+            else:
+                state |= walked
             loss = examples.weighted_sum(weights.expand(len(raw), -1))
         if not recomputed and _observers:
             self._tell(arguments, counts, region_weights, pooled)
         if device is not None:
+            if writes and state:
+                self._write(state, torch.isfinite(loss.detach()))
             return loss
         checks.require(torch.isfinite(loss.detach()), self.not_finite_message)
         holds = checks.all_hold()
         checks.defer_to(self._failures)
-        if state is not None and writes:
+        if writes:
             self._write(state, holds)
         return loss if holds is None else torch.where(holds, loss, torch.nan)
 
@@ -443,7 +459,7 @@ class HarmonizedLoss(nn.Module):
             state_dict.setdefault(f"{prefix}num_updates", (acc_sum > 0).long() * _STEADY)
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *args)
-        own = {f"{prefix}acc_sum", f"{prefix}num_updates"}
+        own = {prefix + name for name in self._buffers}
         missing_keys += [key for key in missing if key not in own]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HarmonizedLoss":

@@ -1,4 +1,4 @@
-"""The losses that the paper compares with: cross entropy, OHEM, and authentic smooth L1 alone.
+"""What the harmonised losses are compared with: focal, cross entropy, OHEM, (authentic) smooth L1.
 
 Shape shorthand:
 
@@ -13,10 +13,53 @@ from torch import Tensor, nn
 from .checks import ValueChecks, check_bins, check_floating, check_non_negative, check_positive
 from .functional import at_least_float32, authentic_smooth_l1_loss
 
-__all__ = ["ASL1Loss", "CrossEntropyLoss", "OHEMLoss", "cross_entropy_loss", "ohem_loss"]
+__all__ = [
+    "ASL1Loss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "OHEMLoss",
+    "SmoothL1Loss",
+    "cross_entropy_loss",
+    "focal_loss",
+    "ohem_loss",
+]
 
 
-def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    scores: Tensor | None = None,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:
+    """Focal loss, or with `scores` quality focal loss; summed, as Detectron2's is.
+
+    `sum |p - t|^gamma BCE(x, t)`, p = sigmoid(x). Focal loss (Lin et al., ICCV 2017) has t in
+    {0, 1} and the factor alpha for t = 1, 1 - alpha for t = 0. Quality focal loss (Li et al.,
+    "Generalized Focal Loss", NeurIPS 2020, arXiv 2006.04388) has the score for t and no alpha.
+
+    Args:
+        logits: (R, K), floating point.
+        labels: integer (R,): a class in [0, K), K = background, -1 = ignored.
+        scores: (R,), in [0, 1], the target of the class that a row's label names. None: 1.
+        alpha: in [0, 1]; negative: no such factor.
+        gamma: at least 0.
+
+    Returns:
+        A scalar on the graph, float32 (float64 for float64 logits); 0 where no anchor counts.
+
+    Raises:
+        ValueError: a shape, type or (on the CPU) a label or score is wrong.
+    """
+    x, target = _logits_and_targets(logits, labels, scores)
+    loss = F.binary_cross_entropy_with_logits(x, target, reduction="none")
+    loss = loss * (x.sigmoid() - target).abs().pow(gamma)
+    if alpha >= 0 and scores is None:
+        loss = loss * (alpha * target + (1 - alpha) * (1 - target))
+    return (loss * (labels >= 0).unsqueeze(1)).sum()
+
+
+def cross_entropy_loss(logits: Tensor, labels: Tensor, scores: Tensor | None = None) -> Tensor:
     """Binary cross entropy, summed over classes and averaged over the anchors that count.
 
     The average is over all of them, as in the authors' framework, not over the positives as with
@@ -24,20 +67,25 @@ def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (R, K), floating point.
-        labels: integer (R,): a class in [0, K), K = background, -1 = ignored.
+        labels, scores: see :func:`focal_loss`.
 
     Returns:
         A scalar on the graph, float32 (float64 for float64 logits); 0 where no anchor counts.
 
     Raises:
-        ValueError: a shape, type or (on the CPU) a label is wrong.
+        ValueError: as :func:`focal_loss`.
     """
-    rows = _row_losses(logits, labels)
+    rows = _row_losses(logits, labels, scores)
     valid = labels >= 0
     return (rows * valid).sum() / valid.sum().clamp(min=1)
 
 
-def ohem_loss(logits: Tensor, labels: Tensor, negatives_per_positive: int = 3) -> Tensor:
+def ohem_loss(
+    logits: Tensor,
+    labels: Tensor,
+    negatives_per_positive: int = 3,
+    scores: Tensor | None = None,
+) -> Tensor:
     """Cross entropy of the positives and the hardest negatives, averaged over both together.
 
     Online hard example mining (Shrivastava et al., CVPR 2016) by the 1 : 3 rule of SSD (Liu et al.,
@@ -46,7 +94,7 @@ def ohem_loss(logits: Tensor, labels: Tensor, negatives_per_positive: int = 3) -
 
     Args:
         logits: (R, K), floating point.
-        labels: integer (R,): a class in [0, K), K = background, -1 = ignored.
+        labels, scores: see :func:`focal_loss`.
         negatives_per_positive: at least 1.
 
     Returns:
@@ -54,9 +102,9 @@ def ohem_loss(logits: Tensor, labels: Tensor, negatives_per_positive: int = 3) -
         On CUDA the host waits for the number of positives.
 
     Raises:
-        ValueError: a shape, type, (on the CPU) a label or `negatives_per_positive` is wrong.
+        ValueError: as :func:`focal_loss`, or `negatives_per_positive` is wrong.
     """
-    rows = _row_losses(logits, labels)
+    rows = _row_losses(logits, labels, scores)
     ratio = check_bins(negatives_per_positive, "negatives_per_positive")
     negative = labels == logits.shape[1]
     positive = (labels >= 0) & ~negative
@@ -67,8 +115,16 @@ def ohem_loss(logits: Tensor, labels: Tensor, negatives_per_positive: int = 3) -
     return total / max(int(positives + kept), 1)
 
 
-def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def _row_losses(logits: Tensor, labels: Tensor, scores: Tensor | None) -> Tensor:
     """Binary cross entropy of each row, summed over its classes: (R,), anything where ignored."""
+    x, target = _logits_and_targets(logits, labels, scores)
+    return F.binary_cross_entropy_with_logits(x, target, reduction="none").sum(dim=1)
+
+
+def _logits_and_targets(
+    logits: Tensor, labels: Tensor, scores: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Logits and targets (R, K), float32 at least; anything where ignored."""
     check_floating("logits", logits)
     if logits.dim() != 2:
         raise ValueError(f"logits must be 2-dimensional, got shape {tuple(logits.shape)}")
@@ -76,15 +132,44 @@ def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (rows,):
         got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"labels must be integers of shape ({rows},), got {got}")
-    ValueChecks().require(
+    checks = ValueChecks()
+    checks.require(
         ((labels >= -1) & (labels <= classes)).all(),
         f"labels must lie in [-1, {classes}] "
         f"(-1 = ignored, {classes} = background); they hold a value outside",
     )
     x = at_least_float32(logits)
+    own = x.new_ones(rows)
+    if scores is not None:
+        check_floating("scores", scores)
+        if scores.shape != (rows,):
+            raise ValueError(f"scores must have shape ({rows},), got {tuple(scores.shape)}")
+        inside = (scores >= 0) & (scores <= 1)
+        checks.require(inside.all(), "scores must lie in [0, 1]; they hold a value outside")
+        own = scores.detach().to(x.dtype)
     column = labels.long().clamp(min=0).unsqueeze(1)
-    target = x.new_zeros(rows, classes + 1).scatter_(1, column, 1)[:, :-1]
-    return F.binary_cross_entropy_with_logits(x, target, reduction="none").sum(dim=1)
+    return x, x.new_zeros(rows, classes + 1).scatter_(1, column, own.unsqueeze(1))[:, :-1]
+
+
+class FocalLoss(nn.Module):
+    """:func:`focal_loss` times `loss_weight`.
+
+    A detector divides it by what it divides its own focal loss by.
+    """
+
+    def __init__(self, alpha: float = 0.25, gamma: float = 2.0, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.alpha, self.gamma = float(alpha), check_non_negative("gamma", gamma)
+        self.loss_weight = check_non_negative("loss_weight", loss_weight)
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(model)` shows them."""
+        return f"alpha={self.alpha!r}, gamma={self.gamma!r}, loss_weight={self.loss_weight!r}"
+
+    @torch.jit.unused
+    def forward(self, logits: Tensor, labels: Tensor, scores: Tensor | None = None) -> Tensor:
+        """See :func:`focal_loss`."""
+        return self.loss_weight * focal_loss(logits, labels, scores, self.alpha, self.gamma)
 
 
 class CrossEntropyLoss(nn.Module):
@@ -99,9 +184,9 @@ class CrossEntropyLoss(nn.Module):
         return f"loss_weight={self.loss_weight!r}"
 
     @torch.jit.unused
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, scores: Tensor | None = None) -> Tensor:
         """See :func:`cross_entropy_loss`."""
-        return self.loss_weight * cross_entropy_loss(logits, labels)
+        return self.loss_weight * cross_entropy_loss(logits, labels, scores)
 
 
 class OHEMLoss(nn.Module):
@@ -118,9 +203,38 @@ class OHEMLoss(nn.Module):
         return f"loss_weight={self.loss_weight!r}, negatives_per_positive={ratio!r}"
 
     @torch.jit.unused
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, scores: Tensor | None = None) -> Tensor:
         """See :func:`ohem_loss`."""
-        return self.loss_weight * ohem_loss(logits, labels, self.negatives_per_positive)
+        return self.loss_weight * ohem_loss(logits, labels, self.negatives_per_positive, scores)
+
+
+class SmoothL1Loss(nn.Module):
+    """Sum of smooth L1, times `loss_weight`, as Detectron2's, which has no factor in a RetinaNet.
+
+    A detector divides it by what it divides its own smooth L1 loss by.
+    """
+
+    def __init__(self, beta: float = 0.0, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.beta = check_non_negative("beta", beta)
+        self.loss_weight = check_non_negative("loss_weight", loss_weight)
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(model)` shows them."""
+        return f"beta={self.beta!r}, loss_weight={self.loss_weight!r}"
+
+    @torch.jit.unused
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """
+        Args:
+            pred: predicted deltas of the positives, any shape, floating point.
+            target: same shape.
+
+        Returns:
+            A scalar on the graph, float32 (float64 for float64 input).
+        """
+        pair = at_least_float32(pred), at_least_float32(target)
+        return self.loss_weight * F.smooth_l1_loss(*pair, beta=self.beta, reduction="sum")
 
 
 class ASL1Loss(nn.Module):

@@ -4,22 +4,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .base import Eager, HarmonizedLoss
 from .checks import ValueChecks, check_floating, check_positive, check_weight, example_mask
-from .functional import regression_examples
+from .functional import at_least_float32, regression_examples
 from .kernels import Arguments, EagerPart, FusedExamples, regression_kernel
 
 __all__ = ["GHMRLoss"]
+
+# MU "auto": this many times the median error, which is averaged with this momentum, in this range.
+_MEDIANS, _MOMENTUM, _RANGE = 1.5, 0.95, (0.01, 0.5)
 
 
 class GHMRLoss(HarmonizedLoss):
     """Gradient-harmonised authentic smooth L1 (paper, section "GHM-R Loss").
 
     One example is one coordinate of one positive.
+
+    Attributes:
+        mu: the width; with `mu="auto"` a float32 scalar, that of the last call.
+        running_median: float32 scalar, with `mu="auto"` alone: the moving average of the median of
+            |d|, -1 before the first; saved and written like `acc_sum`.
     """
 
+    running_median: Tensor
     argument_names = ("pred", "target")
     not_finite_message = (
         "pred and target must be finite; they hold NaN or infinite values "
@@ -28,7 +38,7 @@ class GHMRLoss(HarmonizedLoss):
 
     def __init__(
         self,
-        mu: float = 0.02,
+        mu: float | str = 0.02,
         bins: int = 10,
         momentum: float = 0.7,
         loss_weight: float = 1.0,
@@ -41,7 +51,10 @@ class GHMRLoss(HarmonizedLoss):
     ) -> None:
         """
         Args:
-            mu: width of the quadratic part of authentic smooth L1, above 0, in units of the deltas.
+            mu: width of the quadratic part of authentic smooth L1, above 0, in units of the deltas;
+                or "auto": 1.5 times the moving average (0.95) of the median of |d| over the
+                coordinates of a call, this one's included, within [0.01, 0.5]. With `sync`, the
+                processes' medians are averaged by their numbers of coordinates.
             bins, momentum: see :class:`~ghm_d2.losses.GHMCLoss`.
             loss_weight: likewise; the published code uses 10 in RetinaNet.
             normalize_by, decay_empty_bins, bias_correction, sync, density: likewise.
@@ -59,11 +72,23 @@ class GHMRLoss(HarmonizedLoss):
             sync=sync,
             density=density,
         )
-        self.mu = check_positive("mu", mu)
+        self.follows = mu == "auto"
+        if self.follows:
+            self.register_buffer("running_median", torch.tensor(-1.0))
+        self.mu: float | Tensor = _width(self.running_median) if self.follows else _check_mu(mu)
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
-        return f"mu={self.mu!r}, {super().extra_repr()}"
+        mu = "auto" if self.follows else self.mu
+        return f"mu={mu!r}, {super().extra_repr()}"
+
+    def reset_parameters(self) -> None:
+        """Sets the running averages to their start, as in a new module; also after `to_empty`."""
+        super().reset_parameters()
+        if self.follows:
+            with torch.no_grad():
+                self.running_median.fill_(-1)
+            self.mu = _width(self.running_median)
 
     @torch.jit.unused
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -83,6 +108,31 @@ class GHMRLoss(HarmonizedLoss):
         """
         return self.forward_pooled([pred], [target], [weight])
 
+    @torch.no_grad()
+    def _constants(
+        self, raw: Sequence[Arguments], writes: bool, recomputed: bool
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if not self.follows:
+            return {"mu": self.mu}, {}
+        average = self.running_median
+        if not recomputed:  # which has been averaged in by the first computation
+            median, count = _median_error(raw, average)
+            if writes and self._processes() > 1:
+                total = torch.stack([median * count, count])
+                dist.all_reduce(total)
+                median, count = total[0] / total[1].clamp(min=1), total[1]
+            moved = torch.where(average < 0, median, torch.lerp(median, average, _MOMENTUM))
+            average = torch.where(count > 0, moved, average)
+        mu = _width(average)
+        if not torch.compiler.is_compiling():
+            self.mu = mu
+        return {"mu": mu}, {"running_median": average}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.follows:
+            self.mu = _width(self.running_median)
+
     def _layout(self, pred: Tensor, target: Tensor, weight: Tensor | None) -> Arguments:
         check_floating("pred", pred)
         check_floating("target", target)
@@ -100,9 +150,6 @@ class GHMRLoss(HarmonizedLoss):
         if keep is not None:
             keep = keep.view(*keep.shape, *[1] * (pred.dim() - keep.dim()))
         return pred, target, keep
-
-    def _constants(self, raw: Sequence[Arguments]) -> dict[str, Any]:
-        return {"mu": self.mu}
 
     def _device_arguments(self) -> dict[str, Any] | None:
         return {} if self.density == "unit_region" else None
@@ -123,3 +170,33 @@ class GHMRLoss(HarmonizedLoss):
         if keep is not None:
             pred, target = pred.masked_fill(~keep, 0), target.masked_fill(~keep, 0)
         return EagerPart(*regression_examples(pred, target, constants["mu"]), keep, given)
+
+
+def _check_mu(mu: float | str) -> float:
+    if isinstance(mu, str):
+        raise ValueError(f"mu must be a finite number above 0 or 'auto', got {mu!r}")
+    return check_positive("mu", mu)
+
+
+def _width(running_median: Tensor) -> Tensor:
+    return (_MEDIANS * running_median).clamp(*_RANGE)
+
+
+def _median_error(raw: Sequence[Arguments], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower median of |d| over all tensors, and how many coordinates it is of.
+
+    Scalars of `like`'s type. By sorting, because the number of valid coordinates stays on the
+    device; the ignored ones come last, as infinities.
+    """
+    errors, count = [], like.new_zeros(())
+    for pred, target, weight in raw:
+        error = (at_least_float32(pred.detach()) - at_least_float32(target.detach())).abs()
+        keep = torch.ones_like(error, dtype=torch.bool)
+        if weight is not None:
+            keep = (weight > 0).view(*weight.shape, *[1] * (error.dim() - weight.dim())) & keep
+        errors.append(error.masked_fill(~keep, torch.inf).flatten())
+        count = count + keep.sum()
+    ordered = torch.cat([*errors, errors[0].new_full((1,), torch.inf)]).sort().values
+    middle = (count - 1).clamp(min=0).long() // 2
+    median = ordered.gather(0, middle.view(1))[0].to(like.dtype)
+    return torch.where(count > 0, median, 0.0), count

@@ -8,15 +8,33 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from ghm_d2.config import add_ghm_config
+from ghm_d2.config import AUTO_KEYS, add_ghm_config
+from ghm_d2.data.augmentation import train_augmentations
+from ghm_d2.data.class_weights import BALANCED
+from ghm_d2.data.fields import number
 from ghm_d2.errors import UserError
-from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
+from ghm_d2.losses import (
+    ASL1Loss,
+    CrossEntropyLoss,
+    FocalLoss,
+    GHMCLoss,
+    GHMRLoss,
+    OHEMLoss,
+    SmoothL1Loss,
+)
 
-from .dense import SCOPES, groups_of_images
+from .dense import SCOPES, TARGETS, groups_of_images
 
 __all__ = ["build_losses", "validate_ghm_config"]
 
-CLS_BASELINES = {"cross_entropy": CrossEntropyLoss, "ohem": OHEMLoss}
+CLS_BASELINES = {"focal": FocalLoss, "cross_entropy": CrossEntropyLoss, "ohem": OHEMLoss}
+REG_BASELINES = {"smooth_l1": SmoothL1Loss, "asl1": ASL1Loss}
+# Where Detectron2 keeps the delta of smooth L1.
+_BETA = {
+    "RETINANET": "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA",
+    "RPN": "MODEL.RPN.SMOOTH_L1_BETA",
+    "ROI_BOX_HEAD": "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA",
+}
 
 # The keys that choose the parts of a detector that have harmonised losses.
 _CHOSEN_BY = {
@@ -41,7 +59,7 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
         part: "RETINANET", "RPN" or "ROI_BOX_HEAD".
 
     Returns:
-        `ghm_c`, `ghm_r` and `asl1`, and for RetinaNet `cls_baseline`; None where a loss is
+        `ghm_c`, `ghm_r` and `reg_baseline`, and for RetinaNet `cls_baseline`; None where a loss is
         not enabled or `LOSS_TYPE` names another one.
 
     Raises:
@@ -50,7 +68,7 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
     """
     _check_boxes(cfg, part)
     prefix, node = f"MODEL.GHM.{part}", cfg.MODEL.GHM[part]
-    losses: dict[str, nn.Module | None] = dict.fromkeys(("ghm_c", "ghm_r", "asl1"))
+    losses: dict[str, nn.Module | None] = dict.fromkeys(("ghm_c", "ghm_r", "reg_baseline"))
     if "LOSS_TYPE" in node.CLS:  # the paper's baselines are those of a dense detector
         losses["cls_baseline"] = None
     if part == "ROI_BOX_HEAD":
@@ -62,12 +80,24 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
         with _naming_keys(f"{prefix}.CLS"):
             if kind == "ghm_c":
                 activation = "softmax" if softmax else "sigmoid"
-                losses["ghm_c"] = GHMCLoss(activation=activation, **_arguments(cfg, node.CLS))
+                weight = _class_weight(cfg, part)
+                losses["ghm_c"] = GHMCLoss(
+                    activation=activation, class_weight=weight, **_arguments(cfg, node.CLS)
+                )
+            elif node.CLS.get("CLASS_WEIGHT"):
+                raise UserError(
+                    f"{prefix}.CLS.CLASS_WEIGHT is of GHM-C, and LOSS_TYPE {kind!r} is another "
+                    "loss: leave one of the two out"
+                )
             else:
-                losses["cls_baseline"] = CLS_BASELINES[kind](loss_weight=node.CLS.LOSS_WEIGHT)
+                more = {"loss_weight": node.CLS.LOSS_WEIGHT}
+                if kind == "focal":
+                    focal = cfg.MODEL.RETINANET
+                    more |= {"alpha": focal.FOCAL_LOSS_ALPHA, "gamma": focal.FOCAL_LOSS_GAMMA}
+                losses["cls_baseline"] = CLS_BASELINES[kind](**more)
     if node.REG.ENABLED:
         kind = node.REG.LOSS_TYPE
-        _check_choice(f"{prefix}.REG.LOSS_TYPE", kind, ("ghm_r", "asl1"))
+        _check_choice(f"{prefix}.REG.LOSS_TYPE", kind, ("ghm_r", *REG_BASELINES))
         replaced = cfg.MODEL[part].BBOX_REG_LOSS_TYPE
         if replaced != "smooth_l1":
             raise UserError(
@@ -79,12 +109,18 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
             if kind == "ghm_r":
                 losses["ghm_r"] = GHMRLoss(mu=node.REG.MU, **_arguments(cfg, node.REG))
             else:
-                losses["asl1"] = ASL1Loss(mu=node.REG.MU, loss_weight=node.REG.LOSS_WEIGHT)
+                more = (
+                    {"mu": node.REG.MU}
+                    if kind == "asl1"
+                    else {"beta": attrgetter(_BETA[part])(cfg)}
+                )
+                loss = REG_BASELINES[kind](loss_weight=node.REG.LOSS_WEIGHT, **more)
+                losses["reg_baseline"] = loss
     return losses
 
 
 def dense_settings(cfg: CfgNode) -> dict[str, Any]:
-    """The arguments of :class:`~ghm_d2.modeling.DenseLoss` that `MODEL.GHM.RETINANET` gives.
+    """What `MODEL.GHM.RETINANET` gives :class:`~ghm_d2.modeling.GHMRetinaNet` besides losses.
 
     Raises:
         UserError: a key holds a value that is not allowed; the message names it.
@@ -98,7 +134,10 @@ def dense_settings(cfg: CfgNode) -> dict[str, Any]:
         )
     images = node.IMAGES_PER_HISTOGRAM
     batch = cfg.SOLVER.IMS_PER_BATCH // max(cfg.MODEL.GHM.TRAINING.ACCUMULATION_STEPS, 1)
+    targets = node.CLS.TARGETS if node.CLS.ENABLED else TARGETS[0]
+    _check_choice("MODEL.GHM.RETINANET.CLS.TARGETS", targets, TARGETS)
     return {
+        "cls_targets": targets,
         "ghm_scope": node.SCOPE,
         "images_per_histogram": images,
         "num_histogram_groups": groups_of_images(batch, images),
@@ -114,6 +153,7 @@ def validate_ghm_config(cfg: CfgNode) -> None:
     defaults = CfgNode({"MODEL": CfgNode()})
     add_ghm_config(defaults)
     _check_types(cfg.MODEL.GHM, defaults.MODEL.GHM, "MODEL.GHM")
+    train_augmentations(cfg)
     period = cfg.MODEL.GHM.STATISTICS_PERIOD
     if period < 0 or period % 20:
         raise UserError(
@@ -145,6 +185,21 @@ def _arguments(cfg: CfgNode, node: CfgNode) -> dict[str, Any]:
     }
 
 
+def _class_weight(cfg: CfgNode, part: str) -> list[float] | None:
+    """`CLS.CLASS_WEIGHT`; names have become numbers when the data were read."""
+    key, text = f"MODEL.GHM.{part}.CLS.CLASS_WEIGHT", cfg.MODEL.GHM[part].CLS.get("CLASS_WEIGHT")
+    if not text:
+        return None
+    weights = [number(word) for word in text.split()]
+    classes = cfg.MODEL["RETINANET" if part == "RETINANET" else "ROI_HEADS"].NUM_CLASSES
+    if len(weights) != classes or None in weights or min(weights) < 0:
+        raise UserError(
+            f"{key} must be a number of at least 0 for each of the {classes} classes, with spaces "
+            f"between them, NAME=NUMBER with commas, or {BALANCED!r}, got {text!r}"
+        )
+    return weights
+
+
 @contextmanager
 def _naming_keys(prefix: str) -> Iterator[None]:
     """Turns a loss's error about an argument into one about the key that the value came from."""
@@ -152,7 +207,8 @@ def _naming_keys(prefix: str) -> Iterator[None]:
         yield
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        raise UserError(f"{prefix}.{name.upper()} {rest}") from None
+        key = {"gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "beta": _BETA[prefix.split(".")[2]]}
+        raise UserError(f"{key.get(name, f'{prefix}.{name.upper()}')} {rest}") from None
 
 
 def _check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -169,9 +225,11 @@ def _check_types(node: CfgNode, default: CfgNode, prefix: str) -> None:
                 raise UserError(f"{name} must hold keys of its own, got {value!r}")
             _check_types(value, expected, name)
             continue
+        if name in AUTO_KEYS and value == "auto":
+            continue
         wanted = (int, float) if isinstance(expected, float) else type(expected)
         if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(expected, bool):
-            kind = type(expected).__name__
+            kind = type(expected).__name__ + (' or "auto"' if name in AUTO_KEYS else "")
             raise UserError(f"{name} must be of type {kind}, as in {expected!r}, got {value!r}")
 
 

@@ -10,9 +10,25 @@ from torch import Tensor, nn
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss
 
-__all__ = ["SCOPES", "DenseLoss", "SteadyNormalizer", "groups_of_images", "levels_of_labels"]
+__all__ = [
+    "SCOPES",
+    "TARGETS",
+    "DenseLoss",
+    "SteadyNormalizer",
+    "check_targets",
+    "groups_of_images",
+    "levels_of_labels",
+]
 
 SCOPES = ("level", "batch")
+TARGETS = ("hard", "iou")
+
+
+def check_targets(cls_targets: str) -> str:
+    """Returns it; raises ValueError unless it is one of `TARGETS`."""
+    if cls_targets not in TARGETS:
+        raise ValueError(f"cls_targets must be one of {TARGETS}, got {cls_targets!r}")
+    return cls_targets
 
 
 def groups_of_images(total_batch_size: int, images_per_histogram: int) -> int:
@@ -99,6 +115,8 @@ class DenseLoss(nn.ModuleList):
         predictions: Sequence[Tensor],
         targets: Sequence[Tensor],
         masks: Sequence[Tensor] | None = None,
+        *,
+        scores: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """
         Args:
@@ -108,6 +126,8 @@ class DenseLoss(nn.ModuleList):
             masks: #levels bool tensors (N, Ri) where only some anchors are examples, as for
                 GHM-R the positives. Predictions and targets are then (Pi, ...): the rows
                 `x[mask]`. None: all are.
+            scores: for GHM-C, #levels tensors (N, Ri) in [0, 1]: the target of the class that a
+                positive's label names, such as the IoU of its box. None: 1.
 
         Returns:
             A scalar, on the graph also without any example: the mean over the groups.
@@ -127,7 +147,11 @@ class DenseLoss(nn.ModuleList):
             rows = [images] * len(predictions)
         else:
             rows = _rows_of_groups(predictions, masks, images)
-        columns = [list(map(_split, tensors, rows)) for tensors in (predictions, targets)]
+        tensors = [predictions, targets]
+        if scores is not None:
+            tensors += zip(*map(_soft_targets, predictions, targets, scores), strict=True)
+            del tensors[1]
+        columns = [list(map(_split, column, rows)) for column in tensors]
         if masks is None:
             columns = [[[x.flatten(0, 1) for x in level] for level in part] for part in columns]
         total = []
@@ -181,6 +205,16 @@ class SteadyNormalizer:
             else:
                 setattr(self, name, before)
         return average
+
+
+def _soft_targets(logits: Tensor, labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets (N, Ri, K) whose own class has the score, and which rows (N, Ri) are not ignored."""
+    classes = logits.shape[-1]
+    wrong = (labels < -1) | (labels > classes)
+    column = labels.clamp(min=0).masked_fill(wrong, 0).unsqueeze(-1)
+    own = scores.masked_fill(wrong, 2.0).unsqueeze(-1)  # which the loss refuses
+    target = scores.new_zeros(*labels.shape, classes + 1).scatter_(-1, column, own)
+    return target[..., :-1], labels != -1
 
 
 def _split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:

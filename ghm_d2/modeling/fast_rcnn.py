@@ -10,7 +10,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ghm_d2.losses import ASL1Loss, GHMCLoss, GHMRLoss
+from ghm_d2.losses import ASL1Loss, GHMCLoss, GHMRLoss, SmoothL1Loss
 from ghm_d2.losses.base import raise_deferred_errors
 
 from .build import build_losses
@@ -38,7 +38,7 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
         *,
         ghm_c: GHMCLoss | None,
         ghm_r: GHMRLoss | None,
-        asl1: ASL1Loss | None = None,
+        reg_baseline: ASL1Loss | SmoothL1Loss | None = None,
         prior_prob: float = 0.01,
         **kwargs: Any,
     ) -> None:
@@ -47,8 +47,8 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             input_shape: shape of the box features.
             ghm_c: classification loss, its activation "sigmoid" with `use_sigmoid_ce` and
                 "softmax" without; None: Detectron2's cross entropy.
-            ghm_r: box regression loss; None: `asl1`.
-            asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
+            ghm_r: box regression loss; None: `reg_baseline`.
+            reg_baseline: box regression loss, normalised as Detectron2's; None: Detectron2's own.
             prior_prob: foreground probability at the start, in (0, 1), with a sigmoid `ghm_c`:
                 most logits are negatives, which would all share one unit region at 0.5.
             kwargs: see :class:`detectron2.modeling.roi_heads.FastRCNNOutputLayers`.
@@ -57,7 +57,7 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             ValueError: `ghm_c` has the wrong activation, or `use_fed_loss` is True with it.
         """
         super().__init__(input_shape, **kwargs)
-        self.ghm_c, self.ghm_r, self.asl1 = ghm_c, ghm_r, asl1
+        self.ghm_c, self.ghm_r, self.reg_baseline = ghm_c, ghm_r, reg_baseline
         if ghm_c is None:
             return
         if self.use_fed_loss:
@@ -114,7 +114,7 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             A scalar. GHM-R is not divided by R as Detectron2's loss is: thanks to the density it
             does not depend on the number of examples.
         """
-        if self.ghm_r is None and self.asl1 is None:
+        if self.ghm_r is None and self.reg_baseline is None:
             return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
         pred, target = proposal_deltas(
             self.box2box_transform,
@@ -125,5 +125,5 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             self.num_classes,
         )
         if self.ghm_r is None:
-            return self.asl1(pred, target) / max(gt_classes.numel(), 1)
+            return self.reg_baseline(pred, target) / max(gt_classes.numel(), 1)
         return self.ghm_r(pred, target)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from ghm_d2.losses import GHMCLoss
 from ghm_d2.losses.base import raise_deferred_errors
 
-from .dense import DenseLoss, SteadyNormalizer, levels_of_labels
+from .dense import DenseLoss, SteadyNormalizer, check_targets, levels_of_labels
+from .targets import box_ious
 
 __all__ = ["GHMFCOS"]
 
@@ -29,6 +31,7 @@ class GHMFCOS(SteadyNormalizer, FCOS):
         ghm_scope: str = "level",
         images_per_histogram: int = 0,
         num_histogram_groups: int = 1,
+        cls_targets: str = "hard",
         **kwargs: Any,
     ) -> None:
         """
@@ -37,12 +40,14 @@ class GHMFCOS(SteadyNormalizer, FCOS):
             ghm_scope: see :class:`~ghm_d2.modeling.DenseLoss`, as for the next two.
             images_per_histogram: images that share a histogram; 0: all images.
             num_histogram_groups: groups in a training batch of one process.
+            cls_targets: for `ghm_c`; see :class:`~ghm_d2.modeling.GHMRetinaNet`.
             kwargs: see :class:`detectron2.modeling.meta_arch.fcos.FCOS`.
 
         Raises:
-            ValueError: one of these three is out of range.
+            ValueError: one of these four is out of range.
         """
         super().__init__(**kwargs)
+        self.cls_targets = check_targets(cls_targets)
         self.ghm_c = DenseLoss.of(ghm_c, ghm_scope, images_per_histogram, num_histogram_groups)
 
     def losses(
@@ -73,8 +78,13 @@ class GHMFCOS(SteadyNormalizer, FCOS):
         rest = gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
         if self.ghm_c is None:
             return super().losses(anchors, pred_logits, *rest)
-        labels = levels_of_labels(gt_labels, [x.shape[1] for x in pred_logits])
-        loss_cls = self.ghm_c(pred_logits, labels)
+        sizes, scores = [x.shape[1] for x in pred_logits], None
+        if self.cls_targets == "iou":
+            positive = torch.stack(gt_labels) != self.num_classes
+            decoded = Boxes.cat(anchors).tensor, torch.cat(pred_anchor_deltas, dim=1), gt_boxes
+            ious = box_ious(self.box2box_transform, *decoded, positive)
+            scores = ious.split(sizes, dim=1)
+        loss_cls = self.ghm_c(pred_logits, levels_of_labels(gt_labels, sizes), scores=scores)
         # Detectron2's method gives the other two losses and logs the positives. The focal loss that
         # is then replaced costs one pass without a graph, over a ninth of a RetinaNet's logits.
         losses = super().losses(anchors, [x.detach() for x in pred_logits], *rest)

@@ -14,12 +14,20 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 
-from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, GHMCLoss, GHMRLoss, OHEMLoss
+from ghm_d2.losses import (
+    ASL1Loss,
+    CrossEntropyLoss,
+    FocalLoss,
+    GHMCLoss,
+    GHMRLoss,
+    OHEMLoss,
+    SmoothL1Loss,
+)
 from ghm_d2.losses.base import raise_deferred_errors
 
 from .build import build_losses, dense_settings
-from .dense import DenseLoss, SteadyNormalizer, levels_of_labels
-from .targets import anchor_deltas
+from .dense import DenseLoss, SteadyNormalizer, check_targets, levels_of_labels
+from .targets import anchor_deltas, box_ious
 
 __all__ = ["GHMRetinaNet"]
 
@@ -44,33 +52,38 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
         ghm_scope: str = "level",
         images_per_histogram: int = 0,
         num_histogram_groups: int = 1,
-        cls_baseline: CrossEntropyLoss | OHEMLoss | None = None,
-        asl1: ASL1Loss | None = None,
+        cls_baseline: CrossEntropyLoss | FocalLoss | OHEMLoss | None = None,
+        cls_targets: str = "hard",
+        reg_baseline: ASL1Loss | SmoothL1Loss | None = None,
         clip_before_nms: bool = False,
         **kwargs: Any,
     ) -> None:
         """
         Args:
             ghm_c: classification loss; None: `cls_baseline`.
-            ghm_r: box regression loss; None: `asl1`.
+            ghm_r: box regression loss; None: `reg_baseline`.
             ghm_scope: see :class:`~ghm_d2.modeling.DenseLoss`, as for the next two.
             images_per_histogram: images that share a histogram; 0: all images.
             num_histogram_groups: groups in a training batch of one process.
             cls_baseline: classification loss over all anchors at once; None: Detectron2's focal
                 loss.
-            asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
+            cls_targets: what a positive's own class should score: "hard", 1; "iou", the IoU of its
+                decoded box with the box matched to it (Detectron2's focal loss knows 1 alone).
+            reg_baseline: box regression loss, normalised as Detectron2's; None: Detectron2's own.
             clip_before_nms: clip boxes to the image before NMS, as mmdetection does, and drop
                 those that are empty then; False: after it.
             kwargs: see :class:`detectron2.modeling.meta_arch.retinanet.RetinaNet`.
 
         Raises:
-            ValueError: one of the three settings of :class:`DenseLoss` is out of range.
+            ValueError: `cls_targets` or one of the three settings of :class:`DenseLoss` is out of
+                range.
         """
         super().__init__(**kwargs)
         self.clip_before_nms = clip_before_nms
+        self.cls_targets = check_targets(cls_targets)
         settings = ghm_scope, images_per_histogram, num_histogram_groups
         self.ghm_c, self.ghm_r = DenseLoss.of(ghm_c, *settings), DenseLoss.of(ghm_r, *settings)
-        self.cls_baseline, self.asl1 = cls_baseline, asl1
+        self.cls_baseline, self.reg_baseline = cls_baseline, reg_baseline
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -137,17 +150,22 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             ValueError: a label or target is invalid, or the batch has more groups of
                 `images_per_histogram` images than there are running counts.
         """
-        if not any((self.ghm_c, self.ghm_r, self.cls_baseline, self.asl1)):
+        if not any((self.ghm_c, self.ghm_r, self.cls_baseline, self.reg_baseline)):
             return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
         labels = torch.stack(gt_labels)
         positive = (labels >= 0) & (labels != self.num_classes)
-        loss_cls = loss_box_reg = None
+        loss_cls = loss_box_reg = scores = None
+        if self.cls_targets == "iou":
+            decoded = Boxes.cat(anchors).tensor, cat(pred_anchor_deltas, dim=1), gt_boxes, positive
+            scores = box_ious(self.box2box_transform, *decoded)
         if self.ghm_c is not None:
             sizes = [x.shape[1] for x in pred_logits]
-            loss_cls = self.ghm_c(pred_logits, levels_of_labels(gt_labels, sizes))
+            levels = None if scores is None else scores.split(sizes, dim=1)
+            loss_cls = self.ghm_c(pred_logits, levels_of_labels(gt_labels, sizes), scores=levels)
         elif self.cls_baseline is not None:
             logits = cat(pred_logits, dim=1).flatten(0, 1)
-            loss_cls = self.cls_baseline(logits, labels.flatten())
+            own = None if scores is None else scores.flatten()
+            loss_cls = self.cls_baseline(logits, labels.flatten(), own)
         else:
             focal_loss = self._focal_loss(pred_logits, labels)
         if self.ghm_r is not None:
@@ -160,11 +178,13 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
         normalizer = self._ema_update("loss_normalizer", max(num_positive, 1), 100)
         if loss_cls is None:
             loss_cls = focal_loss / normalizer
-        if self.asl1 is not None:
+        elif isinstance(self.cls_baseline, FocalLoss):  # the others are means
+            loss_cls = loss_cls / normalizer
+        if self.reg_baseline is not None:
             deltas = cat(pred_anchor_deltas, dim=1)
             boxes = Boxes.cat(anchors).tensor
             pair = anchor_deltas(self.box2box_transform, boxes, deltas, gt_boxes, positive)
-            loss_box_reg = self.asl1(*pair) / normalizer
+            loss_box_reg = self.reg_baseline(*pair) / normalizer
         elif loss_box_reg is None:
             loss_box_reg = _dense_box_regression_loss(
                 anchors,

@@ -9,7 +9,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from ghm_d2.losses import ASL1Loss, GHMCLoss, GHMRLoss
+from ghm_d2.losses import ASL1Loss, GHMCLoss, GHMRLoss, SmoothL1Loss
 from ghm_d2.losses.base import raise_deferred_errors
 
 from .build import build_losses
@@ -32,18 +32,18 @@ class GHMRPN(RPN):
         *,
         ghm_c: GHMCLoss | None,
         ghm_r: GHMRLoss | None,
-        asl1: ASL1Loss | None = None,
+        reg_baseline: ASL1Loss | SmoothL1Loss | None = None,
         **kwargs: Any,
     ) -> None:
         """
         Args:
             ghm_c: objectness loss; None: Detectron2's binary cross entropy.
-            ghm_r: box regression loss; None: `asl1`.
-            asl1: box regression loss, normalised as Detectron2's; None: Detectron2's own.
+            ghm_r: box regression loss; None: `reg_baseline`.
+            reg_baseline: box regression loss, normalised as Detectron2's; None: Detectron2's own.
             kwargs: see :class:`detectron2.modeling.proposal_generator.RPN`.
         """
         super().__init__(**kwargs)
-        self.ghm_c, self.ghm_r, self.asl1 = ghm_c, ghm_r, asl1
+        self.ghm_c, self.ghm_r, self.reg_baseline = ghm_c, ghm_r, reg_baseline
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class GHMRPN(RPN):
             logits = torch.cat(pred_objectness_logits, dim=1)
             loss = self.ghm_c(logits.view(-1, 1), classes.flatten())
             losses["loss_rpn_cls"] = loss * self.loss_weight.get("loss_rpn_cls", 1.0)
-        if self.ghm_r is not None or self.asl1 is not None:
+        if self.ghm_r is not None or self.reg_baseline is not None:
             pred, target = anchor_deltas(
                 self.box2box_transform,
                 Boxes.cat(anchors).tensor,
@@ -93,7 +93,9 @@ class GHMRPN(RPN):
             if self.ghm_r is not None:
                 loss = self.ghm_r(pred, target)
             else:
-                loss = self.asl1(pred, target) / (self.batch_size_per_image * len(gt_labels))
+                loss = self.reg_baseline(pred, target) / (
+                    self.batch_size_per_image * len(gt_labels)
+                )
             losses["loss_rpn_loc"] = loss * self.loss_weight.get("loss_rpn_loc", 1.0)
         raise_deferred_errors(self)
         return losses

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes
+from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
-__all__ = ["anchor_deltas", "proposal_deltas"]
+__all__ = ["anchor_deltas", "box_ious", "proposal_deltas"]
 
 
 def anchor_deltas(
@@ -31,6 +33,33 @@ def anchor_deltas(
     image, index = positive.nonzero(as_tuple=True)
     boxes = gt_boxes if isinstance(gt_boxes, Tensor) else torch.stack(list(gt_boxes))
     return deltas[image, index], transform.get_deltas(anchors[index], boxes[image, index])
+
+
+@torch.no_grad()
+def box_ious(
+    transform: Box2BoxTransform,
+    anchors: Tensor,
+    deltas: Tensor,
+    gt_boxes: Sequence[Tensor] | Tensor,
+    positive: Tensor,
+) -> Tensor:
+    """How well each positive anchor's box, as predicted, fits the box matched to it.
+
+    Args:
+        transform: from deltas to boxes.
+        anchors, deltas, gt_boxes, positive: see :func:`anchor_deltas`.
+
+    Returns:
+        float32 (N, R) in [0, 1], without a gradient: the IoU of the two; 0 where `positive` is
+        False, or a delta is NaN (the losses say so then).
+    """
+    image, index = positive.nonzero(as_tuple=True)
+    matched = gt_boxes if isinstance(gt_boxes, Tensor) else torch.stack(list(gt_boxes))
+    boxes = transform.apply_deltas(deltas[image, index].float(), anchors[index])
+    ious = matched_pairwise_iou(Boxes(boxes), Boxes(matched[image, index]))
+    found = ious.new_zeros(positive.shape)
+    found[image, index] = ious.nan_to_num(0.0).clamp(0, 1)  # rounding passes 1
+    return found
 
 
 def proposal_deltas(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from ghm_d2.ablation import job
 from ghm_d2.ablation.execute import _Submitter, execute
 from ghm_d2.ablation.plan import Run
 from ghm_d2.ablation.results import Store, read_study
+from ghm_d2.ablation.tuning import next_points
 from ghm_d2.cli.ablate import main
 from ghm_d2.errors import UserError, exits_with_one_sentence
 from tests.kinds import KINDS, Kind
@@ -397,6 +399,128 @@ def test_failed_runs_end_in_exit_code_1(tmp_path, data, monkeypatch, capsys):
     assert stop.value.code == 1
     text = capsys.readouterr().out
     assert "2 of 2 runs failed" in text and "- M = 5, seed 7: no lamp" in text
+
+
+WEIGHT, RATE = "MODEL.GHM.RETINANET.CLS.LOSS_WEIGHT", "SOLVER.BASE_LR"
+TUNED_ROWS = [
+    {
+        "name": "focal",
+        "overrides": {"MODEL.GHM.RETINANET.CLS.LOSS_TYPE": "focal", WEIGHT: 0.25},
+    },
+    {"name": "M = 5", "overrides": {"MODEL.GHM.RETINANET.CLS.BINS": 5}},
+]
+
+
+def tuned_training(calls, interrupt_at=None):
+    """In place of the trainer: best with weight 2 for GHM-C, 0.25 for focal loss, and rate 0.02;
+    seed 3 adds 1, and a try with weight 0.5 fails."""
+
+    def train(argv):
+        if len(calls) == interrupt_at:
+            raise KeyboardInterrupt
+        given = dict(zip(argv[2::2], argv[3::2], strict=False))
+        weight, rate = float(given.get(WEIGHT, 1)), float(given.get(RATE, 0.01))
+        calls.append((given["--dataset"], given["SEED"], weight, rate))
+        if weight == 0.5:
+            sys.exit("it diverged")
+        optimum = 0.25 if "MODEL.GHM.RETINANET.CLS.LOSS_TYPE" in given else 2
+        ap = 50 - abs(math.log2(weight / optimum)) - abs(math.log2(rate / 0.02))
+        output = Path(given["OUTPUT_DIR"])
+        (output / "inference").mkdir()
+        ap += given["SEED"] == "3"
+        (output / "inference" / "results.json").write_text(json.dumps({"bbox/AP": ap}))
+        (output / "metrics.json").write_text('{"total_loss": 1.0, "iteration": 19, "time": 0.1}')
+
+    return train
+
+
+def test_equal_tries_on_held_out_images(tmp_path, data, monkeypatch, capsys):
+    tuning = {"keys": {WEIGHT: 2.0, RATE: 2.0}, "tries": 7, "seeds": [8, 9]}
+    grid = write_grid(tmp_path, rows=TUNED_ROWS, tuning=tuning)
+    out = tmp_path / "out"
+    argv = ["--grid", str(grid), "--output", str(out), "--seeds", "2", "3", *data]
+    argv += ["--cluster", "debug"]
+    calls = []
+    monkeypatch.setattr("ghm_d2.ablation.execute._POLL", 0)
+    monkeypatch.setattr(job, "main", tuned_training(calls, interrupt_at=11))
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main(argv)
+    monkeypatch.setattr(job, "main", tuned_training(calls))
+    with pytest.raises(SystemExit) as stop:  # for the tries that failed
+        main(argv)
+    assert stop.value.code == 1
+    text = capsys.readouterr().out
+    summary = json.loads((out / "tiny.json").read_text())
+    record = summary["tuning"]
+    for name, chosen in (("focal", (0.25, 0.02)), ("M = 5", (2.0, 0.02))):
+        row = record["rows"][name]
+        assert row["complete"] and len(row["tries"]) == 7
+        assert row["chosen"] == dict(zip((WEIGHT, RATE), chosen, strict=True))
+        values = [tuple(one["values"].values()) for one in row["tries"]]
+        assert len(set(values)) == 7
+        failed = [one["score"] is None for one in row["tries"]]
+        assert failed == [value[0] == 0.5 for value in values] and any(failed)
+        assert f"| {name} | 7 | " in text and f"| 50.0 | {chosen[0]:g} | {chosen[1]:g} |" in text
+        (reported,) = (r for r in summary["rows"] if r["name"] == name)
+        assert reported["figures"]["AP"]["by_seed"] == {"2": 50.0, "3": 51.0}
+    # Each try once, but for those that failed; what is reported was no try, nor its images.
+    tries = [call for call in calls if call[1] in "89"]
+    well = [call for call in tries if call[2] != 0.5]
+    assert len(set(well)) == len(well)
+    parts = [json.loads((out / "work/tuning" / f"{n}.json").read_text()) for n in PARTS]
+    names = [{image["file_name"] for image in part["images"]} for part in parts]
+    assert all(names) and not names[0] & names[1]
+    assert record["images"] == dict(zip(PARTS, map(len, names), strict=True))
+    studied = read_study(out / "tiny.json")
+    assert len(studied) == len(set(well)) + 4
+    assert {tuple(run["data"]["train"]) for run in studied if run["seed"] in (8, 9)} == {
+        ("first_rest",)
+    }
+
+    # The study is enough to know what has ended by.
+    monkeypatch.delattr(job, "Job")
+    for name in ("work", "runs"):
+        (out / name).rename(tmp_path / name)
+    main([*argv, "--report-only"])
+    again = json.loads((out / "tiny.json").read_text())
+    assert "Not tuned yet: " in (out / "tiny.md").read_text()  # what has failed is not in it
+    assert again["tuning"]["rows"]["focal"]["tries"][0] == record["rows"]["focal"]["tries"][0]
+    assert len(read_study(out / "tiny.json")) == len(studied)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "sentence"),
+    [
+        ({"keys": {}, "tries": 3}, "keys must map config keys to factors"),
+        ({"keys": {WEIGHT: 1.0}, "tries": 3}, "must be above 1, got 1.0"),
+        ({"keys": {WEIGHT: 2}, "tries": 1}, "tries must be a whole number >= 2, got 1"),
+        ({"keys": {WEIGHT: 2}, "tries": 3, "fraction": 1}, "fraction must lie between 0 and 1"),
+        ({"keys": {WEIGHT: 2}, "tries": 3, "seeds": []}, "seeds must be whole numbers"),
+        ({"keys": {WEIGHT: 2}, "tries": 3, "seeds": [7]}, "--seeds 7 is a seed that the grid"),
+        ({"keys": {"MODEL.RETINANET.NORM": 2}, "tries": 3}, "MODEL.RETINANET.NORM cannot be tuned"),
+    ],
+)
+def test_mistakes_of_a_tuning_are_one_sentence(
+    tuning, sentence, tmp_path, data, monkeypatch, capsys
+):
+    monkeypatch.setattr(job, "main", tuned_training([]))
+    grid = write_grid(tmp_path, rows=TUNED_ROWS, tuning=tuning)
+    argv = ["--grid", str(grid), "--output", str(tmp_path / "out"), "--seeds", "7", *data]
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--cluster", "debug"])
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_the_nearest_untried_points_come_first():
+    assert next_points({}, 2, 1) == [(0, 0)]
+    assert next_points({(0, 0): 1.0}, 2, 4) == [(1, 0), (-1, 0), (0, 1), (0, -1)]
+    scores = {(0, 0): 1.0, (1, 0): 3.0, (-1, 0): -math.inf}
+    assert next_points(scores, 2, 3) == [(2, 0), (1, 1), (1, -1)]
+    everything = next_points(scores, 2, 40)
+    assert len(set(everything)) == 40 and not set(everything) & set(scores)
+
+
+PARTS = ("rest", "held_out")
 
 
 def test_report_only_runs_nothing(tmp_path, data, monkeypatch, capsys):

@@ -150,12 +150,15 @@ def test_crowd_regions_are_neither_judged_nor_missing():
 
 def test_how_sure_is_sure_follows_the_detector():
     """As sure as it is, in the mean, of the objects of the class whose annotation it believes."""
-    given = content((1, 3, "a"), (1, 3, "b"))
+    given = content((1, 3, "a"), (1, 3, "b"), (1, 3, "c"))
     for score, number in ((0.39, 0), (0.41, 1)):
-        found = detections(("a", 3, 0.3), ("b", 3, 0.5), ("d", 3, score), ("c", 5, 0.9))
-        chosen = choose(judge(given, {1: found}))
-        # Of the class 5 there is no annotation to compare with.
-        assert len(chosen) == number, score
+        # c is not believed. Of the class 5 there is no annotation to compare with.
+        found = detections(
+            ("a", 3, 0.3), ("b", 3, 0.5), ("c", 3, 0.1), ("c", 5, 0.9), ("d", 3, score),
+            ([90, 90, 20, 20], 5, 0.9),
+        )  # fmt: skip
+        kinds = [s.kind for s in choose(judge(given, {1: found}))]
+        assert kinds == ["wrong class"] + ["missing"] * number, score
 
 
 def test_images_without_detections_given_are_not_judged():

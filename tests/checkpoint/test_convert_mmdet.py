@@ -528,6 +528,7 @@ def test_reverse_then_forward_gives_the_same_config(tmp_path_factory, cfg):
         ("MODEL.RESNETS.RES5_DILATION", 2, "MODEL.RESNETS.RES5_DILATION = 2"),
         ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.BACKBONE.NAME = "),
         ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.META_ARCHITECTURE = "),
+        ("MODEL.GHM.RETINANET.REG.MU", "auto", "MODEL.GHM.RETINANET.REG.MU = 'auto'"),
         ("MODEL.RETINANET.NUM_CLASSES", 7, "MODEL.RETINANET.NUM_CLASSES is 7 in the config"),
     ],
 )

@@ -93,17 +93,30 @@ def test_what_does_not_count_is_said():
     assert data.per_image.tolist() == [1, 1, 0]
     assert data.sizes.tolist() == [20, 100] and data.ratios.tolist() == [4, 1]
     text = summary(data)
-    assert "not counted below: 1 crowd regions, 1 boxes without area" in text
-    assert "1 images without any" in text
+    assert "not counted below: 1 crowd region, 1 box without area" in text
+    assert "1 image without any" in text
     assert "4 classes have no box: b, 2, 3, 4" in text
     assert "50% small (< 32), 0% medium, 50% large (>= 96)" in text
     assert "there is no box" in summary(count_data("d", [boxes()], ("a",)))
 
 
+def test_two_data_sets_in_one_picture(tmp_path, capsys):
+    first, second = (write_coco(tmp_path / name) for name in "ab")
+    look("--dataset", f"a={first}", f"b={second}", "--output", tmp_path / "o")
+    assert Image.open(tmp_path / "o" / "compared.png").size[0] == 1320
+    assert "compared.png" in capsys.readouterr().out
+
+
+def test_one_class_and_thousands():
+    text = summary(count_data("d", [boxes(*[((0, 0, 9, 9), 0)] * 4155)], ("cell",)))
+    assert "d: 1 image, 4,155 boxes, 1 class\n" in text and "cell     4,155  100.0%" in text
+    assert "imbalance" not in text
+
+
 def test_rare_classes_and_long_tables():
     rows = [((0, 0, 10, 10), k % 40) for k in range(4000)] + [((0, 0, 8, 8), 40)]
     text = summary(count_data("d", [boxes(*rows)], [f"c{k}" for k in range(41)]))
-    assert "1 classes have less than a tenth of the mean number: c40" in text
+    assert "1 class has less than a tenth of the mean number: c40" in text
     assert "100.0 times as many as the rarest class" in text
     assert "... and 11 rarer classes" in text
 
@@ -116,7 +129,7 @@ def test_hostile_names_are_drawn(tmp_path):
 
 def test_hostile_names_and_one_box_make_a_picture(tmp_path):
     data = count_data("$x_{", [boxes(((0, 0, 10, 10), 0))], (r"$\frac{", "b" * 300))
-    draw_histograms(data, tmp_path / "a.png")
+    draw_histograms([data], tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size[0] == 1320
 
 

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 
 from ghm_d2.cli.import_data import main
 from ghm_d2.data import check_coco_dataset, parse_dataset
-from ghm_d2.data.voc import LabelledImage, VocObject, to_coco
+from ghm_d2.data.labels import LabelledImage, LabelledObject, to_coco
 from ghm_d2.data.xml_files import read_xml
 from tests.tiny import forget_program
 from tests.voc import voc_xml, write_image, write_lists, write_voc
@@ -105,7 +105,7 @@ def test_difficult_objects(tmp_path, output, choice, crowd):
 
 
 def one(corners, **more):
-    image = LabelledImage(Path("/r/a.png"), 64, 48, (VocObject("x", corners),))
+    image = LabelledImage(Path("/r/a.png"), 64, 48, (LabelledObject("x", corners, from_one=True),))
     return to_coco([image], ["x"], Path("/r"), **more)
 
 
@@ -165,7 +165,7 @@ def test_broken_files_are_named_and_counted(tmp_path, output):
         "other.xml is not a VOC annotation",
         "7 XML files are left out",
         "5 images have no XML file",
-        "all: 1 of 2 listed images have no XML file that can be used, the first is img0",
+        "all: 1 of 2 listed images have no labels that can be used, the first is img0",
     ):
         assert words in text, words
 
@@ -212,9 +212,9 @@ def test_mistakes(tmp_path, capsys):
     out = ["--output-dir", tmp_path / "new"]
     for argv, message in (
         ([tmp_path / "none", *out], "none does not exist"),
-        ([tmp_path / "empty", *out], "empty holds no XML file."),
-        ([tmp_path, *out], "holds no XML file: give its folders listed, voc"),
-        ([voc, *out, "--split", "train"], "there is no ImageSets/Main/train.txt"),
+        ([tmp_path / "empty", *out], "empty holds no labels of COCO, YOLO, VOC"),
+        ([tmp_path, *out], "several folders of labels: give listed, voc"),
+        ([voc, *out, "--split", "train"], "no split train: neither ImageSets/Main/train.txt"),
         ([voc, *out, "--split", "a", "--val-fraction", "0.5"], "exclude each other"),
         ([voc, *out, "--val-fraction", "1"], "between 0 and 1, got 1"),
         ([voc, *out, "--classes", "a", "a"], "names one twice"),
@@ -349,7 +349,7 @@ def test_spellings_in_lists(tmp_path, output):
     write_lists(voc, all=["\ufeff" + lines[0], *lines[1:]])
     convert(voc, "--output-dir", tmp_path, "--split", "all")
     assert names(written(tmp_path)["all"]) == ["my first image", "img1", "img2", "img.v1"]
-    assert "1 of 5 listed images have no XML file that can be used, the first is img9" in output()
+    assert "1 of 5 listed images have no labels that can be used, the first is img9" in output()
 
 
 def test_the_folders_of_roboflow_are_the_splits(tmp_path, output):
@@ -359,7 +359,7 @@ def test_the_folders_of_roboflow_are_the_splits(tmp_path, output):
     found = written(tmp_path / "out")
     assert {k: len(v["images"]) for k, v in found.items()} == {"train": 3, "val": 2, "test": 1}
     assert found["val"]["images"][0]["file_name"] == "valid/img0.png"
-    assert "Split as the folders are: train, val, test" in output()
+    assert "Split as the labels are: train, val, test" in output()
     convert(tmp_path / "voc", "--output-dir", tmp_path / "b", "--split", "val")
     assert list(written(tmp_path / "b")) == ["val"]
     convert(tmp_path / "voc", "--output-dir", tmp_path / "c", "--val-fraction", "0.5")
@@ -397,7 +397,7 @@ def test_cvat(tmp_path, output):
     for words in (
         "annotations.xml: 'gone.png' has no image of this name",
         "'3.png' is for an image of 640 x 48 pixels",
-        "1 objects are polygons or rotated",
+        "2 objects are polygons or rotated",
         "1 objects are left out, because neither box nor polygon can be read; the first: 0.png",
     ):
         assert words in text, words
@@ -411,9 +411,37 @@ def test_cvat_s_subsets_are_the_splits(tmp_path):
     assert {k: names(v) for k, v in written(tmp_path).items()} == {"train": ["0"], "val": ["1"]}
 
 
-def test_cvat_for_video_is_refused(tmp_path, capsys):
-    write_image(tmp_path / "images" / "0.png")
-    (tmp_path / "a.xml").write_text("<annotations><track/></annotations>")
+TRACKS = """<annotations><track id="0" label="disc">
+<box frame="0" outside="0" keyframe="1" xtl="4" ytl="6" xbr="24" ybr="16"/>
+<box frame="2" outside="0" keyframe="1" xtl="8" ytl="6" xbr="28" ybr="26"/>
+<box frame="3" outside="1" keyframe="1" xtl="8" ytl="6" xbr="28" ybr="26"/></track>
+<track id="1" label="bar"><polygon frame="3" outside="0" points="1,2;11,2;5,22"/>
+<polygon frame="7" outside="1" points="1,2;11,2;5,22"/></track></annotations>"""
+
+
+def test_cvat_for_video(tmp_path, output):
+    for k in range(5):
+        write_image(tmp_path / "images" / f"frame_{k:06}.png")
+    (tmp_path / "annotations.xml").write_text(TRACKS)
+    convert(tmp_path, "--output-dir", tmp_path / "o", "--val-fraction", "0.5")
+    found = {}
+    for content in written(tmp_path / "o").values():
+        names = {row["id"]: row["file_name"] for row in content["images"]}
+        for row in content["annotations"]:
+            found[names[row["image_id"]]] = row["bbox"]
+    assert found == {
+        "frame_000000.png": [4, 6, 20, 10],
+        "frame_000001.png": [6, 6, 20, 15],  # half way
+        "frame_000002.png": [8, 6, 20, 20],
+        "frame_000003.png": [1, 2, 10, 20],
+        "frame_000004.png": [1, 2, 10, 20],  # a polygon stays where it is until it goes away
+    }
+    assert "'frame 6' has no image of this name" in output()
+
+
+def test_cvat_for_video_wants_frames(tmp_path, capsys):
+    write_image(tmp_path / "images" / "first.png")
+    (tmp_path / "a.xml").write_text(TRACKS)
     with pytest.raises(SystemExit):
         convert(tmp_path, "--output-dir", tmp_path)
-    assert "export the task as CVAT for images" in capsys.readouterr().err
+    assert "ffmpeg -i VIDEO" in capsys.readouterr().err

@@ -1,14 +1,24 @@
-"""Cross entropy, OHEM and authentic smooth L1 against the float64 oracle, alone and in models."""
+"""Focal loss, cross entropy, OHEM, smooth L1 and its authentic form, alone and in models."""
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.structures import Boxes
+from fvcore.nn import sigmoid_focal_loss, smooth_l1_loss
 
 from ghm_d2 import add_ghm_config
 from ghm_d2.errors import UserError
-from ghm_d2.losses import ASL1Loss, CrossEntropyLoss, OHEMLoss, cross_entropy_loss, ohem_loss
+from ghm_d2.losses import (
+    ASL1Loss,
+    CrossEntropyLoss,
+    FocalLoss,
+    OHEMLoss,
+    SmoothL1Loss,
+    cross_entropy_loss,
+    focal_loss,
+    ohem_loss,
+)
 from ghm_d2.modeling import validate_ghm_config
 from tests import reference
 from tests.detectors import NUM_CLASSES, TWO_IMAGES, batch, small_model, step
@@ -43,6 +53,53 @@ def test_loss_and_gradient_are_the_oracles(evaluate, name, seed, dtype):
     np.testing.assert_allclose(gradient, 2.5 * expected[1], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_scores", [False, True])
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 1.0), (0.25, 3.5)])
+def test_focal_loss_is_the_oracles(evaluate, alpha, gamma, with_scores, dtype):
+    logits, labels = examples(7)
+    scores = np.random.default_rng(8).random(len(labels)) if with_scores else None
+    expected = reference.focal(logits, labels, scores, alpha=alpha, gamma=gamma)
+    loss, gradient = evaluate(FocalLoss(alpha, gamma, 2.5), logits, labels, scores, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert loss == pytest.approx(2.5 * expected[0], rel=tolerance)
+    np.testing.assert_allclose(gradient, 2.5 * expected[1], rtol=10 * tolerance, atol=tolerance)
+
+
+def test_focal_loss_without_its_modulation_is_cross_entropy():
+    logits, labels = (torch.tensor(x) for x in examples(3))
+    expected = cross_entropy_loss(logits, labels) * (labels >= 0).sum()
+    assert focal_loss(logits, labels, alpha=-1, gamma=0).item() == pytest.approx(expected.item())
+
+
+def test_focal_loss_is_detectron2s():
+    logits, labels = (torch.tensor(x) for x in examples(4))
+    counted = labels >= 0
+    one_hot = torch.nn.functional.one_hot(labels[counted], K + 1)[:, :-1].to(logits)
+    expected = sigmoid_focal_loss(logits[counted], one_hot, 0.3, 1.5, "sum")
+    assert focal_loss(logits, labels, alpha=0.3, gamma=1.5).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("loss", [cross_entropy_loss, ohem_loss, focal_loss])
+def test_scores_are_the_targets_of_the_own_classes(loss):
+    """No gradient where the prediction is the score; ignored rows and negatives have none."""
+    labels = torch.tensor([0, 1, 2, -1])
+    scores = torch.tensor([0.3, 0.8, 0.5, 0.5], dtype=torch.float64)
+    wanted = torch.tensor([[0.3, 1e-9], [1e-9, 0.8], [1e-9, 1e-9], [0.6, 0.4]]).double()
+    logits = torch.logit(wanted).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(logits, labels, scores=scores), logits)
+    assert gradient.abs().max() < 1e-6
+    (gradient,) = torch.autograd.grad(loss(logits, labels), logits)
+    assert gradient[0, 0] < -1e-2 and gradient[1, 1] < -1e-3
+
+
+@pytest.mark.parametrize("beta", [0.0, 1 / 9])
+def test_smooth_l1_is_detectron2s(beta):
+    pred, target = torch.randn(2, 30, 4, dtype=torch.float64) * 0.2
+    expected = 3 * smooth_l1_loss(pred, target, beta, "sum")
+    torch.testing.assert_close(SmoothL1Loss(beta, 3.0)(pred, target), expected)
+
+
 def test_cross_entropy_by_hand():
     # ln 2 for each of two classes in each of the two rows that count
     logits = torch.zeros(3, 2)
@@ -75,7 +132,7 @@ def test_ohem_without_positives_keeps_a_few_negatives():
     assert ohem_loss(logits, torch.ones(8).long()) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy_loss, ohem_loss])
+@pytest.mark.parametrize("loss", [cross_entropy_loss, focal_loss, ohem_loss])
 @pytest.mark.parametrize("rows", [0, 3])
 def test_nothing_that_counts_gives_zero_on_the_graph(loss, rows):
     logits = torch.randn(rows, 2, requires_grad=True)
@@ -84,7 +141,7 @@ def test_nothing_that_counts_gives_zero_on_the_graph(loss, rows):
     assert value == 0 and logits.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize("loss", [cross_entropy_loss, ohem_loss])
+@pytest.mark.parametrize("loss", [cross_entropy_loss, focal_loss, ohem_loss])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(loss, dtype):
     logits, labels = examples(2)
@@ -117,6 +174,17 @@ def test_asl1_is_the_sum_of_the_oracle(evaluate, weight):
         (lambda: OHEMLoss(negatives_per_positive=1.5), "negatives_per_positive must be a whole"),
         (lambda: CrossEntropyLoss(-1.0), "loss_weight must be"),
         (lambda: ASL1Loss(mu=0.0), "mu must be"),
+        (lambda: ASL1Loss(mu="auto"), "mu must be"),
+        (lambda: FocalLoss(gamma=-1), "gamma must be"),
+        (lambda: SmoothL1Loss(beta=-1), "beta must be"),
+        (
+            lambda: focal_loss(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([1.5])),
+            r"scores must lie in \[0, 1\]",
+        ),
+        (
+            lambda: focal_loss(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([0.5, 1])),
+            r"scores must have shape \(1,\), got \(2,\)",
+        ),
         (lambda: ASL1Loss()(torch.zeros(2, 4), torch.zeros(2, 3)), "target must have pred's"),
     ],
 )
@@ -161,6 +229,57 @@ def test_retinanet_normalises_asl1_as_smooth_l1(inputs):
         assert len(pred) > 5
         expected = 2 * reference.asl1(pred, target, mu=0.05)[0] / model.loss_normalizer
         assert losses["loss_box_reg"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_focal_and_smooth_l1_with_factors_are_detectron2s_times_these(inputs):
+    off = (f"{CLS}.ENABLED", False, f"{REG}.ENABLED", False)
+    on = (
+        f"{CLS}.LOSS_TYPE", "focal", f"{CLS}.LOSS_WEIGHT", 4.0,
+        f"{REG}.LOSS_TYPE", "smooth_l1", f"{REG}.LOSS_WEIGHT", 3.0,
+    )  # fmt: skip
+    plain, weighted = (small_model("ghm_retinanet_R_50", *pairs) for pairs in (off, on))
+    for _ in range(2):
+        expected, found = step(plain, inputs)[0], step(weighted, inputs)[0]
+        torch.testing.assert_close(found["loss_cls"], 4 * expected["loss_cls"])
+        torch.testing.assert_close(found["loss_box_reg"], 3 * expected["loss_box_reg"])
+
+
+@pytest.mark.parametrize("name", ["focal", "cross_entropy", "ohem", "ghm_c"])
+def test_iou_targets(inputs, name):
+    """The loss of scores that are the IoUs of the decoded boxes, computed plainly."""
+    pairs = (f"{CLS}.LOSS_TYPE", name, f"{CLS}.TARGETS", "iou", f"{CLS}.LOSS_WEIGHT", 2.0)
+    model = small_model("ghm_retinanet_R_50", *pairs, "MODEL.GHM.RETINANET.SCOPE", "batch")
+    with torch.no_grad():
+        model.head.bbox_pred.bias.normal_(0, 0.3)  # or every box is its anchor
+    (anchors, logits, labels, deltas, gt_boxes), losses = captured(model, inputs)
+    x, d = torch.cat(logits, 1).detach().double(), torch.cat(deltas, 1).detach().double()
+    labels, all_anchors = torch.stack(labels), torch.cat([a.tensor for a in anchors]).double()
+    scores = torch.zeros(labels.shape, dtype=torch.float64)
+    for n, i in ((labels >= 0) & (labels < NUM_CLASSES)).nonzero().tolist():
+        box = model.box2box_transform.apply_deltas(d[n, i][None], all_anchors[i][None])[0]
+        scores[n, i] = iou(box.tolist(), gt_boxes[n][i].tolist())
+    assert len(scores[scores > 0].unique()) > 20
+    x, y, scores = (v.flatten(0, 1).numpy() for v in (x, labels, scores))
+    dense = np.zeros_like(x)
+    for row in ((y >= 0) & (y < NUM_CLASSES)).nonzero()[0]:
+        dense[row, y[row]] = scores[row]
+    if name == "focal":
+        expected = reference.focal(x, y, scores)[0] / model.loss_normalizer
+    elif name == "cross_entropy":
+        expected = reference.cross_entropy(x, y, dense)[0]
+    elif name == "ohem":
+        expected = reference.ohem(x, y, 3, dense)[0]
+    else:
+        expected = reference.ghm_c()(x, np.where(y[:, None] == -1, -1.0, dense))[0]
+    assert losses["loss_cls"].item() == pytest.approx(2 * expected, rel=1e-4)
+
+
+def iou(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    common = max(width, 0) * max(height, 0)
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b)]
+    return common / (sum(areas) - common)
 
 
 def test_baselines_keep_no_counts_and_train(inputs):
@@ -220,7 +339,7 @@ def test_box_head_normalises_asl1_as_its_smooth_l1(agnostic):
 @pytest.mark.parametrize(
     ("base", "pairs", "names"),
     [
-        ("ghm_retinanet_R_50", [f"{CLS}.LOSS_TYPE", "focal"], [f"{CLS}.LOSS_TYPE", "ohem"]),
+        ("ghm_retinanet_R_50", [f"{CLS}.LOSS_TYPE", "focus"], [f"{CLS}.LOSS_TYPE", "ohem"]),
         ("ghm_retinanet_R_50", [f"{REG}.LOSS_TYPE", "l1"], [f"{REG}.LOSS_TYPE", "asl1"]),
         (
             "ghm_retinanet_R_50",
@@ -228,6 +347,12 @@ def test_box_head_normalises_asl1_as_its_smooth_l1(agnostic):
             [f"{CLS}.LOSS_WEIGHT"],
         ),
         ("ghm_retinanet_R_50", [f"{REG}.LOSS_TYPE", "asl1", f"{REG}.MU", 0.0], [f"{REG}.MU"]),
+        ("ghm_retinanet_R_50", [f"{REG}.LOSS_TYPE", "asl1", f"{REG}.MU", "auto"], [f"{REG}.MU"]),
+        (
+            "ghm_retinanet_R_50",
+            [f"{CLS}.LOSS_TYPE", "focal", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", -1.0],
+            ["MODEL.RETINANET.FOCAL_LOSS_GAMMA"],
+        ),
         (
             "ghm_faster_rcnn_R_50",
             [

@@ -1,8 +1,11 @@
 """GHM-R and the authentic smooth L1 loss: value, gradient and properties, against the oracle."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -235,3 +238,104 @@ def test_authentic_smooth_l1_is_smooth_at_zero():
     assert loss.item() == 0 and torch.equal(v.grad, torch.zeros_like(v))
     near = torch.full((1,), 1e-4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: authentic_smooth_l1_loss(x, torch.zeros(1)), near)
+
+
+# mu "auto"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", ["unit_region", "exact"])
+def test_a_following_mu_equals_the_oracle_over_several_calls(density, dtype, evaluate):
+    settings = {"mu": "auto", "momentum": 0.0 if density == "exact" else 0.7, "density": density}
+    loss_fn, oracle = GHMRLoss(**settings), ref.ghm_r(**settings)
+    rng = np.random.default_rng(3)
+    widths = []
+    # the first so narrow and the last so wide that an end of the range is met
+    for rows, size in ((40, 1e-3), (30, 1.0), (1, 0.3), (0, 1.0), (20, 0.1), (40, 20.0)):
+        for _ in range(200):  # until no example lies where rounding decides
+            pred = rng.normal(0, size, (rows, 4)).astype(np.float32)
+            target, weight = np.zeros_like(pred), rng.integers(0, 2, (rows, 4))
+            trial = copy.deepcopy(oracle)
+            expected, expected_grad = trial(pred, target, weight)
+            g = ref.asl1_examples(pred, target, mu=trial.mu).gradient_norm
+            robust = ref.edge_distance(g, 10).min(initial=1) > 1e-5
+            if robust and (density == "unit_region" or ref.density_is_robust(g, 0.1)):
+                break
+        oracle = trial
+        loss, grad = evaluate(loss_fn, pred, target, weight, dtype=dtype)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-7)
+        assert loss_fn.running_median.item() == pytest.approx(oracle.average, rel=1e-5)
+        assert loss_fn.mu.item() == pytest.approx(oracle.mu, rel=1e-5)
+        widths.append(oracle.mu)
+    assert (widths[0], widths[-1]) == (0.01, 0.5) and len(set(widths)) == 5
+
+
+def test_a_following_mu_of_tensors_that_share_one_step():
+    rng = np.random.default_rng(9)
+    for call in ("forward_pooled", "forward_levels"):
+        loss_fn, oracle = GHMRLoss("auto"), ref.ghm_r(mu="auto")
+        parts = [rng.normal(0, size, (9, 4)) for size in (0.1, 0.5, 2.0)]
+        tensors = [torch.tensor(p) for p in parts]
+        getattr(loss_fn, call)(tensors, [torch.zeros_like(x) for x in tensors])
+        oracle.pooled([(p, np.zeros_like(p)) for p in parts])
+        assert loss_fn.mu.item() == pytest.approx(oracle.mu, rel=1e-5)
+
+
+def test_training_steps_alone_move_the_following_mu():
+    pred, target = torch.randn(20, 4), torch.zeros(20, 4)
+    loss_fn = GHMRLoss("auto")
+    before = loss_fn(pred, target)
+    kept = loss_fn.running_median.clone()
+    with torch.no_grad():
+        loss_fn(pred * 9, target)
+    loss_fn.eval()
+    assert loss_fn(pred * 9, target) != before
+    assert torch.equal(loss_fn.running_median, kept)
+    with pytest.raises(ValueError, match="finite"):
+        loss_fn.train()(pred.masked_fill(pred > 0, torch.nan), target)
+    assert torch.equal(loss_fn.running_median, kept)
+    loss_fn.reset_parameters()
+    assert loss_fn(pred, target) == before
+
+
+def test_a_repeated_forward_pass_leaves_the_following_mu():
+    pred, target = torch.randn(20, 4, requires_grad=True), torch.zeros(20, 4)
+    plain, repeated = GHMRLoss("auto"), GHMRLoss("auto")
+    for size in (1.0, 0.2):
+        x = pred * size
+        (expected,) = torch.autograd.grad(plain(x, target), pred)
+        again = torch.utils.checkpoint.checkpoint(
+            lambda v, f=size: repeated(v * f, target), pred, use_reentrant=False
+        )
+        (gradient,) = torch.autograd.grad(again, pred)
+        torch.testing.assert_close(gradient, expected)
+        assert torch.equal(plain.running_median, repeated.running_median)
+
+
+def test_the_following_mu_is_saved_and_a_checkpoint_without_it_is_taken():
+    loss_fn, other = GHMRLoss("auto"), GHMRLoss("auto")
+    loss_fn(torch.randn(20, 4), torch.zeros(20, 4))
+    other.load_state_dict(loss_fn.state_dict())
+    assert other.mu == loss_fn.mu and list(other.state_dict()) == ["acc_sum", "running_median"]
+    other.load_state_dict(GHMRLoss().state_dict())
+    assert other.running_median == loss_fn.running_median
+    assert "mu='auto'" in repr(other) and "running_median" not in GHMRLoss().state_dict()
+    assert other.half().running_median.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mu", ["Auto", "", 0.0, None, True])
+def test_a_width_that_is_none_is_refused(mu):
+    with pytest.raises(ValueError, match="mu must be"):
+        GHMRLoss(mu)
+
+
+def test_kernels_take_the_following_mu():
+    """More coordinates than the whole-tensor operations get on a CPU."""
+    pred, target = torch.randn(3000, 4, requires_grad=True), torch.zeros(3000, 4)
+    fused, eager = GHMRLoss("auto"), GHMRLoss("auto")
+    for size in (0.1, 0.3):
+        (found,) = torch.autograd.grad(fused(pred * size, target), pred)
+        (expected,) = torch.autograd.grad(eager(pred.double() * size, target), pred)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+        assert torch.equal(fused.mu, eager.mu) and fused.mu > 0.1

@@ -68,6 +68,28 @@ def loss_calls(rank, world):
     return found
 
 
+def errors(world):
+    """For each call, those of every process, of another size in each."""
+    rng = np.random.default_rng(11)
+    return [
+        [
+            rng.normal(0, 0.1 * (i + 1), (n, 4)).astype(np.float32)
+            for i, n in enumerate(rows[:world])
+        ]
+        for rows in SHARES
+    ]
+
+
+def widths(rank, world):
+    """mu of every call of a loss whose mu follows."""
+    loss_fn, found = GHMRLoss("auto", sync=True), []
+    for parts in errors(world):
+        own = torch.tensor(parts[rank], requires_grad=True)
+        loss_fn(own, torch.zeros_like(own)).backward()
+        found.append(loss_fn.mu.item())
+    return found
+
+
 def detector_arguments(model, images):
     """What ``GHMRetinaNet.losses`` gets for images that count up from 0; the same in any shard."""
     generator = torch.Generator().manual_seed(3)
@@ -120,7 +142,7 @@ def process(rank, folder):
             dist.init_process_group(
                 "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world
             )
-            found = loss_calls(rank, world)
+            found = loss_calls(rank, world) | {"widths": widths(rank, world)}
             for scope in SCOPES:
                 found[scope] = detector_losses(scope, shard(rank))
             torch.save(found, folder / f"{world}-{rank}.pt")
@@ -155,6 +177,21 @@ def test_synced_losses_are_those_of_one_process(results, kind, number, world):
     for _, _, counts in found:
         assert torch.equal(counts, found[0][2])
         np.testing.assert_allclose(counts, expected.counts.sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_following_mu_is_of_the_mean_of_the_medians(results, world):
+    average, expected = None, []
+    for parts in errors(world):
+        medians = [np.sort(np.abs(x).ravel())[(x.size - 1) // 2] if x.size else 0 for x in parts]
+        count = sum(x.size for x in parts)
+        if count:
+            median = sum(m * x.size for m, x in zip(medians, parts, strict=True)) / count
+            average = median if average is None else 0.95 * average + 0.05 * median
+        expected.append(min(max(1.5 * average, 0.01), 0.5))
+    assert len(set(expected)) == 3
+    for result in results[world]:
+        assert result["widths"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -114,16 +114,19 @@ def test_logits(dtype, weighted, kind, rows, columns):
 
 @DTYPES
 @pytest.mark.parametrize("weighted", [None, "rows", "elements"])
-@pytest.mark.parametrize("mu", ["number", "tensor"])
+@pytest.mark.parametrize("mu", ["number", "tensor", "auto"])
 def test_deltas(dtype, weighted, mu):
     rng = np.random.default_rng(1)
     loss_fn, oracle = GHMRLoss().to(DEVICE), ref.ghm_r()
     if mu == "tensor":  # beside others, as in a buffer of several
         loss_fn.mu = torch.tensor([9.0, 0.02, 9.0]).to(DEVICE)[1]
+    elif mu == "auto":
+        loss_fn, oracle = GHMRLoss("auto").to(DEVICE), ref.ghm_r(mu="auto")
     for _ in range(2):
-        pred, target = ref.draw_boxes(rng, 2500)
+        pred, target = ref.draw_boxes(rng, 2500, mu=0.005 if mu == "auto" else 0.02)
         pred, target = (torch.tensor(a).to(dtype) for a in (pred, target))
-        examples = ref.asl1_examples(pred.double().numpy(), target.double().numpy(), mu=0.02)
+        width = 0.01 if mu == "auto" else 0.02  # its lower end: the errors are that small
+        examples = ref.asl1_examples(pred.double().numpy(), target.double().numpy(), mu=width)
         good = torch.from_numpy(off_edges(examples, 10))
         pred, target = pred[good][:600], target[good][:600]
         weight = None

@@ -2,13 +2,15 @@
 
 import functools
 import math
+import pickle
 
 import pytest
+import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
 from ghm_d2.errors import UserError
-from ghm_d2.modeling import validate_ghm_config
+from ghm_d2.modeling import build_losses, validate_ghm_config
 from tests.detectors import small_config
 
 
@@ -86,3 +88,28 @@ def test_values_out_of_range_are_refused(key):
             validate_ghm_config(cfg)
             build_backbone(cfg)  # knows the layers of its network only once it is built
         assert key in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", PARTS[:3])
+def test_mu_is_a_number_or_auto(part, tmp_path):
+    """By every way into a config, and back again."""
+    key = f"MODEL.GHM.{part}.REG.MU"
+    cfg = config(key)
+    cfg.merge_from_list([key, "auto", key, "0.3", key, "auto"])
+    validate_ghm_config(cfg)
+    losses = build_losses(cfg, part)
+    assert losses["ghm_r"].follows
+    file = tmp_path / "config.yaml"
+    file.write_text(cfg.dump())
+    other = config(key)
+    other.merge_from_file(str(file))
+    assert yaml.safe_load(other.dump()) == yaml.safe_load(cfg.dump())
+    assert "MU: auto" in other.dump()
+    frozen = other.clone()
+    frozen.freeze()
+    assert type(frozen) is type(cfg) and pickle.loads(pickle.dumps(frozen)) == other
+    other.merge_from_list([key, 0.1])
+    assert build_losses(other, part)["ghm_r"].mu == 0.1
+    cfg.merge_from_list([key, "Auto"])
+    with pytest.raises(UserError, match=rf"{key} must be of type float or .auto., .*'Auto'"):
+        validate_ghm_config(cfg)

@@ -56,6 +56,40 @@ def test_values_and_counts_are_those_of_single_losses(batch, scope, images):
         assert dense[len(groups)].acc_sum.sum() == 0  # a group that this batch does not fill
 
 
+@pytest.mark.parametrize("images", [0, 2])
+def test_scores_are_the_targets_of_the_own_classes(batch, images):
+    logits, labels, *_ = batch
+    scores = [torch.rand(N, size) for size in SIZES]
+    groups = [slice(i, i + images) for i in range(0, N, images)] if images else [slice(0, N)]
+    dense = DenseLoss(GHMCLoss(), "level", images, len(groups))
+    expected = []
+    for group in groups:
+        loss = GHMCLoss()
+        for x, y, s in zip(logits, labels, scores, strict=True):
+            target = torch.zeros(N, x.shape[1], K)
+            for n, i in ((y >= 0) & (y < K)).nonzero().tolist():
+                target[n, i, y[n, i]] = s[n, i]
+            counted = (y[group] >= 0).float().flatten()
+            expected.append(
+                loss(x[group].flatten(0, 1), target[group].flatten(0, 1), weight=counted)
+            )
+    found = dense(logits, labels, scores=scores)
+    torch.testing.assert_close(found, sum(expected) / len(groups))
+    # A score of 1 everywhere is no soft target.
+    ones = [torch.ones_like(s) for s in scores]
+    torch.testing.assert_close(
+        DenseLoss(GHMCLoss())(logits, labels, scores=ones), DenseLoss(GHMCLoss())(logits, labels)
+    )
+
+
+@pytest.mark.parametrize("wrong", [-2, K + 1, 99])
+def test_a_wrong_label_beside_scores_is_refused(batch, wrong):
+    logits, labels, *_ = batch
+    labels[1][0, 3] = wrong
+    with pytest.raises(ValueError, match="labels"):
+        DenseLoss(GHMCLoss())(logits, labels, scores=[torch.rand(N, size) for size in SIZES])
+
+
 def test_without_positives_the_loss_is_zero_on_the_graph():
     deltas = [torch.zeros(0, 4, requires_grad=True) for _ in SIZES]
     masks = [torch.zeros(N, size, dtype=torch.bool) for size in SIZES]

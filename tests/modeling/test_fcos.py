@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
 
 from ghm_d2.losses import GHMCLoss
@@ -82,6 +83,27 @@ def test_the_loss_is_ghm_c_level_by_level(inputs, images):
         torch.testing.assert_close(found, expected / len(groups))
     assert torch.equal(model.ghm_c[0].acc_sum, single[0].acc_sum)
     assert any((y < K).any() for y in labels)
+
+
+def test_iou_targets(inputs):
+    model = small_fcos(ghm_c=GHMCLoss(), ghm_scope="batch", cls_targets="iou")
+    with torch.no_grad():
+        model.head.bbox_pred.bias.fill_(0.4)  # distances; at 0 no box has an area
+    calls, original = [], model.losses
+    model.losses = lambda *args: calls.append(args) or original(*args)
+    with EventStorage():
+        found = model(inputs)["loss_fcos_cls"]
+    anchors, logits, labels, deltas, gt_boxes, _ = calls[-1]
+    x, y, d = torch.cat(logits, 1), torch.stack(labels), torch.cat(deltas, 1)
+    targets = torch.zeros_like(x)
+    points = torch.cat([a.tensor for a in anchors])
+    for n, i in (y < K).nonzero().tolist():
+        box = model.box2box_transform.apply_deltas(d[n, i][None], points[i][None])
+        targets[n, i, y[n, i]] = pairwise_iou(Boxes(box), Boxes(gt_boxes[n][i][None])).item()
+    assert targets.unique().numel() > 10 and 0 < targets.max() < 1
+    torch.testing.assert_close(found, GHMCLoss()(x.flatten(0, 1), targets.flatten(0, 1)))
+    with pytest.raises(ValueError, match="cls_targets must be one of .*, got 'giou'"):
+        small_fcos(ghm_c=None, cls_targets="giou")
 
 
 def test_inference_is_bit_equal_to_stock_and_leaves_the_counts_alone(inputs):

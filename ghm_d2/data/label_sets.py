@@ -1,0 +1,238 @@
+"""The parts of labelled data: which of its images are for training and which for validation."""
+
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ghm_d2.errors import UserError, counted
+
+from .label_folders import LabelFolder, folder_split, is_image
+from .label_images import Images, read_images
+from .labels import LabelledImage
+from .split import choose
+
+__all__ = ["SPLITS", "LabelSet", "log_notes", "read_labels", "sorted_names"]
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+
+_LEVELS = {"outline": logging.INFO}
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Labelled images of one folder, or of several that belong together.
+
+    Attributes:
+        folders: where they lie.
+        images: by folder and name; see :func:`~ghm_d2.data.label_images.read_images`.
+        root: a folder that holds all images.
+    """
+
+    folders: tuple[LabelFolder, ...]
+    images: Images
+    root: Path
+
+    @property
+    def classes(self) -> list[str]:
+        """The names that a folder declares, in its order, or else all that occur, sorted.
+
+        Raises:
+            UserError: there is none.
+        """
+        declared = list(dict.fromkeys(name for folder in self.folders for name in folder.classes))
+        occurring = {item.name for image in self.images.values() for item in image.objects}
+        classes = [*declared, *sorted_names(occurring.difference(declared))]
+        if not classes:
+            raise UserError(f"{self.folders[0].path} holds no labelled object.")
+        return classes
+
+    def __str__(self) -> str:
+        """What was found, in one line."""
+        counts = Counter(item.name for image in self.images.values() for item in image.objects)
+        classes = self.classes
+        shown = ", ".join(f"{name} {counts[name]:,}" for name in classes[:10])
+        more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
+        kinds = "; ".join(f"{folder.path}: {folder.tool} labels" for folder in self.folders)
+        return (
+            f"{kinds}, {counted(len(self.images), 'image')}, {counted(counts.total(), 'object')}, "
+            f"{counted(len(classes), 'class')} ({shown}{more})"
+        )
+
+    def declared_splits(self) -> dict[str, list[LabelledImage]]:
+        """The parts that lists, folders or the labels themselves say; empty without any."""
+        listed = {name for folder in self.folders for name in folder.lists}
+        if listed:
+            names = [name for name in SPLITS if name in listed]
+            return self.named_splits(names) if names else {}
+        found = {_split_of(name, image) for (_, name), image in self.images.items()}
+        if len(found) < 2 or "" in found:
+            return {}
+        names = [name for name in SPLITS if name in found]
+        return self.named_splits([*names, *sorted(found.difference(names))])
+
+    def named_splits(self, names: Sequence[str]) -> dict[str, list[LabelledImage]]:
+        """The parts of these names; warns of images that are in several or in none.
+
+        Raises:
+            UserError: there is no such part, or none of its images can be used.
+        """
+        splits = {name: self._members(name) for name in names}
+        times = Counter(image.file for listed in splits.values() for image in listed)
+        if twice := sum(number > 1 for number in times.values()):
+            logger.warning(
+                "%d images are in more than one of the splits %s", twice, ", ".join(names)
+            )
+        if unused := len(self.images) - len(times):
+            logger.warning("%d images are in none of the splits %s", unused, ", ".join(names))
+        return splits
+
+    def random_splits(self, fraction: float, seed: int) -> dict[str, list[LabelledImage]]:
+        """`train` and, with a fraction of the images, `val`.
+
+        Raises:
+            UserError: see :func:`~ghm_d2.data.split.choose`.
+        """
+        # Relative, so that another place on the disk gives the same split.
+        by_name = {os.path.relpath(i.file, self.root): i for i in self.images.values()}
+        chosen = choose(list(by_name), fraction, seed)
+        return {
+            "train": [image for name, image in by_name.items() if name not in chosen],
+            "val": [image for name, image in by_name.items() if name in chosen],
+        }
+
+    def _members(self, split: str) -> list[LabelledImage]:
+        # A split may exist in one of several folders alone, as VOC2012 has no test.
+        having = [folder for folder in self.folders if split in folder.lists]
+        if not having:
+            found = [i for (_, name), i in self.images.items() if _split_of(name, i) == split]
+            if not found:
+                raise UserError(
+                    f"there is no split {split}: neither ImageSets/Main/{split}.txt, nor a folder "
+                    "or label that says so."
+                )
+            return found
+        found, absent, number = {}, [], 0
+        for folder in having:
+            known = _Names(folder, self.images)
+            for line in _lines(split, folder):
+                number += 1
+                image = known.find(line)
+                if image is None and line.split()[-1] in ("1", "-1", "0") and len(line.split()) > 1:
+                    raise UserError(
+                        f"--split {split}: {folder.lists[split]} says which images show one class; "
+                        f"name a list of images (here are {', '.join(sorted(folder.lists))})."
+                    )
+                if image is None:
+                    absent.append(line)
+                else:
+                    found.setdefault(image.file, image)
+        if absent:
+            logger.warning(
+                "%s: %d of %d listed images have no labels that can be used, the first is %s",
+                split,
+                len(absent),
+                number,
+                absent[0],
+            )
+        if not found:
+            raise UserError(f"--split {split}: none of its {number} images can be used.")
+        return list(found.values())
+
+
+def _split_of(name: str, image: LabelledImage) -> str:
+    """What an image is for, as its label or one of its folders says; empty where none does."""
+    if image.split:
+        return folder_split(image.split) or image.split
+    return next(filter(None, map(folder_split, PurePosixPath(name).parts[:-1])), "")
+
+
+def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in one order: numbers by their values, others as text."""
+    return tuple(sorted(names, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else n)))
+
+
+def read_labels(folders: Sequence[LabelFolder]) -> LabelSet:
+    """All that folders of labels hold; what was left out is logged.
+
+    Raises:
+        UserError: there is nothing that can be used.
+    """
+    root = Path(os.path.commonpath([folder.images for folder in folders]))
+    labels = LabelSet(tuple(folders), read_images(folders), root)
+    logger.info("%s", labels)
+    return labels
+
+
+def log_notes(notes: Counter, difficult: str) -> None:
+    """Logs what :func:`~ghm_d2.data.labels.to_coco` has counted.
+
+    Args:
+        notes: the counts.
+        difficult: what became of difficult objects.
+    """
+    treated = {"crowd": "marked iscrowd", "keep": "kept", "drop": "left out"}[difficult]
+    texts = {
+        "difficult": f"objects are marked difficult: {treated} (--difficult)",
+        "swapped": "boxes had their corners exchanged (xmin above xmax or ymin above ymax)",
+        "outline": "objects are polygons or rotated: the box around each is taken",
+        "empty": "objects are left out: their boxes have no area inside the image",
+        "clipped": "boxes reached out of their image and were cut",
+        "labelImg": "boxes are labelImg's, which counts from 0, and are read as VOC's, their left "
+        "and upper sides a pixel further out: import-data --zero-based reads them exactly",
+        "from 0": "boxes begin at 0, where VOC begins at 1: if the tool that wrote them counts "
+        "from 0, give --zero-based",
+    }
+    for key, text in texts.items():
+        if notes[key]:
+            logger.log(_LEVELS.get(key, logging.WARNING), "%d %s", notes[key], text)
+    others = {key[1]: number for key, number in notes.items() if isinstance(key, tuple)}
+    if others:
+        names = ", ".join(f"{name} {number}" for name, number in sorted(others.items()))
+        logger.warning(
+            "%d objects of classes that --classes does not name are left out: %s",
+            sum(others.values()),
+            names,
+        )
+
+
+def _lines(split: str, folder: LabelFolder) -> list[str]:
+    file = folder.lists[split]
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--split {split}: {file} cannot be read ({error}).") from error
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+class _Names:
+    """The images of a folder by what a list may call them: with or without folders and suffix."""
+
+    def __init__(self, folder: LabelFolder, images: Images) -> None:
+        self._whole: dict[str, LabelledImage] = {}
+        self._last: dict[str, list[LabelledImage]] = defaultdict(list)
+        for (owner, name), image in images.items():
+            if owner == folder:
+                self._whole[name] = image
+                self._last[name.rpartition("/")[2]].append(image)
+                if image.file.stem != name.rpartition("/")[2]:
+                    self._last[image.file.stem].append(image)
+
+    def find(self, line: str) -> LabelledImage | None:
+        path = PurePosixPath(line.replace("\\", "/"))
+        for name in (path, path.with_suffix("") if _is_suffix(path.suffix) else path):
+            if image := self._whole.get(name.as_posix()):
+                return image
+            found = self._last.get(name.name, [])
+            near = [image for image in found if image.file.parent.name == name.parent.name]
+            if len(near or found) == 1:
+                return (near or found)[0]
+        return None
+
+
+def _is_suffix(suffix: str) -> bool:
+    return suffix.lower() == ".xml" or is_image(Path(f"x{suffix}"))
