@@ -167,7 +167,7 @@ def test_freeze_at_freezes_what_comes_before_and_nothing_else():
     ("arguments", "message"),
     [
         (("resnet81", STAGES), "name must be one of torchvision's, got 'resnet81'.*resnet18"),
-        (("vit_b_16", ["encoder"]), "name must be a network for images of any size, vit_b_16"),
+        (("vit_b_16", ["encoder"]), "images of any size, and vit_b_16 takes one size alone"),
         (("maxvit_t",), "images of any size, and maxvit_t takes one size alone"),
         (
             ("resnet18", ["layr1"]),
