@@ -38,8 +38,6 @@ from ghm_d2.files import write_json
 from ghm_d2.losses.kernels import device_examples, sigmoid_kernel
 from ghm_d2.provenance import describe
 
-__all__ = ["build_cases", "main", "measure_bandwidth", "run_case"]
-
 RESULTS = Path(__file__).resolve().parent / "results"
 SUITES = ("sizes", "regions", "levels", "ghm_r")
 IMAGE = (800, 1333)

@@ -30,8 +30,6 @@ from ghm_d2.files import write_json
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.provenance import describe
 
-__all__ = ["batch_of", "build_pair", "compare", "main", "parse", "train_step"]
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 CLASSES = 80

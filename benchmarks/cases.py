@@ -16,8 +16,6 @@ from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss, base, ghm_c, ghm_r
 
-__all__ = ["CLASSES", "FLOOR", "Case", "Deltas", "Logits", "anchors_of_levels"]
-
 CLASSES = 80
 FLOOR = "floor: read, read, write"
 FUSED, EAGER, EXACT = "GHM, this project, fused", "GHM, eager", "GHM, exact density"

@@ -25,8 +25,6 @@ from ghm_d2.provenance import describe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import reference
 
-__all__ = ["check", "main"]
-
 MU = 0.02
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 MARGIN = 1e-6  # in gradient norm; float32 is off by a tenth of it

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from ghm_d2.losses.base import observed
 
-__all__ = ["measure_gradient", "summarize"]
-
 
 def measure_gradient(
     variant: Variant, p: Predictions, outputs: list[Tensor], features: list[Tensor], head: nn.Module

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from ghm_d2.losses import CrossEntropyLoss, GHMCLoss, GHMRLoss
 from ghm_d2.losses.base import HarmonizedLoss
 
-__all__ = ["Predictions", "Variant", "box_variants", "cls_variants", "own_logits"]
-
 SMOOTH_L1_BETA = 1 / 9  # the paper's
 
 

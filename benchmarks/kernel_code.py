@@ -25,8 +25,6 @@ from tqdm import tqdm
 
 from ghm_d2.errors import UserError
 
-__all__ = ["Specialisation", "main", "measure", "specialisations"]
-
 COLUMNS, BINS, LEVELS, ITERATIONS = 80, 30, 5, 8
 DTYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 _BYTES = {"*fp32": 4, "*fp16": 2, "*bf16": 2}

@@ -16,16 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from ghm_d2.errors import UserError
 
-__all__ = [
-    "available_bytes",
-    "bootstrap_ratio",
-    "choose_device",
-    "host_sync",
-    "peak_extra_bytes",
-    "summarize",
-    "time_interleaved",
-]
-
 Call = Callable[[], Any]
 
 

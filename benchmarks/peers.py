@@ -16,8 +16,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-__all__ = ["PeerUnavailable", "default_cache", "fetch_wheel", "load_ghm_losses", "mmdet_losses"]
-
 REQUIREMENT = "mmdet==3.3.0"
 WHEEL = "mmdet-3.3.0-py3-none-any.whl"
 SHA256 = "2e23e291281ac57e7dccf8678e957da45fbe560ce78a1f5ded6afeccd3730f17"

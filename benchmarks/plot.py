@@ -14,8 +14,6 @@ from matplotlib.figure import Figure
 
 from ghm_d2.plotting import save_figure
 
-__all__ = ["draw"]
-
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
 STYLES = {
     FLOOR: ("#999999", ".", "--"),

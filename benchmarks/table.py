@@ -5,8 +5,6 @@ from typing import Any
 
 from cases import FUSED
 
-__all__ = ["cells_table", "kernel_lines"]
-
 Record = dict[str, Any]
 
 

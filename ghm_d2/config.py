@@ -5,8 +5,6 @@ from typing import Any
 
 from detectron2.config import CfgNode as CN
 
-__all__ = ["add_ghm_config"]
-
 # The keys of a number that may also be "auto".
 AUTO_KEYS = tuple(
     f"MODEL.GHM.{part}.{key}"

@@ -4,8 +4,6 @@ from pathlib import Path
 
 from ghm_d2.errors import similar_names
 
-__all__ = ["config_names", "configs_folder", "find_config", "similar_configs"]
-
 
 def configs_folder() -> Path:
     """The folder `configs`: inside the installed package, or at the root of the checkout."""

@@ -7,18 +7,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = [
-    "USER_ERROR",
-    "UserError",
-    "cannot",
-    "command",
-    "counted",
-    "exits_with_one_sentence",
-    "reason",
-    "shown",
-    "similar_names",
-]
-
 USER_ERROR = 2  # exit code, as argparse's
 _LONGEST_SENTENCE = 4000
 

@@ -12,20 +12,6 @@ from typing import IO, Any
 
 from ghm_d2.errors import UserError, cannot, reason, shown
 
-__all__ = [
-    "PART",
-    "bounded_downloads",
-    "file_to_blame",
-    "open_regular",
-    "parse_json",
-    "read_json",
-    "read_text",
-    "whole_file",
-    "write_json",
-    "write_text",
-]
-
-
 _SILENCE = 60  # seconds
 _LARGEST = 20 * 10**9  # bytes
 

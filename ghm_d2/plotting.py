@@ -7,8 +7,6 @@ from matplotlib.figure import Figure
 
 from ghm_d2.files import whole_file
 
-__all__ = ["save_figure"]
-
 
 def save_figure(figure: Figure, stem: Path, dpi: int) -> list[Path]:
     """Writes `<stem>.png` and `<stem>.svg`; returns both.

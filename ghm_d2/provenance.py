@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["commit", "describe", "hardware", "machine", "processor_name", "versions"]
-
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "torchvision", "detectron2", "fvcore", "numpy", "triton", "ghm_d2")
 

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["get_random_state", "numpy_state", "preserved", "seeded", "set_random_state"]
-
 
 def get_random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and PyTorch's generators, and that of the current GPU.

@@ -34,8 +34,6 @@ from ghm_d2.run_parts import (
     statistics_row,
 )
 
-__all__ = ["RunFolder"]
-
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"

@@ -10,8 +10,6 @@ from typing import Any
 
 from ghm_d2.errors import cannot
 
-__all__ = ["cut_rows"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -15,19 +15,6 @@ import yaml
 from ghm_d2.errors import reason
 from ghm_d2.files import parse_json
 
-__all__ = [
-    "Record",
-    "Rows",
-    "Settings",
-    "finite",
-    "last_training",
-    "metrics_row",
-    "parse_record",
-    "parse_row",
-    "parse_settings",
-    "statistics_row",
-]
-
 Rows = dict[int, dict[str, Any]]
 
 _MOST_VALUES = 100_000  # of a config

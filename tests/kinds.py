@@ -6,8 +6,6 @@ from typing import Any
 
 from tests.tiny import PYTHON_CONFIG, RETINANET, tiny_pairs
 
-__all__ = ["KINDS", "Kind", "metrics"]
-
 # By the name that the tests use: the key in YAML, and that in Python.
 _KEYS = {
     "output": ("OUTPUT_DIR", "train.output_dir"),

@@ -25,8 +25,6 @@ from .results import Store
 if TYPE_CHECKING:
     import submitit
 
-__all__ = ["CLUSTERS", "Outcome", "execute"]
-
 logger = logging.getLogger(__name__)
 
 CLUSTERS = ("local", "slurm", "debug")  # debug: in this process, one after the other

@@ -9,8 +9,6 @@ import yaml
 
 from ghm_d2.errors import UserError, cannot, reason, similar_names
 
-__all__ = ["TABLES", "Grid", "Row", "Tuning", "load_grid"]
-
 # The paper's tables that come with the package: name -> file.
 TABLES = {path.stem: path for path in sorted((Path(__file__).parent / "tables").glob("*.yaml"))}
 

@@ -20,8 +20,6 @@ from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
 from .plan import Run
 from .results import Store
 
-__all__ = ["ELSEWHERE", "Job"]
-
 ELSEWHERE = "another process is at work on it"
 
 

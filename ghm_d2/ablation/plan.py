@@ -38,8 +38,6 @@ from ghm_d2.errors import UserError
 
 from .grid import Grid, Row
 
-__all__ = ["Run", "effective", "plan_runs"]
-
 # Keys that decide where and how a run is kept, not what comes out of it. The device is among them,
 # so that figures measured on a GPU are found again on a machine without one.
 _NO_INFLUENCE = keys_of("output_dir", "device", "checkpoint_period")

@@ -12,8 +12,6 @@ from ghm_d2.plotting import save_figure
 
 from .grid import SPEED
 
-__all__ = ["draw_summary"]
-
 # Okabe and Ito's colours, which colour-blind readers tell apart; the markers differ as well.
 _SEED, _MEAN, _PUBLISHED, _REFERENCE = "#56B4E9", "#0072B2", "#D55E00", "#999999"
 

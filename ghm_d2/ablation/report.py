@@ -14,8 +14,6 @@ from .results import Store
 from .stats import mean_and_deviation, paired_difference
 from .tuning import Tuned
 
-__all__ = ["render_markdown", "summarize", "write_report"]
-
 
 def write_report(
     grid: Grid,

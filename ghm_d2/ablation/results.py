@@ -21,8 +21,6 @@ from ghm_d2.run_folder import RunFolder
 
 from .plan import SPLITS, Run, effective
 
-__all__ = ["Store", "read_study"]
-
 logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]

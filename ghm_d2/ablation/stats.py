@@ -5,8 +5,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Difference", "mean_and_deviation", "paired_difference", "t_quantile"]
-
 # 97.5 % quantiles of Student's t for 1 ... 30 degrees of freedom.
 _T = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,

@@ -24,8 +24,6 @@ from .grid import Grid, Row, Tuning
 from .plan import Run
 from .results import Store
 
-__all__ = ["Tuned", "next_points", "tune"]
-
 logger = logging.getLogger(__name__)
 
 Point = tuple[int, ...]  # the power of each key's factor

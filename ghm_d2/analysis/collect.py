@@ -27,8 +27,6 @@ from ghm_d2.modeling.targets import anchor_deltas, proposal_deltas
 
 from .distributions import ClassificationDistribution, RegressionDistribution
 
-__all__ = ["PartDistributions", "collect", "detector_parts"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -17,13 +17,6 @@ from ghm_d2.losses.functional import unit_region_index
 
 from .statistics import positives
 
-__all__ = [
-    "ClassificationDistribution",
-    "RegressionDistribution",
-    "harmonizing_parameters",
-    "regression_gradients",
-]
-
 
 def harmonizing_parameters(counts: np.ndarray) -> np.ndarray:
     """`beta_j = N / GD_j` with `GD_j = R_j M` (paper, eq. 9), float64 (M,).

@@ -15,8 +15,6 @@ from ghm_d2.plotting import save_figure
 from .collect import PartDistributions
 from .distributions import ClassificationDistribution, regression_gradients
 
-__all__ = ["write_figures"]
-
 SMOOTH_L1_DELTA = 1 / 9  # the paper's smooth L1
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; lines and markers differ as well.

@@ -17,8 +17,6 @@ from ghm_d2.run_folder import STATISTICS as FILE
 
 from .statistics import SHARES, CallStatistics, measure, summarize
 
-__all__ = ["GradientStatistics", "build_gradient_statistics", "losses_by_name"]
-
 _SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for name in SHARES))
 _SCALARS += ("non_empty_regions", "largest_weight")
 

@@ -22,8 +22,6 @@ from ghm_d2.losses import (
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.losses.functional import count_unit_regions, unit_region_index
 
-__all__ = ["CallStatistics", "kept_examples", "measure", "positives", "summarize"]
-
 # Easy examples have g < 1/3, hard ones g >= 2/3, medium ones lie between.
 THIRDS = (1 / 3, 2 / 3)
 SHARES = ("easy", "medium", "hard")

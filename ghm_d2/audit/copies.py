@@ -5,8 +5,6 @@ from typing import Any
 
 from .suspects import Suspect
 
-__all__ = ["dropped", "marked", "mended"]
-
 
 def marked(content: Mapping[str, Any], suspects: Sequence[Suspect]) -> dict[str, Any]:
     """The content with a field `suspect` in the annotations that are suspicious.

@@ -17,8 +17,6 @@ from ghm_d2.errors import UserError
 from ghm_d2.files import read_json, write_json
 from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
 
-__all__ = ["cross_fit", "detect"]
-
 _TRAIN, _HELD_OUT = "audit_train", "audit_held_out"
 _RECORD = "audit.json"
 

@@ -14,8 +14,6 @@ from ghm_d2.data.pictures import UnreadableError, draw_boxes, read_image
 
 from .suspects import Suspect
 
-__all__ = ["draw_suspects"]
-
 _GIVEN, _BELIEVED, _OTHERS = 0, 1, 7  # the colours of `draw_boxes`: orange, blue, white
 _AROUND = 1.2  # sides of the box, on each side of it
 _SMALLEST = 60  # pixels of the image on each side of the middle

@@ -13,8 +13,6 @@ from ghm_d2.data.tables import Ids
 from ghm_d2.errors import UserError, shown
 from ghm_d2.files import read_json
 
-__all__ = ["Detections", "read_predictions"]
-
 logger = logging.getLogger(__name__)
 
 # (N, 4) boxes as x, y, width, height, (N,) category ids and (N,) scores, float64

@@ -18,8 +18,6 @@ from ghm_d2.data.corrupt import KINDS, box_ious
 
 from .predictions import Detections
 
-__all__ = ["Suspect", "choose", "judge"]
-
 _COVERS = 0.5  # IoU from which a detection is one of the annotated object
 _MOVED = 0.7  # IoU below which an annotation is moved, without any number being asked for
 _NOTHING = 0.1  # confidence x IoU below which there is nothing in a box, likewise

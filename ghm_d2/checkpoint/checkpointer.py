@@ -25,11 +25,6 @@ from .files import check_name, write_checkpoint
 from .opening import load_file
 from .origin import ORIGIN, read_origin, with_thresholds
 
-__all__ = [
-    "RestrictedCheckpointer",
-    "load_trained_weights",
-]
-
 logger = logging.getLogger(__name__)
 
 # Whatever restoring an optimizer, a schedule or a hook from wrong values raises.

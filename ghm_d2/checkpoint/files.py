@@ -18,14 +18,6 @@ from ghm_d2.files import bounded_downloads, whole_file, write_text
 
 from .opening import load_file
 
-__all__ = [
-    "fetch",
-    "read_checkpoint",
-    "unwrap",
-    "write_checkpoint",
-    "write_config",
-]
-
 _LONGEST_NAME = 500
 
 logger = logging.getLogger(__name__)

@@ -33,8 +33,6 @@ from .origin import read_origin
 from .rename import check_shapes, rename
 from .resnet import DETECTRON2_STAGES, read_resnet
 
-__all__ = ["convert_from_mmdet", "convert_to_mmdet"]
-
 logger = logging.getLogger(__name__)
 
 # Where a converted file keeps the buffers that Detectron2's modules lack, for the way back: the

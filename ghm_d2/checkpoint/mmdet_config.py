@@ -12,8 +12,6 @@ from ghm_d2.errors import UserError
 from .mmdet_network import RetinaNetArchitecture
 from .mmdet_settings import BACKBONES, STRIDES, MmdetSettings, read_settings
 
-__all__ = ["config_text", "get", "settings_of"]
-
 # What mmdetection's RetinaNet can be; every other setting has a place in its config.
 _EXPRESSIBLE: dict[str, Sequence[Any]] = {
     "MODEL.META_ARCHITECTURE": ("GHMRetinaNet", "RetinaNet"),

@@ -14,18 +14,6 @@ from .mmdet_settings import MmdetSettings
 from .rename import shape_of
 from .resnet import ResNetArchitecture, read_resnet
 
-__all__ = [
-    "LOSSES",
-    "PREDICTORS",
-    "RetinaNetArchitecture",
-    "count_layers",
-    "edges",
-    "read_retinanet",
-    "refuse_norms",
-    "reorder_anchors",
-    "tensor_names",
-]
-
 # Detectron2's predictors, whose channels are grouped by anchor.
 PREDICTORS = ("head.cls_score", "head.bbox_pred")
 # mmdetection's buffers of the two losses; the first group of images here.

@@ -10,8 +10,6 @@ from ghm_d2.errors import UserError, reason, shown
 
 from .resnet import IMAGENET_INPUT
 
-__all__ = ["BACKBONES", "STRIDES", "MmdetSettings", "read_settings"]
-
 logger = logging.getLogger(__name__)
 
 STRIDES = [8.0, 16.0, 32.0, 64.0, 128.0]  # of P3 to P7

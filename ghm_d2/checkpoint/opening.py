@@ -23,8 +23,6 @@ from ghm_d2.files import open_regular
 from .pickle_base import INERT, Budget, Record, RefusedError
 from .unpickler import Checker, Unpickler
 
-__all__ = ["load_file", "measure"]
-
 _DEPTH = 64  # of containers within containers
 _LEAVES = {bool, complex, float, int, type(None), torch.device, torch.dtype, torch.Size}
 _LEAVES |= set(INERT.values())

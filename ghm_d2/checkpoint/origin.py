@@ -13,16 +13,6 @@ from ghm_d2 import provenance
 from ghm_d2.errors import UserError, shown
 from ghm_d2.run_parts import Record, parse_record
 
-__all__ = [
-    "ORIGIN",
-    "changed_data",
-    "check_classes",
-    "check_datasets",
-    "origin_entry",
-    "read_origin",
-    "with_thresholds",
-]
-
 ORIGIN = "ghm_d2"  # key in a checkpoint, beside "model"
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["INERT", "Budget", "Function", "Inert", "Record", "RefusedError", "are", "need"]
-
 _FREE = 64 * 2**20  # bytes that a file of any size may take: an empty list is one byte of it
 
 

@@ -19,8 +19,6 @@ from .pickle_base import INERT, Function, Inert, Record, are, need
 if TYPE_CHECKING:
     from .unpickler import Unpickler
 
-__all__ = ["KNOWN", "build_array", "build_dtype", "byte_array", "set_of"]
-
 _NAMES = {name: x for name, x in vars(torch).items() if isinstance(x, torch.dtype)}
 _FACTORIES = (bool, dict, float, int, list, set, str, tuple)  # of a defaultdict
 

@@ -6,8 +6,6 @@ from torch import Tensor
 
 from ghm_d2.errors import UserError
 
-__all__ = ["check_shapes", "rename", "shape_of"]
-
 
 def shape_of(state: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:
     """The shape of a tensor that must be there, have `dims` dimensions and not be empty.

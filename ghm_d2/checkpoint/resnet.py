@@ -11,8 +11,6 @@ from ghm_d2.errors import UserError
 
 from .rename import shape_of
 
-__all__ = ["DETECTRON2_STAGES", "IMAGENET_INPUT", "ResNetArchitecture", "read_resnet"]
-
 # (blocks of each stage, whether they are bottlenecks) of the networks that Detectron2 builds.
 _DEPTHS = {
     ((2, 2, 2, 2), False): 18,

@@ -15,8 +15,6 @@ from .files import read_checkpoint, unwrap, write_checkpoint
 from .rename import check_shapes, rename
 from .resnet import IMAGENET_INPUT, ResNetArchitecture, read_resnet
 
-__all__ = ["convert_torchvision"]
-
 logger = logging.getLogger(__name__)
 
 

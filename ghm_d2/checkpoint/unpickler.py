@@ -18,8 +18,6 @@ from ghm_d2.errors import shown
 from .pickle_base import Budget, Function, Inert, Record, are, need
 from .pickle_values import KNOWN, build_array, build_dtype, byte_array, set_of
 
-__all__ = ["Checker", "Unpickler"]
-
 # Python 2's and NumPy 1's names of the modules.
 _RENAMED = {
     "__builtin__": "builtins",

@@ -18,8 +18,6 @@ from ghm_d2.engine.setup import given_keys, is_python, locate_config_file
 from ghm_d2.errors import UserError, exits_with_one_sentence
 from ghm_d2.provenance import machine
 
-__all__ = ["main"]
-
 logger = logging.getLogger(__name__)
 
 _FLAGS = ("-h", "--help", "--report-only")

@@ -27,8 +27,6 @@ from ghm_d2.engine.arguments import (
 )
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
-__all__ = ["main"]
-
 logger = logging.getLogger(__name__)
 
 _PROGRAM = "ghm-d2 audit"

@@ -17,8 +17,6 @@ from ghm_d2.data.overlap import copies
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 
-__all__ = ["main"]
-
 _HEADINGS = {
     "stops": "Training refuses:",
     "repaired": "Training repairs, counting them in its log:",

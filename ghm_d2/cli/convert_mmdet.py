@@ -10,8 +10,6 @@ from ghm_d2.engine.arguments import Parser
 from ghm_d2.engine.setup import locate_config_file, merge_config_file
 from ghm_d2.errors import command, exits_with_one_sentence
 
-__all__ = ["main"]
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert; print what the other side needs."""

@@ -6,8 +6,6 @@ from ghm_d2.checkpoint.torchvision import convert_torchvision
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import exits_with_one_sentence
 
-__all__ = ["main"]
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert; print the keys that the config needs."""

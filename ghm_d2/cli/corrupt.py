@@ -22,8 +22,6 @@ from ghm_d2.data.tables import read_annotations
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, command, exits_with_one_sentence
 
-__all__ = ["main"]
-
 logger = logging.getLogger(__name__)
 
 

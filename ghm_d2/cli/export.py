@@ -31,8 +31,6 @@ from ghm_d2.deploy.setup import (
 from ghm_d2.engine.arguments import Parser, parse_arguments
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
-__all__ = ["main"]
-
 _PROGRAM = "ghm-d2 export"
 _DIFFERENT = 1  # exit code
 _FLAGS = ("-h", "--help", "--half", "--fixed-size")

@@ -10,8 +10,6 @@ from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 from ghm_d2.model_zoo.export import export_run
 from ghm_d2.model_zoo.table import write_page
 
-__all__ = ["add_arguments", "main", "run"]
-
 _PROGRAM = "ghm-d2 export-zoo"
 
 

@@ -22,8 +22,6 @@ from ghm_d2.checkpoint import load_file
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, exits_with_one_sentence
 
-__all__ = ["main"]
-
 
 class Source(NamedTuple):
     """Where the weights of a torchvision network lie, and under which names."""

@@ -22,8 +22,6 @@ from ghm_d2.engine.setup import build_config, given_keys, output_words
 from ghm_d2.engine.trainer import GHMTrainer
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
-__all__ = ["main", "plot_gradients"]
-
 logger = logging.getLogger(__name__)
 
 _PROGRAM = "ghm-d2 figures"

@@ -14,8 +14,6 @@ from ghm_d2.data.split import describe, write_coco
 from ghm_d2.engine.arguments import Parser
 from ghm_d2.errors import UserError, command, exits_with_one_sentence
 
-__all__ = ["main"]
-
 _PROGRAM = "ghm-d2 import-data"
 
 

@@ -30,8 +30,6 @@ from ghm_d2.engine.settings import Config, read_settings
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 
-__all__ = ["main"]
-
 logger = logging.getLogger(__name__)
 
 _PROGRAM = "ghm-d2 look"

@@ -24,8 +24,6 @@ from ghm_d2.engine.settings import read_settings
 from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
 from ghm_d2.files import write_json
 
-__all__ = ["main"]
-
 logger = logging.getLogger(__name__)
 
 _RESULTS = "predictions.json"

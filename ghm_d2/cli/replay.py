@@ -12,8 +12,6 @@ from ghm_d2.engine.settings import read_settings
 from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 from ghm_d2.files import file_to_blame
 
-__all__ = ["main"]
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table; exit code 0 where all is finite, 1 where something is not, 2 for misuse."""

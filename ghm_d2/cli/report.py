@@ -11,8 +11,6 @@ from ghm_d2.engine.arguments import Parser, add_dataset_option
 from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 from ghm_d2.report import write_report
 
-__all__ = ["add_arguments", "main", "run"]
-
 _PROGRAM = "ghm-d2 report"
 
 

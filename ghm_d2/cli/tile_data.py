@@ -14,8 +14,6 @@ from ghm_d2.data.tiles import check_tiling, import_sahi, tile_coco
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.errors import UserError, command, counted, exits_with_one_sentence
 
-__all__ = ["main"]
-
 _PROGRAM = "ghm-d2 tile-data"
 
 

@@ -13,8 +13,6 @@ from detectron2.structures import BoxMode
 from .anchors import ENOUGH_IOU, Anchors, InputSize, best_shape_iou, suggest
 from .augmentation import sets_size
 
-__all__ = ["AnchorSettings", "anchor_report", "configured_anchors", "log_anchor_fit"]
-
 logger = logging.getLogger(__name__)
 
 _MOST_BOXES = 20_000

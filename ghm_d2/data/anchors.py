@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ENOUGH_IOU", "Anchors", "InputSize", "Suggestion", "best_shape_iou", "suggest"]
-
 ENOUGH_IOU = 0.5
 _GOOD_SHARE = 0.8  # of the boxes: a suggestion that reaches it is not improved any further
 _STEPS = sorted(range(-12, 13), key=abs)  # of a third of an octave, the smallest change first

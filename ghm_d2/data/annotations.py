@@ -16,8 +16,6 @@ from .fields import flag, number, numbers, polygon_area, polygon_box, polygons, 
 from .image_checks import image_name
 from .tables import Ids
 
-__all__ = ["AnnotationPass", "Uses", "compressed_mask"]
-
 # A polygon can be thin and a rounded box small, but no more than that.
 _LEAST_AREA, _MOST_AREA = 0.001, 1.5  # of the box
 _NOTHING = (None, [], {}, "")

@@ -13,8 +13,6 @@ from detectron2.data.detection_utils import build_augmentation
 from ghm_d2.errors import UserError, reason, shown, similar_names
 from ghm_d2.randomness import preserved
 
-__all__ = ["AUGMENTATIONS", "build_augmentations", "sets_size", "train_augmentations"]
-
 # What needs an image alone; Detectron2's mapper hands them neither boxes nor classes.
 AUGMENTATIONS: dict[str, type[T.Augmentation]] = {
     name: kind

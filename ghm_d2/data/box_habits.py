@@ -5,8 +5,6 @@ from collections.abc import Callable
 
 from .checks import Problem
 
-__all__ = ["BoxHabits"]
-
 _FEW, _MANY = 4, 20
 
 

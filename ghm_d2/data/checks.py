@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["KINDS", "MANY_BOXES", "MAX_BOXES", "Findings", "Problem"]
-
 STOPS, REPAIRED, DOUBTFUL, NOTE = "stops", "repaired", "doubtful", "note"
 
 # Detectron2 compares each box of an image with each anchor, at 24 bytes a pair (measured), and an

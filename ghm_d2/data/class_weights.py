@@ -10,8 +10,6 @@ from ghm_d2.errors import UserError, shown, similar_names
 
 from .fields import number
 
-__all__ = ["BALANCED", "class_weights", "set_class_weights"]
-
 BALANCED = "balanced"
 
 

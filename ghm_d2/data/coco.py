@@ -19,8 +19,6 @@ from .image_checks import ImageFile, image_name, look_at_images
 from .keypoints import Keypoints, fill_in, find_keypoints
 from .tables import Ids, table_problems
 
-__all__ = ["CocoData", "check_content"]
-
 _EVALUATED = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 _IDENTITY = (
     ("id", "name"),

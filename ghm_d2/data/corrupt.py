@@ -12,8 +12,6 @@ from pycocotools import mask as mask_util
 
 from ghm_d2.errors import UserError
 
-__all__ = ["KINDS", "box_ious", "corrupt_coco"]
-
 KINDS = ("wrong class", "missing", "moved", "spurious")
 
 _MOVED = (0.4, 0.7)  # IoU of a moved box with the true one: wrong for COCO, and still its object

@@ -10,8 +10,6 @@ from .fields import number
 from .image_files import find_images
 from .labels import LabelledImage, LabelledObject, checked_size, ellipse, outline, rectangle
 
-__all__ = ["read_cvat"]
-
 _SPLIT = "subset"  # an attribute of an image, where the task has subsets
 _BOX = ("xtl", "ytl", "xbr", "ybr")
 

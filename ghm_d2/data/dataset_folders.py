@@ -13,8 +13,6 @@ from .dataset_option import CocoDataset
 from .label_folders import COCO, coco_files, find_folder, folder_split, json_kind
 from .label_sets import SPLITS, read_labels, sorted_names
 
-__all__ = ["is_foreign", "resolve"]
-
 logger = logging.getLogger(__name__)
 
 _OTHERS = (b'"_via', b'"regions"', b'"shapes"')  # in JSON of VIA and labelme

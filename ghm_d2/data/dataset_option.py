@@ -13,8 +13,6 @@ from .image_checks import ImageFile
 from .keypoints import Keypoints
 from .labels import LabelledImage
 
-__all__ = ["CocoDataset", "parse_dataset"]
-
 
 @dataclass(frozen=True)
 class CocoDataset:

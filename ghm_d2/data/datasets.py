@@ -24,15 +24,6 @@ from .label_sets import log_notes
 from .labels import to_coco
 from .tables import is_plain, read_annotations
 
-__all__ = [
-    "check_coco_dataset",
-    "check_same_classes",
-    "load_checked",
-    "log_repairs",
-    "read_content",
-    "refuse",
-]
-
 logger = logging.getLogger(__name__)
 
 _LEVELS = {"repaired": logging.WARNING, "doubtful": logging.WARNING, "note": logging.INFO}

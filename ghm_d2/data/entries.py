@@ -13,8 +13,6 @@ from .image_checks import ImageFile, image_name
 from .image_files import same_file
 from .tables import Ids
 
-__all__ = ["Entries", "category_entries", "image_entries"]
-
 Report = Callable[[Problem], None]
 
 

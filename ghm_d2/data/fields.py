@@ -6,17 +6,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "flag",
-    "identity",
-    "number",
-    "numbers",
-    "polygon_area",
-    "polygon_box",
-    "polygons",
-    "rle_area",
-]
-
 _LARGEST = 2.0**53  # above it, floating point does not tell neighbouring whole numbers apart
 
 

@@ -16,8 +16,6 @@ from ghm_d2.errors import shown
 from .checks import Problem
 from .image_files import find_images
 
-__all__ = ["ImageFile", "image_name", "is_deep", "look_at_images"]
-
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 _DEEP = ("I", "F")  # and "I;16" with its byte orders

@@ -9,8 +9,6 @@ from urllib.parse import unquote
 
 from ghm_d2.errors import shown
 
-__all__ = ["Found", "find_images", "same_file"]
-
 _SPELLINGS: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("% escapes", unquote),
     ("another Unicode form", partial(unicodedata.normalize, "NFC")),

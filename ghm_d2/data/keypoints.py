@@ -14,16 +14,6 @@ from ghm_d2.errors import UserError
 
 from .fields import numbers
 
-__all__ = [
-    "KeypointKeys",
-    "Keypoints",
-    "check_keypoints",
-    "convert_incomplete",
-    "fill_in",
-    "find_keypoints",
-    "mirrored_pairs",
-]
-
 logger = logging.getLogger(__name__)
 
 _SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])", re.IGNORECASE)

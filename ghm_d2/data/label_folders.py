@@ -17,23 +17,6 @@ from .tables import read_json
 from .via import is_via, via_table
 from .yolo import YoloSet, find_yolo
 
-__all__ = [
-    "COCO",
-    "LABELME",
-    "LABEL_STUDIO",
-    "VIA",
-    "XML",
-    "YOLO",
-    "LabelFolder",
-    "coco_files",
-    "find_folder",
-    "folder_split",
-    "is_image",
-    "json_kind",
-    "read_table",
-    "split_word",
-]
-
 COCO, YOLO, XML, VIA = "COCO", "YOLO", "VOC or CVAT", "VIA"
 LABELME, LABEL_STUDIO = "labelme", "Label Studio"
 _JSON = {

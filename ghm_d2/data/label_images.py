@@ -18,8 +18,6 @@ from .voc import read_annotation
 from .xml_files import read_xml
 from .yolo import read_yolo
 
-__all__ = ["Images", "read_images"]
-
 logger = logging.getLogger(__name__)
 
 Images = Mapping[tuple[LabelFolder, str], LabelledImage]

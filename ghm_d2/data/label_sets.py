@@ -14,8 +14,6 @@ from .label_images import Images, read_images
 from .labels import LabelledImage
 from .split import choose
 
-__all__ = ["SPLITS", "LabelSet", "log_notes", "read_labels", "sorted_names"]
-
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")

@@ -11,8 +11,6 @@ from .fields import number, numbers
 from .image_files import find_images
 from .labels import LabelledImage, LabelledObject, checked_size, ellipse, outline, rectangle
 
-__all__ = ["is_label_studio", "read_label_studio"]
-
 _UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # what an upload puts before the name
 _IMAGE = re.compile(r"\.(jpe?g|png|bmp|gif|tiff?|webp)\b", re.IGNORECASE)
 

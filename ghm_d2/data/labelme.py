@@ -11,8 +11,6 @@ from .image_files import find_images
 from .labels import LabelledImage, LabelledObject, checked_size, ellipse, outline
 from .tables import read_json
 
-__all__ = ["is_labelme", "read_labelme"]
-
 
 def is_labelme(content: Any) -> bool:
     """Whether a JSON file is one of labelme's."""

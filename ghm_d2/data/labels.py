@@ -11,17 +11,6 @@ from PIL import Image
 
 from .fields import number, polygon_area, polygon_box
 
-__all__ = [
-    "DIFFICULT",
-    "LabelledImage",
-    "LabelledObject",
-    "checked_size",
-    "ellipse",
-    "outline",
-    "rectangle",
-    "to_coco",
-]
-
 DIFFICULT = ("crowd", "keep", "drop")
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _ORIENTATION = 0x0112

@@ -28,14 +28,6 @@ from .anchor_check import AnchorSettings, log_anchor_fit
 from .augmentation import train_augmentations
 from .readable import UnusableData
 
-__all__ = [
-    "TrainLoader",
-    "build_test_mapper",
-    "build_train_loader",
-    "build_train_loader_from_parts",
-    "build_train_mapper",
-]
-
 logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]

@@ -24,15 +24,6 @@ from ghm_d2.errors import counted
 from .look_statistics import DataStatistics
 from .pictures import UnreadableError, draw_boxes, read_image
 
-__all__ = [
-    "MOST_COMPARED",
-    "draw_augmented",
-    "draw_grid",
-    "draw_histograms",
-    "sheet",
-    "spread",
-]
-
 _COLUMNS, _TILE, _GAP, _CAPTION = 4, 400, 8, 24
 # Okabe and Ito's, which colour-blind readers tell apart.
 _BARS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")

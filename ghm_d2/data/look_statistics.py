@@ -9,8 +9,6 @@ from detectron2.structures import BoxMode
 
 from ghm_d2.errors import counted
 
-__all__ = ["DataStatistics", "count_data", "summary"]
-
 _SMALL, _MEDIUM = 32, 96  # COCO's limits, square roots of areas in pixels
 _RARE = 0.1  # of the mean number of boxes of a class
 _SHOWN = 30  # classes that are listed one by one

@@ -13,8 +13,6 @@ from ghm_d2.errors import command, shown
 
 from .image_checks import ImageFile
 
-__all__ = ["copies", "log_shared_images"]
-
 logger = logging.getLogger(__name__)
 
 

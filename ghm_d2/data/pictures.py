@@ -13,8 +13,6 @@ from ghm_d2.errors import UserError, reason, shown
 
 from .image_checks import is_deep
 
-__all__ = ["TILE", "UnreadableError", "draw", "draw_boxes", "read_image"]
-
 TILE = 400  # pixels of the longer side of one drawn image
 # One colour for each class in both halves, told apart also by those who cannot tell red from green.
 _COLOURS = ("#e69f00", "#56b4e9", "#f0e442", "#009e73", "#d55e00", "#cc79a7", "#0072b2", "#ffffff")

@@ -8,8 +8,6 @@ import torch
 
 from ghm_d2.errors import UserError, reason
 
-__all__ = ["ReadableMapper", "TooManyUnreadable", "UnusableData"]
-
 logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]

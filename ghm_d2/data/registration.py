@@ -18,13 +18,6 @@ from .datasets import check_coco_dataset, check_same_classes, load_checked
 from .keypoints import mirrored_pairs
 from .overlap import log_shared_images
 
-__all__ = [
-    "data_fingerprint",
-    "log_more_objects_than",
-    "register_coco_dataset",
-    "register_datasets",
-]
-
 logger = logging.getLogger(__name__)
 
 _registered_here: set[str] = set()

@@ -9,8 +9,6 @@ from typing import Any
 
 from ghm_d2.errors import UserError, cannot, counted
 
-__all__ = ["choose", "describe", "fold_coco", "split_coco", "write_coco"]
-
 
 def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
     """Choose a fraction of names at random; their order does not matter.

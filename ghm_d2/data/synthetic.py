@@ -19,8 +19,6 @@ from ghm_d2.errors import UserError, reason
 
 from .synthetic_images import CLASSES, IMAGE_SIZE, SEED, SPLITS, VERSION, make_image
 
-__all__ = ["ensure_synthetic", "register_synthetic"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["CLASSES", "SEED", "SPLITS", "VERSION", "SyntheticObject", "make_image"]
-
 # Raise it with every change of the pixels or of the labels: older folders are then redone.
 VERSION = 1
 SEED = 20190127

@@ -14,8 +14,6 @@ from .checks import Problem
 from .fields import identity
 from .image_files import same_file
 
-__all__ = ["Ids", "is_plain", "read_annotations", "read_json", "table_problems"]
-
 _FIELDS = {
     "categories": ("id", "name"),
     "images": ("id", "file_name"),

@@ -11,8 +11,6 @@ from tqdm import tqdm
 
 from ghm_d2.errors import UserError
 
-__all__ = ["check_tiling", "import_sahi", "tile_coco"]
-
 LEAST_VISIBLE = 0.1  # share of an object's area in a tile, below which the tile leaves it out
 
 

@@ -14,8 +14,6 @@ from .fields import number
 from .image_files import find_images
 from .labels import LabelledImage, LabelledObject, checked_size, ellipse, outline
 
-__all__ = ["is_via", "read_via", "via_table"]
-
 _METADATA = "_via_img_metadata"
 _USUAL = ("class", "label", "name", "category", "type", "object")  # what people call the attribute
 _NAMELESS = "object"

@@ -7,8 +7,6 @@ from xml.etree.ElementTree import Element
 from .fields import flag, number
 from .labels import LabelledImage, LabelledObject, checked_size, outline, rectangle
 
-__all__ = ["read_annotation"]
-
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 

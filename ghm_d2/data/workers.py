@@ -9,8 +9,6 @@ from torch.utils.data import DataLoader
 
 from ghm_d2.errors import UserError
 
-__all__ = ["ENDING_SIGNALS", "TIMEOUT", "outlive_signals", "watch", "watched"]
-
 # With which clusters, closed terminals and users end a job.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 TIMEOUT = 600  # seconds that a batch may take

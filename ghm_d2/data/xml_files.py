@@ -8,8 +8,6 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-__all__ = ["read_xml"]
-
 _LARGEST = 1 << 28  # bytes; the XML of an image has a few thousand, that of a CVAT task millions
 _DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""")
 # GB 18030 reads everything that GB 2312 and GBK, its predecessors, can write.

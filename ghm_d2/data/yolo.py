@@ -16,8 +16,6 @@ from ghm_d2.errors import UserError, reason, shown
 from .fields import identity, number, polygon_box
 from .labels import LabelledImage, LabelledObject, checked_size
 
-__all__ = ["YoloSet", "find_yolo", "read_yolo"]
-
 logger = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val", "test")  # keys of data.yaml

@@ -7,8 +7,6 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, Metadata
 
-__all__ = ["category_ids", "image_ids"]
-
 
 def image_ids(files: Collection[Path], metadata: Metadata, named: bool) -> dict[Path, Any]:
     """The id of each file that belongs to a data set; also sets the metadata's category ids.

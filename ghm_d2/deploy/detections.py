@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from ghm_d2.errors import UserError
 
-__all__ = ["Comparison", "Detections", "check_detector", "compare_detections", "detect", "limits"]
-
 
 class Detections(NamedTuple):
     """The N detections of an image, best first.

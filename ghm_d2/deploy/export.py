@@ -26,17 +26,6 @@ from .detections import Detections, check_detector, detect
 from .fixed_size import fixed_size_detector
 from .setup import images_of_test
 
-__all__ = [
-    "FORMATS",
-    "METADATA_KEY",
-    "Options",
-    "describe",
-    "example_image",
-    "export_detector",
-    "load_exported",
-    "smallest_side",
-]
-
 METADATA_KEY = "ghm_d2.json"
 _OUTPUTS = ("boxes", "scores", "classes")
 _COUNT = "count"  # of the rows that are no padding

@@ -28,8 +28,6 @@ from .padded import (
     top_scores,
 )
 
-__all__ = ["FixedSizeDense", "FixedSizeRCNN", "SingleImage", "fixed_size_detector"]
-
 
 def fixed_size_detector(model: nn.Module, *, batch: bool = False, half: bool = False) -> nn.Module:
     """Wraps a detector.

@@ -10,20 +10,6 @@ from detectron2.structures import Boxes
 from torch import Tensor
 from torchvision.ops import nms
 
-__all__ = [
-    "Candidates",
-    "Size",
-    "clip",
-    "finish",
-    "finite",
-    "nonempty",
-    "padded_nms",
-    "pool",
-    "single",
-    "take_rows",
-    "top_scores",
-]
-
 Size = tuple[int, int]
 # Of N images and R candidates each: boxes, (N, R, 4), scores, classes, mask, (N, R).
 Candidates = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -24,8 +24,6 @@ from .coco_ids import category_ids
 from .setup import VIDEO_SUFFIXES, image_preparer
 from .tiles import tiled
 
-__all__ = ["Predictor"]
-
 logger = logging.getLogger(__name__)
 
 # Pixels of the longer side. Small images are drawn larger: letters keep their size, and would cover

@@ -27,17 +27,6 @@ from ghm_d2.errors import UserError
 from ghm_d2.run_folder import CONFIG, RunFolder
 from ghm_d2.run_parts import Record
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "VIDEO_SUFFIXES",
-    "Detector",
-    "build_detector",
-    "image_preparer",
-    "images_of_test",
-    "list_files",
-    "tool_parser",
-]
-
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif")

@@ -8,8 +8,6 @@ from detectron2.structures import Boxes, Instances
 
 from ghm_d2.data.tiles import check_tiling, import_sahi
 
-__all__ = ["tiled"]
-
 OVERLAP = 0.2
 
 

@@ -6,8 +6,6 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-__all__ = ["any_process", "of_main_process"]
-
 
 def any_process(flag: bool) -> bool:
     """Whether `flag` is True in any process.

@@ -10,15 +10,6 @@ from ghm_d2.errors import UserError, command
 
 from .python_config import NODES
 
-__all__ = [
-    "Command",
-    "Parser",
-    "add_dataset_option",
-    "add_process_options",
-    "parse_arguments",
-    "train_program",
-]
-
 CONFIG_FILE_HELP = "a YAML or Python file of yours (the latter is executed: run none whose author "
 CONFIG_FILE_HELP += "you do not trust), or the name of one of configs/"
 _FLAGS = ("-h", "--help", "--eval-only", "--resume", "--overwrite", "--trust-checkpoint")

@@ -8,8 +8,6 @@ from detectron2.engine import HookBase
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["AveragedWeights"]
-
 
 class AveragedWeights(HookBase):
     """Keeps an exponential moving average of the weights, `a <- d a + (1 - d) w` after each step.

@@ -24,8 +24,6 @@ from .selection import check_selection
 from .settings import Config, key_of, pair, read_settings
 from .writers import check_writers
 
-__all__ = ["check_all", "check_inference"]
-
 logger = logging.getLogger(__name__)
 
 _ONE = Processes()

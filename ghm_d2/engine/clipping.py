@@ -10,8 +10,6 @@ import torch
 from detectron2 import solver
 from detectron2.config import CfgNode
 
-__all__ = ["CLIP_TYPES", "build_optimizer", "clip_gradients"]
-
 CLIP_TYPES = ("value", "norm", "full_model")  # the last one is ours
 
 

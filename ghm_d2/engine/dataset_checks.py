@@ -25,8 +25,6 @@ from .settings import (
     typed,
 )
 
-__all__ = ["check_datasets"]
-
 logger = logging.getLogger(__name__)
 
 _PYTHON_KEYS = KeypointKeys(

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.modeling import DenseLoss
 
-__all__ = ["Diagnosis", "Row", "describe_images", "diagnose"]
-
 _MOST = 8  # names that a row lists
 
 

@@ -29,15 +29,6 @@ from ghm_d2.errors import UserError
 from ghm_d2.files import write_json
 from ghm_d2.run_folder import BEST_F1, MEMORY_MIB, SECONDS_PER_IMAGE
 
-__all__ = [
-    "EVALUATOR_TYPES",
-    "AllThresholdsCOCOEvaluator",
-    "best_f1",
-    "build_evaluator",
-    "costs_recorded",
-    "score_thresholds",
-]
-
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
 _THRESHOLDS = range(50, 100, 5)  # per cent, as COCO has them

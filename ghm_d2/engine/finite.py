@@ -27,12 +27,6 @@ from .output_folder import is_disk_error
 from .replay import Replay, save_replay
 from .settings import Config, as_text, read_settings
 
-__all__ = [
-    "FiniteCheck",
-    "NotFiniteError",
-    "WithoutTracebacks",
-]
-
 logger = logging.getLogger(__name__)
 
 _FOLDER = "not_finite"

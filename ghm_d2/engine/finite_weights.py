@@ -6,8 +6,6 @@ from torch import nn
 
 from .finite import NotFiniteError
 
-__all__ = ["FiniteWeights", "require_finite_weights"]
-
 
 class FiniteWeights(HookBase):
     """Stands before the hook that writes checkpoints and refuses weights that are not finite.

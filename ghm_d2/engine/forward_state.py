@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from ghm_d2.losses.base import HarmonizedLoss
 
-__all__ = ["ForwardState"]
-
 _NORMALIZER = "loss_normalizer"  # of Detectron2's dense detectors: a number beside the weights
 _WRITERS = (HarmonizedLoss, nn.modules.batchnorm._BatchNorm)
 

@@ -7,8 +7,6 @@ from detectron2.engine import HookBase
 
 from ghm_d2.errors import counted
 
-__all__ = ["LengthEstimate", "in_words"]
-
 logger = logging.getLogger(__name__)
 
 _FIRST, _LAST = 2, 6  # steps between which is measured; the first ones allocate and compile

@@ -16,8 +16,6 @@ from detectron2.engine import HookBase
 from ghm_d2.errors import UserError, cannot, reason
 from ghm_d2.run_folder import FINAL_CHECKPOINT
 
-__all__ = ["FolderIsThere", "disk_errors", "locked", "refuse_finished"]
-
 _LOCK = ".training.lock"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 

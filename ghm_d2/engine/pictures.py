@@ -22,8 +22,6 @@ from ghm_d2.data.pictures import TILE, draw_boxes
 from ghm_d2.errors import shown
 from ghm_d2.files import whole_file
 
-__all__ = ["draw_predictions", "plot_training"]
-
 _GAP = 8
 _SCORE = 0.5  # predictions below are not drawn, where no evaluation says better
 _MOST_BOXES = 30  # of one image, the best ones

@@ -17,8 +17,6 @@ from .agreement import any_process
 from .finite_weights import require_finite_weights
 from .process_states import ProcessStates
 
-__all__ = ["PREEMPTED", "Preempted", "StopOnSignal"]
-
 PREEMPTED = 75  # exit code; EX_TEMPFAIL of sysexits.h: "try again later"
 
 

@@ -12,8 +12,6 @@ from typing import NoReturn
 import torch.distributed as dist
 from detectron2.utils import comm
 
-__all__ = ["end_process", "exit_code_of", "leave_process_group"]
-
 
 def exit_code_of(work: Callable[[], None]) -> int:
     """Calls a function as a whole program; an error of its own is printed.

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ghm_d2.data.loader import TrainLoader
 from ghm_d2.randomness import get_random_state, set_random_state
 
-__all__ = ["ProcessStates"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -26,17 +26,6 @@ from ghm_d2.errors import UserError
 from .agreement import any_process
 from .process_end import end_process, exit_code_of
 
-__all__ = [
-    "Processes",
-    "is_restarted",
-    "join_torchrun",
-    "launch_processes",
-    "main_first",
-    "main_only",
-    "reported_once",
-    "started_by_torchrun",
-]
-
 Result = TypeVar("Result")
 
 _SIGTERM_EXIT = 128 + signal.SIGTERM

@@ -27,17 +27,6 @@ from .python_config import read_anchors, read_uses, target_of
 from .settings import detections_per_image, read_settings
 from .validation import add_ground_truth
 
-__all__ = [
-    "build_evaluator",
-    "build_lr_scheduler",
-    "build_model",
-    "build_optimizer",
-    "build_test_loader",
-    "build_test_mapper",
-    "build_train_loader",
-    "build_train_mapper",
-]
-
 
 def build_model(cfg: DictConfig) -> nn.Module:
     """The model, on `train.device`."""

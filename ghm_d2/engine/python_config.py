@@ -19,8 +19,6 @@ from ghm_d2.data.anchors import Anchors, InputSize
 from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError, similar_names
 
-__all__ = ["NODES", "load_config", "random_flip", "read_anchors", "read_uses", "target_of"]
-
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 

@@ -33,8 +33,6 @@ from . import python_build
 from .forward_state import ForwardState
 from .settings import Config, change
 
-__all__ = ["Replay", "load_replay", "save_replay"]
-
 logger = logging.getLogger(__name__)
 
 _FORMAT = "ghm_d2 replay 1"

@@ -59,8 +59,6 @@ from .summary import next_commands, summarize_training
 from .terminal import brief_terminal
 from .trainer import GHMTrainer, verify_expected
 
-__all__ = ["main"]
-
 logger = logging.getLogger(__name__)
 
 

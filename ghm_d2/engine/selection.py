@@ -25,8 +25,6 @@ from .python_config import read_uses, target_of
 from .settings import Config, Settings, key_of, pair, read_settings
 from .validation import VALIDATION
 
-__all__ = ["BestCheckpointer", "EarlyStopping", "EvalHook", "StoppedEarly", "check_selection"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -11,21 +11,6 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.registry import _convert_target_to_string
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 
-__all__ = [
-    "Config",
-    "Settings",
-    "as_text",
-    "change",
-    "class_counts",
-    "class_keys",
-    "detections_per_image",
-    "key_of",
-    "pair",
-    "read_settings",
-    "set_key",
-    "typed",
-]
-
 Config = CfgNode | DictConfig  # of a .yaml and of a .py file
 
 # By the name of the setting: its key in YAML, that in Python, and the value where neither stands.

@@ -32,21 +32,6 @@ from .settings import (
     set_key,
 )
 
-__all__ = [
-    "as_typed",
-    "as_words",
-    "build_config",
-    "choose_device",
-    "choose_splits",
-    "given_values",
-    "is_python",
-    "load_config",
-    "locate_config_file",
-    "merge_config_file",
-    "output_words",
-    "setup_ghm_logger",
-]
-
 logger = logging.getLogger(__name__)
 
 

@@ -12,8 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .finite import FiniteCheck
 
-__all__ = ["CheckedAMPTrainer", "CheckedTrainer"]
-
 
 class CheckedTrainer(SimpleTrainer):
     """`SimpleTrainer` that stops before the optimizer where something is not finite.

@@ -7,8 +7,6 @@ from ghm_d2.run_folder import RunFolder
 
 from .settings import Settings
 
-__all__ = ["report_submissions"]
-
 logger = logging.getLogger(__name__)
 
 _TEST_DEV = (

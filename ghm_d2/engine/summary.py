@@ -23,8 +23,6 @@ from .pictures import plot_training
 from .processes import started_by_torchrun
 from .settings import Config, pair, read_settings
 
-__all__ = ["ap_table", "next_commands", "summarize_training"]
-
 logger = logging.getLogger(__name__)
 
 _OVERALL = ("AP", "AP50", "AP75", "APs", "APm", "APl")

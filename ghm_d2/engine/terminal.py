@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-__all__ = ["brief_terminal"]
-
 _LOGGERS = ("detectron2", "fvcore", "ghm_d2")
 
 

@@ -51,8 +51,6 @@ from .training_hooks import build_hooks
 from .validation import ReadableImages, ValidationLoss, add_ground_truth
 from .writers import build_more_writers
 
-__all__ = ["GHMTrainer", "verify_expected"]
-
 logger = logging.getLogger(__name__)
 
 _WITHOUT_TRACEBACKS = WithoutTracebacks()

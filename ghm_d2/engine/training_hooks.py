@@ -17,8 +17,6 @@ from .preemption import StopOnSignal
 from .process_states import ProcessStates
 from .selection import BestCheckpointer, EarlyStopping, EvalHook
 
-__all__ = ["build_hooks"]
-
 
 def build_hooks(trainer: Any) -> list[HookBase | None]:
     """Detectron2's hooks, those around its checkpoints, and those that the config asks for.

@@ -25,8 +25,6 @@ from .forward_state import ForwardState
 from .python_config import read_uses
 from .settings import Config
 
-__all__ = ["VALIDATION", "ReadableImages", "ValidationLoss", "add_ground_truth"]
-
 logger = logging.getLogger(__name__)
 
 VALIDATION = "validation"  # the task under which the losses stand among the results

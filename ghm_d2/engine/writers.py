@@ -13,8 +13,6 @@ from ghm_d2.errors import UserError, reason
 
 from .settings import Config, as_text, key_of, read_settings
 
-__all__ = ["WRITERS", "MLflowWriter", "WandbWriter", "build_more_writers", "check_writers"]
-
 _PROJECT = "ghm_d2"
 
 

@@ -32,8 +32,6 @@ from .kernels import (
     walk,
 )
 
-__all__ = ["HarmonizedLoss", "observed", "raise_deferred_errors"]
-
 # A number of updates after which 1 - alpha^n has long been 1 in float64.
 _STEADY = 1 << 40
 

@@ -13,17 +13,6 @@ from torch import Tensor, nn
 from .checks import ValueChecks, check_bins, check_floating, check_non_negative, check_positive
 from .functional import at_least_float32, authentic_smooth_l1_loss
 
-__all__ = [
-    "ASL1Loss",
-    "CrossEntropyLoss",
-    "FocalLoss",
-    "OHEMLoss",
-    "SmoothL1Loss",
-    "cross_entropy_loss",
-    "focal_loss",
-    "ohem_loss",
-]
-
 
 def focal_loss(
     logits: Tensor,

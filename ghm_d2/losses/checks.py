@@ -12,25 +12,6 @@ import numbers
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "WEIGHT_MESSAGE",
-    "ValueChecks",
-    "check_bins",
-    "check_choice",
-    "check_flag",
-    "check_floating",
-    "check_fraction",
-    "check_integer",
-    "check_plain",
-    "check_non_negative",
-    "check_positive",
-    "check_weight",
-    "check_width",
-    "example_mask",
-    "is_plain",
-    "raise_first",
-]
-
 WEIGHT_MESSAGE = "weight must be 0 or positive; it holds NaN or less"
 
 

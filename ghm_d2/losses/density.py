@@ -6,8 +6,6 @@ from torch import Tensor
 from .checks import check_floating, check_positive, is_plain
 from .functional import count_unit_regions
 
-__all__ = ["exact_gradient_density"]
-
 # Far above any gradient norm plus half a window: what is dropped is never inside a window.
 _OUTSIDE = 4.0
 

@@ -21,18 +21,6 @@ from torch import Tensor
 
 from .checks import check_choice, check_floating, check_width, is_plain
 
-__all__ = [
-    "Averaging",
-    "authentic_smooth_l1_loss",
-    "count_unit_regions",
-    "harmonized_sum",
-    "regression_examples",
-    "sigmoid_examples",
-    "softmax_examples",
-    "unit_region_index",
-    "walk",
-]
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     """float16 and bfloat16 become float32: region weights are ratios of counts beyond 65504."""

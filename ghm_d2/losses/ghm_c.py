@@ -19,8 +19,6 @@ from .checks import (
 from .functional import sigmoid_examples, softmax_examples
 from .kernels import Arguments, EagerPart, FusedExamples, sigmoid_kernel
 
-__all__ = ["GHMCLoss"]
-
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

@@ -12,8 +12,6 @@ from .checks import ValueChecks, check_floating, check_positive, check_weight, e
 from .functional import at_least_float32, regression_examples
 from .kernels import Arguments, EagerPart, FusedExamples, regression_kernel
 
-__all__ = ["GHMRLoss"]
-
 # MU "auto": this many times the median error, which is averaged with this momentum, in this range.
 _MEDIANS, _MOMENTUM, _RANGE = 1.5, 0.95, (0.01, 0.5)
 

@@ -31,8 +31,6 @@ from .stock import (
 )
 from .zoo import NAME, digest, read_index
 
-__all__ = ["export_run", "write_weights"]
-
 logger = logging.getLogger(__name__)
 
 _STOCK_HEADER = """\

@@ -15,8 +15,6 @@ from ghm_d2.errors import UserError, reason
 from ghm_d2.run_folder import FINAL_CHECKPOINT, MEMORY_MIB, RECORD, SECONDS_PER_IMAGE, RunFolder
 from ghm_d2.run_parts import Record, Settings
 
-__all__ = ["FinishedRun", "read_finished_run"]
-
 logger = logging.getLogger(__name__)
 
 

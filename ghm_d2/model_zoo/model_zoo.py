@@ -27,8 +27,6 @@ from .zoo import (
     zoo_location,
 )
 
-__all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
-
 
 def get_config_file(config_path: str) -> str:
     """Returns the path to a config file of this project, or of a model in the zoo.

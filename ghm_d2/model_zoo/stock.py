@@ -15,14 +15,6 @@ from torch import Tensor, nn
 
 from ghm_d2.errors import UserError
 
-__all__ = [
-    "build_stock_model",
-    "stock_config",
-    "stock_obstacle",
-    "stock_weights",
-    "without_statistics",
-]
-
 
 def stock_config(cfg: CfgNode) -> CfgNode:
     """A config without `MODEL.GHM` with which stock Detectron2 infers as `cfg` does.

@@ -10,8 +10,6 @@ from ghm_d2.markdown import markdown_table
 from . import zoo as packaged
 from .zoo import read_index, weights_file
 
-__all__ = ["add_models", "model_zoo_page", "write_page"]
-
 _PAGE = """\
 # Model zoo
 

@@ -19,22 +19,6 @@ from iopath.common.file_io import HTTPURLHandler
 from ghm_d2.errors import UserError, reason, shown
 from ghm_d2.files import bounded_downloads, read_json
 
-__all__ = [
-    "NAME",
-    "PACKAGED_INDEX",
-    "ZOO_VARIABLE",
-    "ZooError",
-    "config_file",
-    "digest",
-    "fetch",
-    "newest",
-    "read_index",
-    "read_zoo",
-    "register_zoo",
-    "weights_file",
-    "zoo_location",
-]
-
 ZOO_VARIABLE = "GHM_D2_ZOO"
 PACKAGED_INDEX = Path(__file__).with_name("index.json")
 

@@ -23,14 +23,6 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from ghm_d2.errors import UserError, similar_names
 
-__all__ = [
-    "LinearP6P7",
-    "TorchvisionBackbone",
-    "build_mmdet_retinanet_resnet_fpn_backbone",
-    "build_retinanet_torchvision_fpn_backbone",
-    "build_torchvision_fpn_backbone",
-]
-
 NORMS = ("FrozenBN", "BN", "SyncBN")
 
 _PROBE = (256, 384)  # height and width of the image that strides are measured on

@@ -25,8 +25,6 @@ from ghm_d2.losses import (
 
 from .dense import SCOPES, TARGETS, groups_of_images
 
-__all__ = ["build_losses", "validate_ghm_config"]
-
 CLS_BASELINES = {"focal": FocalLoss, "cross_entropy": CrossEntropyLoss, "ohem": OHEMLoss}
 REG_BASELINES = {"smooth_l1": SmoothL1Loss, "asl1": ASL1Loss}
 # Where Detectron2 keeps the delta of smooth L1.

@@ -10,16 +10,6 @@ from torch import Tensor, nn
 
 from ghm_d2.losses import GHMCLoss, GHMRLoss
 
-__all__ = [
-    "SCOPES",
-    "TARGETS",
-    "DenseLoss",
-    "SteadyNormalizer",
-    "check_targets",
-    "groups_of_images",
-    "levels_of_labels",
-]
-
 SCOPES = ("level", "batch")
 TARGETS = ("hard", "iou")
 

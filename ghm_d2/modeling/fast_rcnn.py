@@ -16,8 +16,6 @@ from ghm_d2.losses.base import raise_deferred_errors
 from .build import build_losses
 from .targets import proposal_deltas
 
-__all__ = ["GHMFastRCNNOutputLayers"]
-
 
 class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
     """Box predictor whose two losses are harmonised; its inference is Detectron2's.

@@ -13,8 +13,6 @@ from ghm_d2.losses.base import raise_deferred_errors
 from .dense import DenseLoss, SteadyNormalizer, check_targets, levels_of_labels
 from .targets import box_ious
 
-__all__ = ["GHMFCOS"]
-
 
 class GHMFCOS(SteadyNormalizer, FCOS):
     """FCOS whose classification loss is harmonised; all else, inference too, is Detectron2's.

@@ -29,8 +29,6 @@ from .build import build_losses, dense_settings
 from .dense import DenseLoss, SteadyNormalizer, check_targets, levels_of_labels
 from .targets import anchor_deltas, box_ious
 
-__all__ = ["GHMRetinaNet"]
-
 
 @META_ARCH_REGISTRY.register()
 class GHMRetinaNet(SteadyNormalizer, RetinaNet):

@@ -15,8 +15,6 @@ from torch import nn
 
 from .fast_rcnn import GHMFastRCNNOutputLayers
 
-__all__ = ["GHMCascadeROIHeads", "GHMROIHeads"]
-
 
 @ROI_HEADS_REGISTRY.register()
 class GHMROIHeads(StandardROIHeads):

@@ -15,8 +15,6 @@ from ghm_d2.losses.base import raise_deferred_errors
 from .build import build_losses
 from .targets import anchor_deltas
 
-__all__ = ["GHMRPN"]
-
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class GHMRPN(RPN):

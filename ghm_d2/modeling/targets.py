@@ -8,8 +8,6 @@ from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
-__all__ = ["anchor_deltas", "box_ious", "proposal_deltas"]
-
 
 def anchor_deltas(
     transform: Box2BoxTransform,

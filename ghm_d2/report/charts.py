@@ -15,8 +15,6 @@ from ghm_d2.errors import shown
 
 from .evaluation import Evaluation
 
-__all__ = ["draw_confusion", "draw_curves", "draw_gradients", "draw_precision"]
-
 # Okabe and Ito's colours, which colour-blind readers tell apart; lines and markers differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")

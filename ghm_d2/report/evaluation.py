@@ -17,8 +17,6 @@ from ghm_d2.errors import UserError, cannot, reason
 
 from .run_files import TestSet
 
-__all__ = ["Evaluation", "ImageScore", "evaluate"]
-
 _LIMIT = 100  # detections an image that are drawn
 
 

@@ -14,8 +14,6 @@ from ghm_d2.errors import shown
 
 from .evaluation import Evaluation, ImageScore
 
-__all__ = ["Example", "best_and_worst"]
-
 
 @dataclass(frozen=True)
 class Example:

@@ -21,8 +21,6 @@ from .evaluation import Evaluation, evaluate
 from .examples import best_and_worst
 from .run_files import RunFiles, read_run
 
-__all__ = ["differences", "write_report"]
-
 _HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _LONGEST_LINE = 2000
 # Below either, a training has hardly begun: COCO's shortest schedule passes 12 times.

@@ -10,8 +10,6 @@ from ghm_d2.errors import UserError
 from ghm_d2.run_folder import CONFIG, METRICS, RECORD, RunFolder
 from ghm_d2.run_parts import Record, Rows, Settings
 
-__all__ = ["RunFiles", "TestSet", "read_run"]
-
 # What the page shows of each part of a run.
 _PARTS = {
     "record": "environment, and where the data lies",

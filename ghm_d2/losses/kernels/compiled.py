@@ -13,8 +13,6 @@ from torch import Tensor
 from ..functional import Averaging
 from .examples import FusedExamples
 
-__all__ = ["harmonized_loss"]
-
 # Written out: versions of PyTorch differ in the annotations that they can read a schema from.
 _SETTINGS = "int bins, int? ignored, Tensor? mu"
 _TENSORS = "Tensor[] predictions, Tensor[] targets, Tensor[] weights"

@@ -14,8 +14,6 @@ from .cpu_blocks import Blocks, Scratch
 from .cpu_regions import Corrections, region_finder
 from .examples import EagerExamples, FusedExamples
 
-__all__ = ["RegressionExamples", "SigmoidExamples"]
-
 # Above this logit, 1 - sigmoid has lost the digits that the loss needs.
 _LARGE = 4.0
 _ROW = 512  # logits that are looked at together for a large one

@@ -17,8 +17,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Blocks", "Scratch"]
-
 # Measured on two cores with 2^16 to 2^21: smaller blocks spend their time in Python and wait for
 # its lock, larger ones need more scratch memory (2 MiB a buffer here).
 BLOCK = 1 << 19

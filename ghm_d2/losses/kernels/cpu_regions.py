@@ -8,8 +8,6 @@ from torch import Tensor
 from ..functional import unit_region_edges
 from .cpu_blocks import Scratch
 
-__all__ = ["Corrections", "RegionFinder", "region_finder"]
-
 # Regions are counted in pairs up to this many: the table of pairs must stay in the nearest cache.
 _PAIRED = 64
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from ..density import exact_gradient_density
 from ..functional import at_least_float32, count_unit_regions, harmonized_sum, unit_region_index
 
-__all__ = ["Arguments", "EagerExamples", "EagerPart", "Examples", "FusedExamples"]
-
 # A prediction, its target, and the mask of what counts (None: everything).
 Arguments = tuple[Tensor, Tensor, Tensor | None]
 

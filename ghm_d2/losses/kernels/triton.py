@@ -24,9 +24,6 @@ from .triton_examples import (
     width_of_delta,
 )
 
-__all__ = ["count_kernel", "finish_kernel", "flag_kernel", "loss_kernel", "scale_kernel"]
-__all__ += ["ALL", "EITHER", "OTHER", "PLAIN", "walk_kernel"]
-
 # Which tiles a launch takes, by the marks of `flag_kernel`.
 ALL = tl.constexpr(0)  # without marks
 PLAIN = tl.constexpr(1)  # those where every row is background that counts

@@ -3,9 +3,6 @@
 import triton
 import triton.language as tl
 
-__all__ = ["CLASS", "DELTA", "NEGATIVE", "NOT_FINITE", "SOFT"]
-__all__ += ["tile_examples", "unit_region", "width_of_delta"]
-
 # What a tile's targets are.
 NEGATIVE = tl.constexpr(0)  # none: every logit is a negative
 CLASS = tl.constexpr(1)  # an integer label for each row

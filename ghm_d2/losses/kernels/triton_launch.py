@@ -20,8 +20,6 @@ from .cpu_regions import region_finder
 from .examples import EagerExamples, FusedExamples
 from .triton_examples import CLASS, DELTA, NEGATIVE, SOFT
 
-__all__ = ["TILE", "TritonExamples", "launch_options", "walk"]
-
 TILE = 2048
 _PROGRAMS = 2048  # some sixteen for each of a Hopper chip's 132 multiprocessors
 _MOST = 8  # tensors of one launch: each is one more comparison at the start of a program
