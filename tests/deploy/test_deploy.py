@@ -442,7 +442,8 @@ def test_opset(written):
             Options(**arguments)
 
 
-def test_fcos(tmp_path):
+@pytest.fixture(scope="module")
+def fcos():
     """Built by a Python config alone; the outputs are spread as those of a trained one."""
     cfg = LazyConfig.load("configs/lazy/ghm_fcos_R_50.py").model
     cfg.backbone.bottom_up.stages.depth = 18
@@ -460,13 +461,23 @@ def test_fcos(tmp_path):
             hook.remove()
             layer.weight.mul_(1 / torch.cat([x.flatten() for x in seen]).std())
             layer.bias.zero_()
-    export_detector(model, tmp_path / "fcos.ts", "torchscript", {}, Options(fixed_size=True))
-    run = load_exported(tmp_path / "fcos.ts", "torchscript")
+    return model
+
+
+@pytest.mark.parametrize("fmt", ["torchscript", "onnx", "torch_export"])
+def test_fcos(fmt, fcos, tmp_path):
+    if fmt == "onnx":
+        pytest.importorskip("onnxruntime")
+    export_detector(fcos, tmp_path / "fcos", fmt, {}, Options(fixed_size=True))
+    run = load_exported(tmp_path / "fcos", fmt)
     for image in IMAGES:
         with torch.no_grad():
-            expected, found = detect(model, image), run(image)
-        result = compare_detections(expected, found, *limits(model))
-        assert result.missing == 0 and result.matched >= len(expected.scores) - 1 > 0, result
+            expected, found = detect(fcos, image), run(image)
+        result = compare_detections(expected, found, *limits(fcos))
+        # ONNX Runtime takes others of equal scores at the end of the list.
+        assert (
+            result.missing <= 2 * (fmt == "onnx") and result.matched >= len(expected.scores) - 1 > 0
+        ), result
 
 
 def boxes(*rows):
