@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 # A process for each core, four at most; a file's tests stay together, so that what they share is
-# built once. PYTEST_XDIST_AUTO_NUM_WORKERS=1 runs them one after the other.
-PYTEST := $(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
+# built once. A process that dies ends the run: with others in its place it would wait for ever.
+# PYTEST_XDIST_AUTO_NUM_WORKERS=1 runs them one after the other.
+PYTEST := $(VENV_PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 CONFIG ?= configs/quickstart/ghm_retinanet_quickstart.yaml
 ARGS ?=
 

@@ -50,8 +50,8 @@ def test_examples(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "module",
-    ["ghm_d2", "ghm_d2.losses", "ghm_d2.modeling", "ghm_d2.config", "ghm_d2.model_zoo"]
-    + ["ghm_d2.data", "ghm_d2.engine"],
+    ["ghm_d2", "ghm_d2.losses", "ghm_d2.modeling", "ghm_d2.model_zoo", "ghm_d2.data"]
+    + ["ghm_d2.engine"],
 )
 def test_every_public_name_has_an_example_and_a_docstring(module):
     public = importlib.import_module(module)

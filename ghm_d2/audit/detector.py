@@ -129,16 +129,26 @@ def _train(words: Sequence[str], what: str) -> None:
     paths = [str(Path(_package).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     program = [sys.executable, "-m", "ghm_d2", "train", *words]
-    with subprocess.Popen(program, env=environment) as process:
-        # A terminal sends Ctrl-C to both.
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            before[number] = signal.signal(number, lambda n, _: process.send_signal(n))
-        try:
-            code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    process, early = None, []
+
+    def forward(number: int, _: object) -> None:
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    # Before the training starts: a signal between the two would end this process alone. A terminal
+    # sends Ctrl-C to both.
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+    before |= {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        process = subprocess.Popen(program, env=environment)
+        for number in early:
+            process.send_signal(number)
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code:
         error = UserError(
             f"{what} ended with exit code {code}, for the reason above; the same command goes on "

@@ -302,11 +302,14 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         """
         missing, unused = incompatible.missing_keys, incompatible.unexpected_keys
         if missing:
-            self.logger.info(
-                f"{len(missing)} tensors of the model are not in {self._filename} and start anew, "
-                "as the heads on a pretrained backbone do:\n"
-                + get_missing_parameters_message(missing)
+            logger.info(
+                "%d tensors of the model are not in %s and start anew, as heads on a pretrained "
+                "backbone do; %d tensors of the file are not used",
+                len(missing),
+                self._filename,
+                len(unused),
             )
+            self.logger.info(get_missing_parameters_message(missing))
         if unused:
             self.logger.info(get_unexpected_parameters_message(unused))
         return incompatible._replace(missing_keys=[], unexpected_keys=[])

@@ -177,7 +177,7 @@ def test_crowds_and_empty_boxes_do_not_count_and_many_boxes_are_sampled():
     ]
     assert anchor_report(settings(), data)[0].startswith("100% of 1 boxes have")
     many = anchor_report(settings(), records((100, 100), number=1000) * 50)[0]
-    assert many.startswith("100% of 17000 boxes (1 image in 3) have")
+    assert many.startswith("100% of 17,000 boxes (1 image in 3) have")
 
 
 def test_training_says_it_before_it_starts(monkeypatch, caplog):

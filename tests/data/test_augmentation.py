@@ -6,7 +6,7 @@ import pytest
 from detectron2.data import transforms as T
 
 from ghm_d2.cli.look import main as look
-from ghm_d2.data.anchor_check import anchor_report
+from ghm_d2.data.anchor_check import AnchorSettings, anchor_report
 from ghm_d2.data.augmentation import AUGMENTATIONS, build_augmentations, train_augmentations
 from ghm_d2.data.loader import build_train_mapper
 from ghm_d2.engine import main, python_build
@@ -54,7 +54,7 @@ def test_anchors_are_not_judged_by_a_size_that_images_do_not_have(tmp_path):
     records = [record(tmp_path)]
     for text, silent in ((JITTER, True), ("RandomFlip()", False)):
         cfg = small_config("ghm_retinanet_R_50", *tiny_pairs(), "MODEL.GHM.AUGMENTATIONS", text)
-        assert (anchor_report(cfg, records)[0] == "") is silent
+        assert (anchor_report(AnchorSettings.of(cfg), records)[0] == "") is silent
 
 
 def test_all_that_detectron2_has_for_images_are_known():
@@ -143,12 +143,12 @@ def test_python_configs_take_texts_too(tmp_path):
     file.write_text(
         PYTHON_CONFIG + "dataloader.train.mapper.augmentations.insert(0, 'RandomContrast(1, 1)')\n"
     )
-    mapper = python_build._train_mapper(load_config(str(file)).dataloader.train.mapper)
+    mapper = python_build.build_train_mapper(load_config(str(file)))
     names = [type(aug).__name__ for aug in mapper.augmentations.augs]
     assert names == ["RandomContrast", "ResizeShortestEdge", "RandomFlip"]
     file.write_text(PYTHON_CONFIG + "dataloader.train.mapper.augmentations.append('Nothing')\n")
     with pytest.raises(ValueError, match="augmentations 'Nothing': Nothing is none"):
-        python_build._train_mapper(load_config(str(file)).dataloader.train.mapper)
+        python_build.build_train_mapper(load_config(str(file)))
 
 
 def test_look_draws_what_the_detector_will_see(tmp_path, capsys):

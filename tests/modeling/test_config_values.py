@@ -9,6 +9,9 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
+from ghm_d2.engine import checks
+from ghm_d2.engine.selection import check_selection
+from ghm_d2.engine.writers import check_writers
 from ghm_d2.errors import UserError
 from ghm_d2.modeling import build_losses, validate_ghm_config
 from tests.detectors import small_config
@@ -29,6 +32,7 @@ OUT_OF_RANGE = {
     int: (-1, -(10**9)),
     float: (-1.0, math.nan, math.inf, -math.inf),
     str: ("no such thing",),
+    tuple: (("no such thing",), (1,)),
 }
 ALLOWED: dict[str, tuple] = {}
 OTHER_TYPES = ("three", 3, 2.5, True, None, [1], {"a": 1})
@@ -50,6 +54,15 @@ def _config(part):
     cfg = small_config("ghm_faster_rcnn_R_50", "MODEL.PROPOSAL_GENERATOR.NAME", "GHMRPN")
     cfg.MODEL.GHM[part].CLS.ENABLED = cfg.MODEL.GHM[part].REG.ENABLED = True
     return cfg
+
+
+def check_training(cfg):
+    """Of keys whose range depends on the rest of the config."""
+    cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD = ("coco_2017_val",), 1
+    cfg.MODEL.GHM.TRAINING.SAVE_BEST = True
+    checks._check_values(cfg, eval_only=False)
+    check_selection(cfg)
+    check_writers(cfg)
 
 
 def put(cfg, key, value):
@@ -87,6 +100,8 @@ def test_values_out_of_range_are_refused(key):
         with pytest.raises(UserError) as error:
             validate_ghm_config(cfg)
             build_backbone(cfg)  # knows the layers of its network only once it is built
+            if ".TRAINING." in key:
+                check_training(cfg)
         assert key in str(error.value) and "\n" not in str(error.value)
 
 
