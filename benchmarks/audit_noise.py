@@ -49,7 +49,7 @@ Row = dict[str, Any]
 
 
 class Truth:
-    """What was changed, and whether a suspect is one of it."""
+    """What was changed, and whether a suspect is one of the changes."""
 
     def __init__(self, changes: Sequence[Row]) -> None:
         self._ids = {k: {c["annotation_id"] for c in changes if c["kind"] == k} for k in KINDS}
@@ -68,7 +68,7 @@ class Truth:
 
 
 def precision(scores: Sequence[float], hits: Sequence[bool], number: int) -> float:
-    """Of the `number` entries with the highest scores."""
+    """The share of hits among the `number` entries with the highest scores."""
     first = np.argsort(-np.asarray(scores, float), kind="stable")[:number]
     return round(float(np.asarray(hits, float)[first].sum() / number), 4)
 

@@ -138,7 +138,7 @@ def _share_weights(models: dict[str, nn.Module]) -> None:
 
 def train_step(model: nn.Module, batch: list[Record]) -> Callable[[], None]:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # So small a rate that the two models stay alike; the arithmetic is that of any rate.
+    # A rate so small that the two models stay alike; a step costs the same at any rate.
     optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4)
 
     def step() -> None:

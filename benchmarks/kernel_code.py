@@ -63,7 +63,7 @@ class Specialisation:
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """All that a detector launches, and the rarer forms once."""
+    """All kernels that a detector launches, and the rarer forms once each."""
     from ghm_d2.losses.kernels import triton as kernels
     from ghm_d2.losses.kernels import triton_examples as examples
     from ghm_d2.losses.kernels.triton_launch import TILE, launch_options
@@ -253,7 +253,7 @@ def _predict(each: float, special: float, size: int, arch: int) -> Iterator[tupl
 
 
 def _widths(loop: Sequence[str], operation: str) -> dict[str, int]:
-    """How many of these instructions move how many bits."""
+    """Number of `operation` instructions in the loop by how many bits they move."""
     found = Counter()
     for text in loop:
         if text.startswith(operation):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # its notes about a missing GPU help nobody
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else Kineto prints notes about a missing GPU
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def time_interleaved(
     Args:
         calls: name to function.
         device: a CUDA device is timed with events on its stream, the CPU with the clock.
-        budget_s: a call that has used so much time, warm-up apart, is not repeated any more.
+        budget_s: a call that has used this much time, without warm-up, is not repeated.
         min_repeats: repeats that every call gets whatever its time.
         max_repeats: repeats after which a call stops.
         warmups: unmeasured calls of each, fewer where one takes more than half a second.

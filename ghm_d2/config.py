@@ -5,7 +5,7 @@ from typing import Any
 
 from detectron2.config import CfgNode as CN
 
-# The keys of a number that may also be "auto".
+# Keys that take a number or "auto".
 AUTO_KEYS = tuple(
     f"MODEL.GHM.{part}.{key}"
     for part in ("RETINANET", "RPN", "ROI_BOX_HEAD")
@@ -16,12 +16,12 @@ AUTO_KEYS = tuple(
 class _Config(CN):
     """A config whose `AUTO_KEYS` take a number and "auto".
 
-    yacs lets a value replace one of its own type alone, but any replace None. What is no number and
-    not "auto" either is refused when the config is checked.
+    yacs accepts only a value of the old one's type, but any value in place of None. A value that is
+    neither a number nor "auto" is refused when the config is checked.
     """
 
     def __new__(cls, *content: Any, **options: Any) -> CN:
-        # yacs merges nodes of one class alone, and makes those of what it reads by this call.
+        # yacs calls this for nodes that it reads, and merges only nodes of the same class.
         return CN(*content, **options) if content else super().__new__(cls)
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:

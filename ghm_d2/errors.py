@@ -88,8 +88,8 @@ def similar_names(name: str, known: Iterable[str], separator: str = "") -> str:
 def command(name: str) -> str:
     """How the reader of a message runs a command of the `ghm-d2` program.
 
-    In a checkout that is not installed there is `python -m ghm_d2` alone; whoever ran
-    train_net.py is told to go on with it.
+    A checkout that is not installed has only `python -m ghm_d2`. A user who ran train_net.py is
+    told to use it again.
     """
     started = Path(sys.argv[0])
     as_module = started.parts[-2:] == ("ghm_d2", "__main__.py")

@@ -79,7 +79,7 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
-    """Opens a file for reading that is one: a pipe would block, and a device has no end.
+    """Opens a regular file for reading: a pipe would block, and a device has no end.
 
     Raises:
         UserError: it is something else.
@@ -122,7 +122,7 @@ def read_json(path: str | Path) -> Any:
 
 @contextlib.contextmanager
 def file_to_blame(path: str | Path, what: str) -> Iterator[None]:
-    """Says "PATH WHAT (reason)." of a file that is valid and whose content makes its reader fail.
+    """Turns any error of the block into "PATH WHAT (reason).", blaming the file's content.
 
     What a stranger may have written can make anything fail, in whatever way.
 
@@ -140,7 +140,7 @@ def file_to_blame(path: str | Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bounded_downloads() -> Iterator[None]:
-    """Within, a server that is silent for a minute is an error, as is a file of more than 20 GB.
+    """Makes a server's silence of a minute, and a file of more than 20 GB, an error.
 
     For downloads of iopath, which knows neither: it waits, and fills the disk, without end.
     """

@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "torchvision", "detectron2", "fvcore", "numpy", "triton", 
 
 
 def describe(device: "str | torch.device" = "cpu") -> dict[str, Any]:
-    """Everything below as JSON has it, for the head of a result file.
+    """Date, commit, machine and versions as JSON values, for the head of a result file.
 
     Args:
         device: where the result is computed.
@@ -60,7 +60,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Python, CUDA and the packages that a result may depend on; None for what is not installed."""
+    """Versions of Python, CUDA and the packages that matter; None for one not installed."""
     found = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     build = getattr(sys.modules.get("torch"), "version", None)
     return {**found, "cuda": getattr(build, "cuda", None)}

@@ -56,7 +56,7 @@ def set_numpy_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """The generators are afterwards in the state that they had before the block."""
+    """Restores the states of the generators after the block."""
     state = get_random_state()
     try:
         yield

@@ -1,7 +1,7 @@
 """What a training leaves in its OUTPUT_DIR: the only code that knows, reads and writes these files.
 
 A killed process, a full disk or an editor may have damaged any of them. A file that cannot be used
-raises a UserError with one sentence; what is left out of a usable one is told in
+raises a UserError with one sentence; what is left out of a usable one is listed in
 :attr:`RunFolder.notes`. A page that can do without a part catches the error; others let it through.
 """
 
@@ -47,7 +47,7 @@ LAST_CHECKPOINT = "last_checkpoint"  # Detectron2's file with the name of the ne
 # In metrics.json: what an evaluation during a training cost.
 SECONDS_PER_IMAGE = "inference/seconds_per_image"
 MEMORY_MIB = "inference/memory_mib"
-# In results.json and there: the task whose score_threshold gives detections the best F1.
+# In results.json and metrics.json: the task whose score_threshold gives detections the best F1.
 BEST_F1 = "best_f1"
 
 
@@ -277,7 +277,7 @@ class RunFolder:
     def set_last_checkpoint_aside(self) -> None:
         """Leaves the folder without a checkpoint to resume; no file with weights is deleted."""
         best = self.folder / BEST_CHECKPOINT
-        if best.is_file():  # a training that keeps none would pass it off as its own
+        if best.is_file():  # or a training without SAVE_BEST would seem to have made it
             best.replace(best.with_name(f"{BEST_CHECKPOINT}.earlier"))
         pointer = self.folder / LAST_CHECKPOINT
         if pointer.is_file():
@@ -286,7 +286,7 @@ class RunFolder:
             logger.warning(earlier + "%s is now %s", self.folder, LAST_CHECKPOINT, aside)
 
     def remove_partial_files(self) -> None:
-        """Deletes what a process left behind that was killed while it wrote a file."""
+        """Deletes the unfinished files of a process that was killed while writing."""
         for file in sorted(self.folder.glob(f"*{PART}")):
             file.unlink()
             logger.info("removed %s, which a killed process had not finished", file.name)

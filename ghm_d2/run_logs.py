@@ -1,4 +1,4 @@
-"""Logs with a JSON object a line, which grow during a training and are cut when it is resumed."""
+"""Logs of one JSON object per line, which a training extends and a resumed one cuts first."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ def cut_rows(file: Path, is_undone: Callable[[dict[str, Any]], bool]) -> None:
 
     Args:
         file: need not exist.
-        is_undone: whether the iteration of a row is done again; what is no row goes too.
+        is_undone: whether the iteration of a row is done again; damaged lines at the end go too.
 
     Raises:
         UserError: it cannot be read or written.

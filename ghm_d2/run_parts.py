@@ -34,8 +34,8 @@ class Record:
         hardware: in words.
         versions: of Python and packages.
         commit: of this project's checkout.
-        score_thresholds: from which on detections have the best F1, by class and "" for all of
-            them; a checkpoint has them, training.json has not.
+        score_thresholds: lowest score, in [0, 1], of the detections with the best F1, by class; ""
+            for all classes. Checkpoints hold them, training.json does not.
     """
 
     date: str | None = None

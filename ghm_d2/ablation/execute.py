@@ -61,7 +61,7 @@ def execute(
     cluster: str = "local",
     parameters: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """Bring every run to its end that has not reached it.
+    """Bring every unfinished run to its end.
 
     A run that was cut off goes on from its last checkpoint. One that fails is reported, and the
     others go on. Ctrl-C, SIGTERM and a closed terminal cancel what is running.
@@ -87,7 +87,7 @@ def execute(
     if not waiting:
         return outcome
     submitter = _Submitter(store, threads, gpus_each, cluster, parameters or {})
-    submitter.executor(waiting[0])  # a wrong option is told once, before anything starts
+    submitter.executor(waiting[0])  # a wrong option is reported once, before anything starts
     total, steps = len(waiting), sum(run.iterations for run in waiting)
     done = {run.id: store.progress(run)[0] for run in waiting}
     quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0}
@@ -239,7 +239,7 @@ class _Submitter:
 
 @contextlib.contextmanager
 def _signals(handlers: Mapping[int, Any]) -> Iterator[None]:
-    """Installs handlers for the block, but for signals that the user has made this ignore."""
+    """Installs handlers for the block, except for signals that the user has set to be ignored."""
     before = {
         number: signal.signal(number, handler)
         for number, handler in handlers.items()

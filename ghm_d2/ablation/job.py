@@ -36,8 +36,8 @@ class Job:
 
     def __call__(self, run: Run) -> str:
         """Returns "" once the result is kept, or else in one sentence why there is none."""
-        # submitit ignores SIGTERM, so a run could be cancelled in its training alone, which has a
-        # handler of its own.
+        # submitit ignores SIGTERM: without this, a run could be cancelled only during its
+        # training, which has a handler of its own.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self._gpus is not None:  # in time: nothing has initialised CUDA yet
             os.environ["CUDA_VISIBLE_DEVICES"] = self._gpus

@@ -104,7 +104,7 @@ def plan_runs(
         pairs: KEY, VALUE ... (KEY=VALUE each with a Python config), for all rows.
         config_file: base config, instead of the grid's.
         num_gpus: processes of each run.
-        complete: whether everything must be there that a training needs, weights among it.
+        complete: whether everything that a training needs must be there, weights included.
 
     Returns:
         One run for each row and seed, all rows of the first seed first, so that a table which is
@@ -130,7 +130,7 @@ def plan_runs(
             for name in ("train", "test")
         }
         shared = splits | {key: str(count) for key, count in class_counts(first).items()}
-    # Chosen, and warned of, once.
+    # Once for all rows, so that a warning about the device appears once.
     device = {key_of(first, "device"): as_typed(base, settings.device)}
 
     fingerprints = _Fingerprints(registered)
@@ -214,7 +214,7 @@ def effective(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out the settings of losses that are not enabled: they have no influence on a run.
 
     Args:
-        config: keys to values; also of an older file, which has them still.
+        config: keys to values; one from an older file still has these settings.
     """
     disabled = tuple(
         key.removesuffix("ENABLED")
@@ -289,7 +289,7 @@ class _Fingerprints:
 
 
 def _check_overrides(cfg: Config, grid: Grid, given: Mapping[str, str]) -> None:
-    """Refuse what belongs to an option, or would make rows equal."""
+    """Refuse overrides that have an option of their own or would make rows equal."""
     own = {key_of(cfg, name): option for name, option in _OWN.items()}
     for key in [*given, *grid.overrides, *(key for row in grid.rows for key in row.overrides)]:
         if key in own:

@@ -52,7 +52,7 @@ class Store:
         return self.work / "logs" / run.id
 
     def load(self, run: Run) -> Result | None:
-        """The finished run, or None; one of another default or other weights is warned of."""
+        """The finished run, or None; warns of one with another default or other weights."""
         found = self._find(run)
         if found is not None and (reason := _difference(run, found)):
             logger.warning("%s was run with %s: it is done again", run.name, reason)
@@ -102,7 +102,7 @@ class Store:
             return 0, None
 
     def prepare(self, run: Run) -> tuple[Path, int]:
-        """OUTPUT_DIR, emptied of a run with another default, and which start in it this one is."""
+        """OUTPUT_DIR, without the files of a run with another default; the number of this start."""
         output = self.output(run)
         file = output / "run.json"
         own = {"config": run.config, "weights": run.weights}
@@ -122,7 +122,7 @@ class Store:
             usage: what its process knows of itself: seconds, peak memory, machine.
 
         Raises:
-            UserError: what it has left cannot be read.
+            UserError: the files of the run cannot be read.
         """
         left = RunFolder(self.output(run))
         metrics, nothing = _figures(left.results, next(iter(run.data["test"])))

@@ -38,12 +38,12 @@ class _Search:
     complete: bool = True
 
     def score(self, point: Point) -> float:
-        """Mean over the seeds; a try that failed is worse than any."""
+        """Mean over the seeds; a try that failed is worse than any other."""
         score = self.tries[point]["score"]
         return -math.inf if score is None else score
 
     def best(self) -> Point:
-        """The best point; of equals the first, which is nearer to the row as it is."""
+        """The best point; among equals the first, which is nearer to the row as it is."""
         return max(self.tries, key=self.score)
 
 
@@ -107,7 +107,7 @@ def tune(
         bring: brings runs to their end; returns identity to reason of those that failed.
 
     Raises:
-        UserError: a key is no number of a row, or has no influence on it; or there is no data set
+        UserError: a key holds no number in a row or has no influence on it; or there is no data set
             to hold images out of.
     """
     parts, images = _hold_out(datasets, tuning, store.work / "tuning")
@@ -129,7 +129,7 @@ def tune(
             for point in points
         }
         runs = plan(replace(grid, rows=tuple(tries.values())), tuning.seeds, parts)
-        for run in runs:  # of the first round, a try is a row as it is
+        for run in runs:  # in the first round, a try is a row as it is
             search = next(searches[name] for (name, _), row in tries.items() if row.name == run.row)
             search.start = search.start or _start(search.row.name, run, keys)
         failed = bring(runs)

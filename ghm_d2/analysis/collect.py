@@ -39,9 +39,10 @@ class PartDistributions:
 
     @classmethod
     def of(cls, cfg: CfgNode | DictConfig, part: str, module: nn.Module) -> "PartDistributions":
-        """Empty, with the regions and mu of a part's harmonised losses.
+        """Creates empty distributions, with the regions and mu of a part's harmonised losses.
 
-        Where they are off, a YAML config still has them, and a Python config the authors' values.
+        If the part does not use these losses, the values of a YAML config are taken or, with a
+        Python config, the authors' values.
         """
         losses = {type(m): m for m in module.modules() if isinstance(m, HarmonizedLoss)}
         ghm_c = losses.get(GHMCLoss) or GHMCLoss()
@@ -139,7 +140,8 @@ def _recording(model: nn.Module, parts: dict[str, PartDistributions]) -> Iterato
     """Puts recorders in place of the losses, and has the model match ground truth meanwhile."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
-    # Their flags alone send the forward pass to the losses; batch norm stays in eval mode.
+    # Their own `training` flags send the forward pass to the losses. `train()` would also set those
+    # of their submodules, and batch norm would change its statistics.
     matching = [model]
     for name in ("proposal_generator", "roi_heads"):
         if isinstance(getattr(model, name, None), RPN | StandardROIHeads):

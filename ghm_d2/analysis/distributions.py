@@ -38,7 +38,7 @@ class ClassificationDistribution:
 
     The reformulated gradient norm of an example is `g` for cross entropy, `beta g` for GHM-C
     and `alpha_t g^gamma (g - gamma (1 - g) ln(1 - g))` for focal loss, the derivative of
-    `-alpha_t (1 - p_t)^gamma ln p_t` by the logit, with `g = 1 - p_t`.
+    `-alpha_t (1 - p_t)^gamma ln p_t` by the logit, where `g = 1 - p_t`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ClassificationDistribution:
             alpha: weight of the positives in the focal loss; negatives have `1 - alpha`. Below
                 0: no weights, as in Detectron2.
             gamma: its focusing parameter.
-            activation: "sigmoid": an example is a logit; "softmax": a row.
+            activation: "sigmoid": an example is one logit; "softmax": it is a row of logits.
         """
         self.bins, self.alpha, self.gamma, self.activation = bins, alpha, gamma, activation
         self.counts = np.zeros(bins, dtype=np.int64)
@@ -112,7 +112,7 @@ class RegressionDistribution:
 
     @torch.no_grad()
     def add(self, pred: Tensor, target: Tensor) -> None:
-        """Adds the coordinates of positives: `pred` and `target` of one shape."""
+        """Adds coordinates of positive boxes; `pred` and `target` have the same, any, shape."""
         _, norm = regression_examples(pred, target, self.mu)
         region = unit_region_index(norm, None, self.bins)
         self.counts += count_unit_regions(region, self.bins).cpu().numpy()
@@ -131,7 +131,7 @@ def regression_gradients(
         d: `|pred - target|`.
         counts: (M,), the distribution that GHM-R meets.
         mu: of authentic smooth L1.
-        delta: where smooth L1 turns linear; `d / delta` below.
+        delta: the error above which smooth L1 is linear; below it, the norm is `d / delta`.
 
     Returns:
         "SL1", "ASL1" and "GHM-R" (`beta g_r`, NaN in a region without examples), of d's shape.

@@ -31,7 +31,7 @@ _STYLES = {
 _WIDTH, _HEIGHT = 5.6, 4.2
 _DPI = 150
 
-# Of each figure by unit region: its curves, the label of their axis, the title.
+# For each figure by unit region: its curves, the label of their axis, the title.
 _CLASSIFICATION = {
     "example_counts": (
         lambda data: {"examples": data.counts, "positives": data.positives},
@@ -57,8 +57,8 @@ def write_figures(part: PartDistributions, folder: Path, caption: str) -> list[P
     """Draws the figures and writes their data.
 
     Args:
-        part: has at least one example of each kind.
-        folder: created where it does not exist; gets `example_counts`, `gradient_norm`,
+        part: has at least one classification example and one box coordinate.
+        folder: created if it does not exist; gets `example_counts`, `gradient_norm`,
             `gradient_contribution`, `regression_fraction`, `regression_gradient`, each as
             .png, .svg and .csv, and `overview.png` and `.svg`.
         caption: one line on where the numbers come from.
@@ -89,7 +89,7 @@ def write_figures(part: PartDistributions, folder: Path, caption: str) -> list[P
 
 
 def _explain(axes: Axes, part: PartDistributions) -> None:
-    """The definitions, in the sixth place of the overview, which no figure needs."""
+    """Writes definitions where a sixth figure would be: there are only five."""
     data, box = part.classification, part.regression
     lines = [
         "Reformulated gradient norm of an example",
@@ -114,7 +114,7 @@ def _by_region(figure: str, axes: Axes, part: PartDistributions) -> Table:
     low, high, centre = _regions(data.bins)
     for name, column in curves.items():
         colour, line, marker = _STYLES[name]
-        shown = np.where(column > 0, column, np.nan)  # a logarithm has no place for 0
+        shown = np.where(column > 0, column, np.nan)  # a logarithmic axis cannot show 0
         label = "all examples" if name == "examples" else name
         axes.plot(centre, shown, color=colour, linestyle=line, marker=marker, ms=4, label=label)
     axes.set(yscale="log", ylabel=ylabel, title=title)

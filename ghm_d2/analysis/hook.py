@@ -1,4 +1,4 @@
-"""Gradient statistics during training: to metrics.json, TensorBoard and a file of their own."""
+"""Writes gradient statistics of a training to metrics.json, TensorBoard and their own file."""
 
 import json
 import os
@@ -24,17 +24,17 @@ _SCALARS += ("non_empty_regions", "largest_weight")
 def build_gradient_statistics(
     model: nn.Module, period: int, folder: str, passes: int = 1
 ) -> "GradientStatistics | None":
-    """The hook that writes to a folder.
+    """Builds the hook that writes gradient statistics to a folder.
 
     Args:
-        model: wrapped for several processes or not.
+        model: the model, wrapped for several processes or not.
         period: in iterations; 0: never.
         folder: OUTPUT_DIR.
-        passes: forward passes of a step.
+        passes: forward passes in a step.
 
     Returns:
-        None where the period is 0, the model has no harmonised loss, or another process writes
-        the logs.
+        None where the period is 0, the model has no harmonised loss, or this is not the
+        main process.
     """
     if not period or not comm.is_main_process():
         return None
@@ -46,18 +46,18 @@ class GradientStatistics(HookBase):
     """Observes every harmonised loss of a model at each `period`-th iteration and the last one.
 
     It must run before the hook that writes the logs. Between observed steps the losses run as they
-    would without it. The statistics are those of the main process; with `MODEL.GHM.SYNC` its
-    counts are those of all processes.
+    would without it. The statistics cover the examples of the main process; only with
+    `MODEL.GHM.SYNC` do its counts cover those of all processes.
     """
 
     def __init__(self, model: nn.Module, period: int, file: str, passes: int = 1) -> None:
         """
         Args:
-            model: wrapped for several processes or not.
+            model: the model, wrapped for several processes or not.
             period: in iterations, above 0.
             file: JSON lines are appended to it, one for each loss and observed iteration; its
-                folder exists.
-            passes: forward passes of a step.
+                folder must exist.
+            passes: forward passes in a step.
         """
         self.period, self.passes = period, passes
         self.file = file
@@ -66,7 +66,7 @@ class GradientStatistics(HookBase):
         self._observation = ExitStack()
 
     def before_step(self) -> None:
-        """Begins to observe the losses where this iteration is due."""
+        """Begins to observe the losses if this iteration is one to be observed."""
         following = self.trainer.iter + 1
         if following % self.period == 0 or following == self.trainer.max_iter:
             self._calls = {}
@@ -78,8 +78,8 @@ class GradientStatistics(HookBase):
         if self._calls is None:
             return
         calls, self._calls = self._calls, None
-        # The last forward pass stands for all: what is added up over its calls would otherwise be
-        # that of as many steps.
+        # Only the last forward pass counts: over all of them, sums over calls would be `passes`
+        # times those of a single pass.
         calls = {loss: each[-max(len(each) // self.passes, 1) :] for loss, each in calls.items()}
         with PathManager.open(self.file, "a") as stream:
             for name, modules in self.losses.items():
@@ -94,7 +94,7 @@ class GradientStatistics(HookBase):
                 stream.write(json.dumps(row) + "\n")
 
     def after_train(self) -> None:
-        """Ends the observation of a step that was broken off."""
+        """Ends the observation if an error has broken off the step."""
         self._observation.close()
 
     def _record(self, module: HarmonizedLoss, *arguments: Any) -> None:
@@ -102,10 +102,10 @@ class GradientStatistics(HookBase):
 
 
 def losses_by_name(model: nn.Module) -> dict[str, list[HarmonizedLoss]]:
-    """The harmonised losses of a model; copies ("ghm_c.0", "ghm_c.1") stand under one name.
+    """The harmonised losses of a model; copies ("ghm_c.0", "ghm_c.1") share one name.
 
     Args:
-        model: wrapped for several processes or not.
+        model: the model, wrapped for several processes or not.
     """
     losses: dict[str, list[HarmonizedLoss]] = {}
     for path, module in getattr(model, "module", model).named_modules():
@@ -131,9 +131,10 @@ def put(storage: EventStorage, name: str, summary: dict[str, Any]) -> None:
 
 
 def _put_histogram(storage: EventStorage, name: str, heights: torch.Tensor) -> None:
-    """A histogram over [0, 1] of the given heights; `put_histogram` counts values itself.
+    """Puts a histogram over [0, 1] with the given heights.
 
-    As it does, this appends to the list that Detectron2's TensorBoard writer reads.
+    Detectron2's `put_histogram` takes values and counts them itself. Like it, this appends to the
+    list that the TensorBoard writer reads.
     """
     edges = torch.linspace(0, 1, len(heights) + 1, dtype=torch.float64)
     centres = (edges[1:] + edges[:-1]) / 2

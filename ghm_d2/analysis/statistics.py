@@ -1,8 +1,8 @@
 """What the gradient of a harmonised loss is made of: plain value, regions, easy and hard examples.
 
 The value of a harmonised loss hovers around 1 by construction, so it says little about a model.
-These figures say what it hides. They are recomputed from the arguments of the loss, which has
-nothing to keep for them, piece by piece, which bounds the extra memory.
+These figures say what it hides. They are recomputed from the arguments of the loss, so that it need
+not keep anything for them, and piece by piece, to bound the extra memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ _PIECE = 1 << 22
 
 @dataclass
 class CallStatistics:
-    """One call of a harmonised loss; tensors on its device, so that the step never waits for it.
+    """One call of a harmonised loss; tensors on its device, so that no step waits for the GPU.
 
     Attributes:
         counts: int64 (bins,), R_j, the examples in each unit region.
@@ -76,7 +76,7 @@ def kept_examples(
     weights = [None] * len(predictions) if weights is None else weights
     for prediction, target, weight in zip(predictions, targets, weights, strict=True):
         rows = max(_PIECE * len(prediction) // max(prediction.numel(), 1), 1)
-        # Without an element there is no piece: the loss functions do not take an empty one.
+        # An empty tensor gives no piece: the loss functions do not accept one.
         for start in range(0, len(prediction) if prediction.numel() else 0, rows):
             piece = slice(start, start + rows)
             x, t = prediction[piece].detach(), target[piece]
@@ -97,7 +97,7 @@ def kept_examples(
 
 
 def positives(labels: Tensor, columns: int, activation: str) -> Tensor:
-    """Bool (R, K), or (R,) for softmax: whether the target is (one of) the foreground classes."""
+    """Whether an example is positive: bool (R, K), or (R,) for softmax class indices."""
     if labels.dim() == 2:
         return labels >= 0.5
     if activation == "softmax":

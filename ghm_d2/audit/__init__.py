@@ -1,1 +1,1 @@
-"""Annotations that a detector does not believe: found, shown, marked, dropped or mended."""
+"""Finds annotations that a detector does not believe; shows, marks, drops or mends them."""

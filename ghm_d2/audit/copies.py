@@ -1,4 +1,4 @@
-"""Copies of an annotation file: suspects marked, dropped or mended."""
+"""Copies of an annotation file in which suspects are marked, dropped or mended."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from .suspects import Suspect
 def marked(content: Mapping[str, Any], suspects: Sequence[Suspect]) -> dict[str, Any]:
     """The content with a field `suspect` in the annotations that are suspicious.
 
-    It says `kind`, `score`, and what is believed; objects that are missing are under `missing` of
-    the whole.
+    The field is :meth:`Suspect.as_row`: `kind`, `score`, what the detector believes. Missing
+    objects, which have no annotation, are listed in the top-level field `missing`.
     """
     by_id = {s.annotation_id: s for s in suspects}
     annotations = [
@@ -31,7 +31,7 @@ def dropped(content: Mapping[str, Any], suspects: Sequence[Suspect]) -> dict[str
 def mended(content: Mapping[str, Any], suspects: Sequence[Suspect]) -> dict[str, Any]:
     """The content as the detector believes it: classes and boxes replaced, objects added, dropped.
 
-    Masks and keypoints stay as they are, and what is added has none.
+    Annotations keep their masks and keypoints; added objects have none.
     """
     by_id = {s.annotation_id: s for s in suspects}
     annotations = []

@@ -33,14 +33,14 @@ def detect(
     Args:
         content: the checked content of the annotation file.
         image_dir: the folder of its images.
-        folder: to write into; is made.
-        config_file, overrides: of the detector, with its weights.
+        folder: where to write; created if it does not exist.
+        config_file, overrides: config of the detector, which must give its weights.
 
     Returns:
         The file of its detections, in COCO's results format.
 
     Raises:
-        UserError: the evaluation failed, whose message stands above.
+        UserError: the evaluation failed, after printing its own message.
     """
     file = folder / "held_out.json"
     write_json(file, content, indent=None)
@@ -60,22 +60,22 @@ def cross_fit(
     seed: int,
     fingerprint: Mapping[str, Any],
 ) -> list[Path]:
-    """Trains one detector for each fold on the others, and runs it on the fold.
+    """For each fold, trains a detector on the other folds and runs it on the fold.
 
-    A call that was interrupted goes on where it was when it is repeated.
+    An interrupted call continues where it stopped when it is repeated.
 
     Args:
         content, image_dir, config_file, overrides: as for :func:`detect`.
-        folder: to write into; is made. `fold_1` and so on are the OUTPUT_DIRs of the trainings.
+        folder: where to write; `fold_1` and so on in it are the OUTPUT_DIRs of the trainings.
         folds: how many, at least 2.
-        seed: of the folds.
-        fingerprint: tells the data from other data.
+        seed: another one gives other folds.
+        fingerprint: identifies the data, so that the folder is not reused for other data.
 
     Returns:
-        The files of the detections.
+        The files of the detections of each fold, in COCO's results format.
 
     Raises:
-        UserError: a training failed or was stopped, or the folder holds those of other settings.
+        UserError: a training failed or was stopped, or the folder is of other settings.
     """
     settings = {
         "config_file": config_file,
@@ -122,9 +122,9 @@ def _config(config_file: str, overrides: Sequence[str], folder: Path) -> list[st
 
 
 def _train(words: Sequence[str], what: str) -> None:
-    """Runs train_net.py in a process of its own, as each leaves logs and data sets behind.
+    """Runs a training in its own process: its loggers and registered data would affect the next.
 
-    A signal that would end this process reaches the training, which writes a checkpoint first.
+    A signal to end this process is passed on to the training, which first writes a checkpoint.
     """
     paths = [str(Path(_package).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -137,8 +137,8 @@ def _train(words: Sequence[str], what: str) -> None:
         else:
             process.send_signal(number)
 
-    # Before the training starts: a signal between the two would end this process alone. A terminal
-    # sends Ctrl-C to both.
+    # Set before the training starts: a signal in between would end this process alone. A terminal
+    # sends Ctrl-C to both processes; this one must wait for the checkpoint.
     before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
     before |= {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGHUP)}
     try:

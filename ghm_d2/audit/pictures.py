@@ -1,4 +1,4 @@
-"""A sheet of pictures: what is annotated, and what is believed."""
+"""A sheet of pictures: what is annotated, and what the detector believes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,8 @@ from ghm_d2.data.pictures import UnreadableError, draw_boxes, read_image
 from .suspects import Suspect
 
 _GIVEN, _BELIEVED, _OTHERS = 0, 1, 7  # the colours of `draw_boxes`: orange, blue, white
-_AROUND = 1.2  # sides of the box, on each side of it
-_SMALLEST = 60  # pixels of the image on each side of the middle
+_AROUND = 1.2  # margin on each side of the box, in sides of the box
+_SMALLEST = 60  # least pixels of the image on each side of the middle
 
 
 def draw_suspects(
@@ -28,15 +28,15 @@ def draw_suspects(
 ) -> list[str]:
     """Draw the most suspicious of each kind in their surroundings, four in a row.
 
-    What is annotated is orange, what is believed blue and has its class and confidence, and other
-    annotations are white.
+    The suspicious annotation is orange. What the detector believes is blue, with its class and
+    confidence. Other annotations are white.
 
     Args:
         suspects: the most suspicious of a kind first.
         content: the checked content of the annotation file.
-        paths: the file of each image.
+        paths: the file of each image, by its id.
         file: PNG to write.
-        each: pictures of a kind.
+        each: the largest number of pictures of a kind.
 
     Returns:
         One sentence for each image that could not be read; it is not drawn.

@@ -38,7 +38,7 @@ def read_predictions(
         The detections of every image that is judged, by its id.
 
     Raises:
-        UserError: a file cannot be read, holds something else, or nothing of these images.
+        UserError: a file cannot be read or has another format, or no detection is in these images.
     """
     images, categories = (Ids(content[name]) for name in ("images", "categories"))
     found: dict[int, list] = {row["id"]: [] for row in content["images"]}

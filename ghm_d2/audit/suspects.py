@@ -1,7 +1,7 @@
 """What a detector believes instead of what is annotated.
 
-Let p_k be the probability of class k in the detections that cover an annotated box (IoU >= 0.5), 0
-where there is none, and t the one-hot vector of the annotated class: |p_k - t_k| is the gradient
+Let p_k be the largest score of class k in the detections that cover an annotated box (IoU >= 0.5),
+0 if there is none, and t the one-hot vector of the annotated class: |p_k - t_k| is the gradient
 norm of GHM-C. It stays large where a detector that has learned from the other annotations does not
 believe this one.
 """
@@ -18,9 +18,9 @@ from ghm_d2.data.corrupt import KINDS, box_ious
 
 from .predictions import Detections
 
-_COVERS = 0.5  # IoU from which a detection is one of the annotated object
-_MOVED = 0.7  # IoU below which an annotation is moved, without any number being asked for
-_NOTHING = 0.1  # confidence x IoU below which there is nothing in a box, likewise
+_COVERS = 0.5  # least IoU of a detection that is taken for one of the annotated object
+_MOVED = 0.7  # IoU below which an annotation can be certain to be moved; see `Suspect.certain`
+_NOTHING = 0.1  # confidence x IoU below which a box is certain to be spurious
 
 Row = dict[str, Any]
 
@@ -32,12 +32,13 @@ class Suspect:
     Attributes:
         kind: one of `ghm_d2.data.corrupt.KINDS`.
         score: in [0, 1], comparable within its kind.
-        certain: whether it is one without any number being asked for; see :func:`choose`.
-        image_id: of the image.
+        certain: whether the detector is as sure of something else as it usually is of its finds;
+            :func:`choose` takes these if no number is asked for.
+        image_id: the id of the image.
         annotation_id: None for an object that is missing.
         category_id, bbox: what is annotated; None for an object that is missing.
-        believed_category_id, believed_bbox: what is believed; None for a spurious box.
-        confidence: of the detector in that.
+        believed_category_id, believed_bbox: what the detector believes; None for a spurious box.
+        confidence: of the detector in what it believes, in [0, 1].
     """
 
     kind: str
@@ -52,28 +53,29 @@ class Suspect:
     confidence: float
 
     def as_row(self) -> Row:
-        """For a JSON file."""
+        """All fields but `certain`, for a JSON file."""
         return {name: value for name, value in asdict(self).items() if name != "certain"}
 
 
 def judge(content: Mapping[str, Any], detections: Mapping[int, Detections]) -> list[Suspect]:
-    """Compares annotations with detections, best with those of a detector that was not trained on
-    these annotations.
+    """Compares annotations with detections.
+
+    The detector should not have been trained on these annotations, whose errors it would believe.
 
     Args:
         content: the checked content of an annotation file; crowd regions are not judged.
-        detections: by the id of an image; others are not judged.
+        detections: by image id; images without an entry are not judged.
 
     Returns:
-        Up to three entries for each annotation and one for each detected object, the most
-        suspicious first. Their scores:
+        Up to three entries for each annotation and one for each detected object that matches no
+        annotation, the most suspicious first. Their scores:
 
-        - wrong class: half the sum of the gradient norms of the annotated class and of the one that
-          is believed most; above 0.5 another one is believed more.
+        - wrong class: half the sum of the gradient norms of the annotated class and of the other
+          class that is believed most; above 0.5 the other class is believed more.
         - moved: confidence x (1 - IoU) of the detection that fits best.
         - spurious: 1 - confidence x IoU of the detection that fits best.
-        - missing: confidence x (1 - largest IoU with an annotation) of what fits no annotation
-          best.
+        - missing: confidence x (1 - largest IoU with an annotation) of a detection that matches
+          no annotation.
     """
     rows: dict[int, list[Row]] = {image: [] for image in detections}
     for row in content.get("annotations", ()):
@@ -88,8 +90,8 @@ def judge(content: Mapping[str, Any], detections: Mapping[int, Detections]) -> l
 class _Image:
     """Annotations and detections of one image.
 
-    A annotated objects, D detections, N of them after the suppression of those that lie on a better
-    one of any class, K classes that occur.
+    In shapes, A is the number of annotated objects, D of detections, N of those left after NMS
+    across classes, and K of classes that occur.
     """
 
     def __init__(self, image_id: int, rows: Sequence[Row], detections: Detections) -> None:
@@ -118,7 +120,7 @@ class _Image:
     def suspects(self, usual: Mapping[int, float]) -> Iterator[Suspect]:
         """
         Args:
-            usual: how sure the detector is of objects of a class where annotations agree.
+            usual: by class, the mean confidence of the detector where it agrees with annotations.
         """
         for i, (row, own) in enumerate(zip(self.rows, self.own_beliefs(), strict=True)):
             others = np.where(self.known == row["category_id"], 0.0, self.beliefs[i])
@@ -172,7 +174,7 @@ class _Image:
 
 
 def _match(fits: np.ndarray) -> list[int]:
-    """The detection of each annotation, the best pairs first, each once; -1 where none is left."""
+    """The detection of each annotation, -1 for none: the best pairs first, each detection once."""
     match, used = [-1] * len(fits), set()
     for place in np.argsort(-fits, axis=None, kind="stable"):
         i, n = map(int, np.unravel_index(place, fits.shape))
@@ -185,7 +187,7 @@ def _match(fits: np.ndarray) -> list[int]:
 
 
 def _usual_confidence(images: Sequence[_Image]) -> dict[int, float]:
-    """By class, the mean p of annotations that the detector agrees with: that believe no other."""
+    """By class, the mean of its p over annotations for which no other class is believed more."""
     found: dict[int, list[float]] = {}
     for image in images:
         for category, own, best in zip(
@@ -204,11 +206,10 @@ def choose(suspects: Sequence[Suspect], number: int | None = None) -> list[Suspe
 
     Args:
         suspects: the most suspicious first.
-        number: take so many of each kind; None: those in which the detector is as sure of something
-            else as it usually is of what it finds.
+        number: how many to take of each kind; None: all that are `certain`.
 
     Returns:
-        Each annotation once: of several kinds, as that of the first in `KINDS`.
+        Each annotation at most once; if it is taken for several kinds, under the first in `KINDS`.
     """
     chosen: list[Suspect] = []
     seen: set[int] = set()

@@ -27,7 +27,7 @@ from .origin import ORIGIN, read_origin, with_thresholds
 
 logger = logging.getLogger(__name__)
 
-# Whatever restoring an optimizer, a schedule or a hook from wrong values raises.
+# What restoring an optimizer, a schedule or a hook from wrong values can raise.
 _DAMAGED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _WAY_OUT = (
@@ -52,13 +52,13 @@ def _check_tensors(model: dict[str, Any], file: str) -> None:
 
 
 class _RestrictedTorchLoad(Checkpointer):
-    """Stands behind DetectionCheckpointer, which leaves everything but .pkl and .pyth to it."""
+    """Loads for `DetectionCheckpointer` the files that are neither .pkl nor .pyth."""
 
     trusted = False  # whether files may run code; an instance sets it
     _opened: tuple[str, dict[str, Any]] | None = None  # path and content, until it is loaded
 
     def _open(self, file: str) -> dict[str, Any]:
-        """What a file holds; one that was opened to see whether it can be is not read twice."""
+        """The content of a file; one that `_open_newest` has just read is not read again."""
         opened, self._opened = self._opened, None
         if opened is not None and opened[0] == file:
             return opened[1]
@@ -75,29 +75,33 @@ def _reset_counts(model: torch.nn.Module, path: str) -> None:
         loss.reset_parameters()
     if counted:
         logger.info(
-            "the running counts of %d losses start at 0: those in %s are of its own training",
+            "the running counts of %d losses start at 0: those in %s belong to the training it comes from",
             len(counted),
             path,
         )
 
 
 class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
-    """`DetectionCheckpointer` that refuses files with code, and weights that fit nowhere.
+    """`DetectionCheckpointer` that refuses files with code, and files none of whose weights fit.
 
     It takes what Detectron2's takes: Detectron2's and Detectron1's .pkl, pycls' .pyth, and .pth.
     A file that is refused raises :class:`~ghm_d2.errors.UserError`. A checkpoint appears under its
-    name once it is complete, so that a process may be killed at any moment.
+    name only when it is complete, so a process that is killed leaves no damaged one behind.
     """
 
     _filename = "the checkpoint"  # for messages
     _resumes = False
-    _starts = True  # whether a training may start from weights that lack some
+    _starts = True  # whether layers that the file lacks may keep their initial weights
     origin_entry: dict[str, Any] | None = None  # to save; an instance sets it
     saved_model: torch.nn.Module | None = None  # whose weights are saved in place of the model's
     origin = Record()  # of what was loaded last
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Detectron2's; with the state of a training, all of its tensors must fit."""
+        """Detectron2's; to resume a training, the shapes of all tensors must fit.
+
+        Raises:
+            UserError: the file is refused or damaged, or does not fit the model.
+        """
         self._resumes = checkpointables is None and bool(self.checkpointables)
         try:
             rest = super().load(path, checkpointables)
@@ -105,9 +109,9 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             raise
         except _DAMAGED as error:
             if not self._resumes:
-                if isinstance(error, RuntimeError):  # of the device
+                if isinstance(error, RuntimeError):  # the device's, such as CUDA out of memory
                     raise
-                raise UserError(f"{path} is not such a checkpoint ({reason(error)}).") from error
+                raise UserError(f"{path} is not a checkpoint of a detector ({reason(error)}).") from error
             raise UserError(
                 f"{path} cannot be resumed, its training state is damaged or of another version "
                 f"({type(error).__name__}: {reason(error)}): write the name of another checkpoint "
@@ -131,14 +135,14 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, thresholds: Mapping[str, float], **kwargs: Any) -> None:
-        """Saves weights without the state of a training, which is not resumed from this file.
+        """Saves weights alone: no training can be resumed from this file.
 
         Args:
             name, kwargs: as for :meth:`save`.
             thresholds: as for :meth:`note_thresholds`.
 
         Raises:
-            UserError: likewise.
+            UserError: as for :meth:`save`.
         """
         self._write(name, with_thresholds(self.origin_entry, thresholds), kwargs)
 
@@ -161,15 +165,15 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         return True
 
     def note_thresholds(self, file_name: str, thresholds: Mapping[str, float]) -> None:
-        """Adds to a checkpoint what an evaluation after it has found; it keeps its age.
+        """Adds the score thresholds of a later evaluation; the file keeps its modification time.
 
         Args:
             file_name: of the checkpoint, in `save_dir`.
-            thresholds: scores from which on detections have the best F1: by class, and with the
-                name "" over all of them.
+            thresholds: the score thresholds with the best F1, by class name; under the name ""
+                the one over all classes.
 
         Raises:
-            UserError: it cannot be read or written; the file is as it was.
+            UserError: the checkpoint cannot be read or written; the file is as it was.
         """
         path = os.path.join(self.save_dir, file_name)
         if not thresholds or not os.path.isfile(path):
@@ -187,8 +191,9 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Detectron2's, from the newest checkpoint that can be read, the same in all processes.
 
-        Weights to start from bring the running counts of their own training along: these start at
-        0, as another data set's would stand in the way for many steps. :meth:`load` keeps them.
+        A new training resets the running counts of the losses to 0: those of the training that
+        the weights come from would distort the gradient density for many steps. :meth:`load`
+        keeps them.
 
         Args:
             path: weights to start from where `resume` is False or there is no checkpoint.
@@ -295,10 +300,10 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         super()._log_incompatible_keys(incompatible)
 
     def _log_what_starts_anew(self, incompatible: Any) -> Any:
-        """A backbone has no heads, and a classifier's last layer no use here: no warning is due.
+        """Logs, without a warning, missing heads and unused layers: a pretrained backbone has both.
 
         Returns:
-            What is left to warn of.
+            What still deserves a warning.
         """
         missing, unused = incompatible.missing_keys, incompatible.unexpected_keys
         if missing:
@@ -326,7 +331,7 @@ def load_trained_weights(
     """Load weights to evaluate or to predict with, their running counts included.
 
     Args:
-        model: whose shapes they must have.
+        model: receives the weights, which must have its shapes.
         weights: file or URL.
         folder: of a training.
         resume: load the last checkpoint in `folder`; `weights` where there is none.
@@ -336,8 +341,8 @@ def load_trained_weights(
         What the checkpoint says of the classes and the data that it was trained on.
 
     Raises:
-        UserError: the file cannot be loaded, holds weights of other shapes, or was trained on other
-            classes.
+        UserError: the file cannot be loaded, or holds weights of other shapes, as with another
+            number of classes.
     """
     checkpointer = _EvaluationCheckpointer(model, save_dir=folder)
     checkpointer.trusted = trusted
@@ -349,13 +354,13 @@ def load_trained_weights(
 
 
 class _EvaluationCheckpointer(RestrictedCheckpointer):
-    """Refuses weights that do not fit, where training would start these layers afresh."""
+    """Refuses weights of other shapes, whereas training would start these layers afresh."""
 
     _starts = False
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         super()._log_incompatible_keys(incompatible)
-        # A detector infers without its running counts, whatever BINS they are of.
+        # Inference does not use the running counts of the losses, so another BINS is no obstacle.
         wrong = [x for x in incompatible.incorrect_shapes if not self._is_of_a_loss(x[0])]
         if wrong:
             name, found, expected = wrong[0]

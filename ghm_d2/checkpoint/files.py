@@ -1,4 +1,4 @@
-"""Files: fetched, unwrapped, and written whole or not at all."""
+"""Checkpoint files: fetched, unwrapped, and written whole or not at all."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ def fetch(path: str) -> str:
     """The local copy of a file or URL; a download shows its progress and is kept in the cache.
 
     Raises:
-        UserError: it cannot be had; the message starts with `path`.
+        UserError: it cannot be fetched or does not exist; the message starts with `path`.
     """
     try:
         with bounded_downloads():
@@ -40,10 +40,11 @@ def fetch(path: str) -> str:
 
 
 def read_checkpoint(path: str, output: str) -> dict[str, Any]:
-    """Opens a checkpoint that may be a URL and is to become `output`.
+    """Opens a checkpoint, a file or URL, that is to be converted to `output`.
 
     Raises:
-        UserError: as :func:`~ghm_d2.checkpoint.load_file`, or the two are the same file.
+        UserError: it cannot be fetched or opened, does not hold a dictionary, or is the same file
+            as `output`.
     """
     local = fetch(path)
     if os.path.exists(output) and os.path.samefile(local, output):
@@ -59,13 +60,13 @@ def read_checkpoint(path: str, output: str) -> dict[str, Any]:
 def unwrap(
     checkpoint: Mapping[str, Any], *keys: str, used: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """The tensors by their names, which may lie under one of `keys`.
+    """The tensors by their names, found under one of `keys` or at the top level.
 
-    NumPy arrays become tensors, and the prefix that DataParallel adds goes. What lies beside them
-    and is not `used` is a warning.
+    NumPy arrays become tensors, and DataParallel's prefix `module.` is removed. A warning names the
+    entries beside the weights that are not in `used`.
 
     Raises:
-        UserError: there is something else among them.
+        UserError: something among the weights is not a tensor, or has an invalid name.
     """
     key = next((key for key in keys if key in checkpoint), None)
     state = checkpoint if key is None else checkpoint[key]
@@ -92,7 +93,7 @@ def check_name(name: Any) -> None:
     """Refuses a name that no tensor of a module has; logs and messages list these names.
 
     Raises:
-        UserError: it is no text, or holds what would write on a terminal.
+        UserError: it is not text, is too long, or holds control characters.
     """
     if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
         raise UserError(f"there is a tensor with the name {shown(repr(name), 80)}.")
@@ -119,10 +120,10 @@ def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Names no private module of NumPy, which NumPy 1 and 2 call by different names."""
+    """Avoids the private modules of NumPy, whose names differ between NumPy 1 and 2."""
 
     def reducer_override(self, obj: Any) -> Any:
-        """An array is a new one that takes the state of `obj`, as NumPy's own reduction has it."""
+        """Reduces an array to an empty one that takes the state which NumPy would pickle."""
         if type(obj) is not np.ndarray:
             return NotImplemented
         return np.ndarray, ((0,), "b"), obj.__reduce__()[2]

@@ -35,10 +35,10 @@ from .resnet import DETECTRON2_STAGES, read_resnet
 
 logger = logging.getLogger(__name__)
 
-# Where a converted file keeps the buffers that Detectron2's modules lack, for the way back: the
+# Key of the buffers that Detectron2's modules lack, kept so that a file can be converted back: the
 # norms' counters of batches and the losses' region borders, under mmdetection's names.
 _BUFFERS = "mmdet_buffers"
-# What stands beside the weights in Detectron2's model zoo.
+# Keys beside the weights in the files of Detectron2's model zoo.
 _ZOO = ("__author__", "matching_heuristics")
 
 
@@ -156,7 +156,7 @@ def _take_buffers(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict
         if part == "num_batches_tracked" and f"{module}.running_mean" in names:
             buffers[name] = x
         elif part == "edges" and module in LOSSES:
-            # Checkpoints in half precision hold rounded ones.
+            # Checkpoints in half precision hold rounded borders.
             if x.dim() != 1 or not len(x) or not x.allclose(edges(module, len(x) - 1), atol=1e-3):
                 raise UserError(f"the tensor {name} does not hold the borders of equal regions.")
             buffers[name] = x
@@ -164,7 +164,7 @@ def _take_buffers(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict
 
 
 def _own_buffers(converted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """These tensors as mmdetection starts with them."""
+    """The buffers that Detectron2 lacks, with mmdetection's initial values."""
     buffers = {}
     for name, x in converted.items():
         module, _, part = name.rpartition(".")
@@ -176,7 +176,7 @@ def _own_buffers(converted: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _expected(architecture: RetinaNetArchitecture) -> dict[str, Tensor]:
-    """The tensors of the matching detector, without memory."""
+    """The tensors of the matching detector, on the meta device: shapes without memory."""
     cfg = _defaults()
     for key, value in architecture.config().items():
         cfg.merge_from_list([key, value])
@@ -184,7 +184,7 @@ def _expected(architecture: RetinaNetArchitecture) -> dict[str, Tensor]:
     try:
         with torch.device("meta"):
             return build_model(cfg).state_dict()
-    except AssertionError as error:  # narrow ResNet-18 and 34
+    except AssertionError as error:  # ResNet-18 and 34 need 64 channels in res2
         raise UserError(f"Detectron2 does not build this network ({error}).") from error
 
 
@@ -199,7 +199,7 @@ def _check_config(cfg: CfgNode, config: Mapping[str, Any]) -> None:
 
 
 def _of_the_weights(architecture: RetinaNetArchitecture) -> dict[str, Any]:
-    """What the weights tell; anchors and losses are from the config, which writes them its way."""
+    """The keys that the weights determine, without those that were read from the config itself."""
     config = architecture.config()
     left_out = ("MODEL.ANCHOR_GENERATOR.", "MODEL.META_ARCHITECTURE", "MODEL.GHM.CLIP_BEFORE_NMS")
     return {
@@ -218,7 +218,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _without_constants(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Older Detectron2 saved what the config says anyway."""
+    """Drops what older Detectron2 saved although the config determines it."""
     constants = ("pixel_mean", "pixel_std", "anchor_generator.")
     return {name: x for name, x in state.items() if not name.startswith(constants)}
 
@@ -253,7 +253,7 @@ def _to_mmdet(
 
 
 def _without_groups(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the losses' buffers, only what mmdetection has: the counts of one group of images."""
+    """Drops the losses' buffers that mmdetection lacks: all but the first group's counts."""
     kept = {f"{loss}.acc_sum" for loss in LOSSES.values()}
     left_out = [x for x in state if x.startswith(("ghm_c.", "ghm_r.")) and x not in kept]
     if left_out:

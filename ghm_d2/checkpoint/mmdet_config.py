@@ -12,7 +12,7 @@ from ghm_d2.errors import UserError
 from .mmdet_network import RetinaNetArchitecture
 from .mmdet_settings import BACKBONES, STRIDES, MmdetSettings, read_settings
 
-# What mmdetection's RetinaNet can be; every other setting has a place in its config.
+# The only values that mmdetection's RetinaNet can have; its config can express all other keys.
 _EXPRESSIBLE: dict[str, Sequence[Any]] = {
     "MODEL.META_ARCHITECTURE": ("GHMRetinaNet", "RetinaNet"),
     "MODEL.BACKBONE.NAME": BACKBONES,
@@ -79,7 +79,7 @@ def settings_of(cfg: CfgNode) -> MmdetSettings:
 
 
 def _of_each_level(values: Any, name: str) -> list[list[float]]:
-    """Detectron2's anchors: one list for all levels, or one for each."""
+    """One list per level, from Detectron2's lists per level or single list for all levels."""
     levels = values if isinstance(values[0], list | tuple) else [values]
     levels = list(levels) * len(STRIDES) if len(levels) == 1 else levels
     if len(levels) != len(STRIDES):
@@ -91,8 +91,8 @@ def config_text(architecture: RetinaNetArchitecture, cfg: CfgNode) -> str:
     """A Python config that mmdetection 3 loads.
 
     Args:
-        architecture: whose settings it carries.
-        cfg: for what matters in training alone, and for the size of test images.
+        architecture: the network to describe, with its settings.
+        cfg: supplies what only training uses, and the size of test images.
 
     Raises:
         UserError: mmdetection's ResNet cannot have these widths.

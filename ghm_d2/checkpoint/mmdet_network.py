@@ -16,13 +16,13 @@ from .resnet import ResNetArchitecture, read_resnet
 
 # Detectron2's predictors, whose channels are grouped by anchor.
 PREDICTORS = ("head.cls_score", "head.bbox_pred")
-# mmdetection's buffers of the two losses; the first group of images here.
+# The two losses in mmdetection, and those of the first group of images in this project.
 LOSSES = {"bbox_head.loss_cls": "ghm_c.0", "bbox_head.loss_bbox": "ghm_r.0"}
 
 
 @dataclass(frozen=True)
 class RetinaNetArchitecture:
-    """What the tensors tell of a RetinaNet, and the settings that they do not."""
+    """What the tensors show of a RetinaNet, and the settings that they do not show."""
 
     resnet: ResNetArchitecture
     fpn_channels: int
@@ -92,7 +92,7 @@ def read_retinanet(state: Mapping[str, Tensor], settings: MmdetSettings) -> Reti
     )
 
 
-# Norms that neither side's RetinaNet has by default: names of tensors, and what sets them.
+# Norms that RetinaNet has by default in neither project: tensor names, and the setting of each.
 _NORMS = (
     (r"backbone\.fpn_\w+\.norm\..*", "MODEL.FPN.NORM"),
     (r"head\.(cls|bbox)_subnet\.\d+\.norm\..*", "MODEL.RETINANET.NORM"),
@@ -103,13 +103,14 @@ _NORMS = (
 
 
 def refuse_norms(state: Mapping[str, Tensor]) -> None:
-    """Names the norms that cannot be converted as the cause.
+    """Refuses norms that cannot be converted, and names the setting that adds them.
 
     Raises:
-        UserError: there are norms in the FPN or the head, or other than batch norms below.
+        UserError: the FPN or the head has norms, or the ResNet has other than batch norms.
     """
     causes = [(x, key) for pattern, key in _NORMS for x in state if re.fullmatch(pattern, x)]
-    # Detectron2's norms of the head are numbered as its convolutions are.
+    # In Detectron2's head, norms and convolutions share one numbering: the single dimension of
+    # their weights tells norms apart.
     subnets = [x for x in state if re.fullmatch(r"head\.(cls|bbox)_subnet\..*weight", x)]
     causes += [(x, "MODEL.RETINANET.NORM") for x in subnets if state[x].dim() == 1]
     stem = [x for x in state if x.startswith("backbone.bottom_up.stem.")]
@@ -148,7 +149,7 @@ def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
 def tensor_names(
     resnet: ResNetArchitecture, num_convs: int, with_cls: bool, with_reg: bool
 ) -> dict[str, str]:
-    """mmdetection's name of each tensor to Detectron2's; `with_*`: of a loss's running counts."""
+    """From mmdetection's tensor names to Detectron2's; `with_*`: include that loss's counts."""
     names = {f"backbone.{a}": f"backbone.bottom_up.{b}" for a, b in resnet.names().items()}
     pairs = [(f"neck.lateral_convs.{i}.conv", f"backbone.fpn_lateral{i + 3}") for i in range(3)]
     pairs += [(f"neck.fpn_convs.{i}.conv", f"backbone.fpn_output{i + 3}") for i in range(3)]
@@ -165,7 +166,7 @@ def tensor_names(
 
 
 def reorder_anchors(model: Mapping[str, Tensor], outer: int, inner: int) -> dict[str, Tensor]:
-    """Swaps the two nested loops in which the predictors' channels go through the anchors.
+    """Swaps the two nested loops over the anchors in the predictors' output channels.
 
     mmdetection has ratios outside and sizes inside, Detectron2 the reverse.
 
@@ -184,8 +185,8 @@ def reorder_anchors(model: Mapping[str, Tensor], outer: int, inner: int) -> dict
 
 
 def edges(loss: str, bins: int) -> Tensor:
-    """mmdetection's buffer of region borders, float32 (bins + 1,), of a key of `LOSSES`."""
+    """mmdetection's buffer of region borders, float32 (bins + 1,); `loss` is a key of `LOSSES`."""
     borders = torch.arange(bins + 1).float() / bins
-    # The last region is closed: a gradient of 1 belongs to it, and GHM-R's has no upper border.
+    # GHM-C's last region includes a gradient norm of 1, and GHM-R's has no upper border.
     borders[-1] = borders[-1] + 1e-6 if loss == "bbox_head.loss_cls" else 1e3
     return borders

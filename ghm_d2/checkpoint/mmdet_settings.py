@@ -20,7 +20,7 @@ _MOST_TEXT = 2**20  # characters; a config has some 30,000, and its syntax tree 
 _MOST_SCALES = 100
 _READ = ("model", "test_cfg", "img_norm_cfg")  # the variables whose content is looked at
 
-# What must hold where the text says anything of it.
+# The values that can be converted; the first is the default of a key that the text lacks.
 _ALLOWED: dict[str, Sequence[Any]] = {
     "type": ("RetinaNet",),
     "backbone.type": ("ResNet", "ResNeXt"),
@@ -91,7 +91,7 @@ def _settings(text: Mapping[str, Any]) -> MmdetSettings:
                 f"{' or '.join(map(repr, allowed))} can be converted."
             )
     head = model.get("bbox_head", {})
-    # mmdetection 1 has no anchor_generator and puts anchor_ before the names.
+    # mmdetection 1 has no anchor_generator: its keys are in the head, with anchor_ before some.
     anchors = head.get("anchor_generator", {x.removeprefix("anchor_"): head[x] for x in head})
     per_octave, base = anchors.get("scales_per_octave", 3), anchors.get("octave_base_scale", 4)
     if per_octave > _MOST_SCALES:

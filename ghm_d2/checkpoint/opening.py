@@ -1,7 +1,7 @@
 """The one way in which this project opens a checkpoint: nothing that the file names is run.
 
 A file of `torch.save` is opened by `torch.load(weights_only=True)`. That bounds neither work
-nor memory, so :mod:`.unpickler` goes through it first, under the rules that it has for a .pkl.
+nor memory, so :mod:`.unpickler` goes through it first, under the same rules as for a .pkl.
 """
 
 import io
@@ -31,7 +31,7 @@ _CONTAINERS = (*_MAPPINGS, list, tuple, deque, set, frozenset)
 
 
 class _Stream:
-    """A file whose reads ask for no more than there is: Python reserves what it is asked for."""
+    """A file that caps each read at the bytes left: Python allocates the requested size first."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self._size = file, size
@@ -43,7 +43,7 @@ class _Stream:
 
 
 def _check_zip(file: IO[bytes], size: int, budget: Budget) -> Any:
-    """Checks what torch.save writes today, and returns what it holds, without its tensors."""
+    """Checks a zip archive of torch.save; returns its content, with the tensors empty."""
     file.seek(max(0, size - 98))
     tail = file.read(98)
     ends, ends64 = tail[-22:], tail[-98:-42]
@@ -59,7 +59,7 @@ def _check_zip(file: IO[bytes], size: int, budget: Budget) -> Any:
         infos = archive.infolist()
     if any(info.filename.endswith("/constants.pkl") for info in infos):
         raise RefusedError("a TorchScript program")
-    # torch.save compresses nothing, and no two entries lie at the same place.
+    # torch.save does not compress, and its entries do not overlap: other archives could expand.
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise RefusedError("compressed data")
     if sum(info.file_size for info in infos) > size:
@@ -69,7 +69,7 @@ def _check_zip(file: IO[bytes], size: int, budget: Budget) -> Any:
     reader = torch._C.PyTorchFileReader(file)
     folder = infos[0].filename.partition("/")[0]
     sizes = {info.filename.removeprefix(f"{folder}/"): info.file_size for info in infos}
-    names = {name.lower() for name in sizes}  # the reader makes no difference
+    names = {name.lower() for name in sizes}  # the reader ignores case
     if not len(names) == len(infos) == len(reader.get_all_records()):
         raise RefusedError("two entries of one name")
     content = reader.get_record("data.pkl")
@@ -80,7 +80,7 @@ def _check_zip(file: IO[bytes], size: int, budget: Budget) -> Any:
 
 
 def _check_legacy(file: IO[bytes], size: int, budget: Budget) -> Any:
-    """The same of what torch.save wrote before PyTorch 1.6: five pickles and the tensors' data."""
+    """As `_check_zip`, for the format before PyTorch 1.6: five pickles, then the tensors' data."""
     try:
         tarfile.TarInfo.frombuf(file.read(512), "utf-8", "surrogateescape")
         raise RefusedError("a tar archive")  # PyTorch's format before 0.2
@@ -97,8 +97,8 @@ def _check_legacy(file: IO[bytes], size: int, budget: Budget) -> Any:
     return values[3]
 
 
-# From this version on PyTorch's restricted loader has no known way to code and takes further names.
-# What it would call with any arguments at all has been checked before.
+# Since 2.6, PyTorch's restricted loader has no known way to run code, and accepts additional names.
+# It would call these with any arguments, so the check that runs before it looks at the arguments.
 _SOUND = torch.__version__ >= (2, 6)
 _SAFE: list[Any] = [
     *((cls, name) for name, cls in INERT.items()),
@@ -124,10 +124,10 @@ def _load_torch(
     """Opens a file of torch.save.
 
     Args:
-        file: at its start.
+        file: positioned at its start.
         size: of the file in bytes.
-        budget: of the file that this one lies in; None: its own.
-        storage: whether it holds a tensor's data and nothing else.
+        budget: of the enclosing file; None: a new one.
+        storage: whether the file must hold a tensor's data and nothing else.
     """
     budget = budget or Budget(size)
     is_zip = file.read(4) == b"PK\x03\x04"
@@ -139,10 +139,10 @@ def _load_torch(
     if _SOUND:
         try:
             with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE):
-                warnings.simplefilter("ignore")  # of other protocols than torch.save's own
+                warnings.simplefilter("ignore")  # about pickle protocols other than torch.save's
                 return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
-            file.seek(0)  # it holds a container that PyTorch's does not know, such as a deque
+            file.seek(0)  # it holds a container that PyTorch's loader refuses, such as a deque
     own = Unpickler.within(Budget(size))
     module = types.SimpleNamespace(
         __name__="restricted", Unpickler=own, load=lambda file, **kwargs: own(file, **kwargs).load()
@@ -160,15 +160,15 @@ def _load_pickle(file: IO[bytes], size: int) -> Any:
 
 
 def measure(content: Any, size: int) -> None:
-    """Makes the tensors of a file inert, and refuses what takes whoever goes through it too long.
+    """Detaches the tensors of a file from autograd, and refuses content that is too large to walk.
 
     Args:
         content: what a file holds.
-        size: of the file in bytes, in proportion to which there may be content, where what is
-            shared counts as often as it is reached.
+        size: of the file in bytes, which limits the content; a shared value counts as often as it
+            is reached.
 
     Raises:
-        RefusedError: there is more, or something that no file of weights holds.
+        RefusedError: there is more content, or something that no file of weights holds.
     """
     _weigh(content, _DEPTH, {}, 4 * size + 2**26)
 
@@ -185,7 +185,7 @@ def _weigh(value: Any, depth: int, known: dict[int, tuple[int, int]], most: int)
         weight += _weigh_array(value)
     elif kind in _CONTAINERS:
         if id(value) not in known:
-            known[id(value)] = 0, _DEPTH + 1  # until it is known: nothing may hold itself
+            known[id(value)] = 0, _DEPTH + 1  # until it is known: refuses a container in itself
             parts = [*value, *value.values()] if kind in _MAPPINGS else list(value)
             if beside := getattr(value, "__dict__", None):
                 parts += _versions(beside)
@@ -206,7 +206,7 @@ def _weigh(value: Any, depth: int, known: dict[int, tuple[int, int]], most: int)
 
 
 def _versions(beside: dict[str, Any]) -> list[Any]:
-    """What nn.Module.state_dict() puts beside its tensors: a number for each module."""
+    """The `_metadata` of nn.Module.state_dict(), a version of each module; refuses all else."""
     versions = beside.get("_metadata")
     if len(beside) == 1 and type(versions) in (dict, OrderedDict):
         entries = list(versions.values())
@@ -229,7 +229,7 @@ def load_file(path: str | os.PathLike, *, trusted: bool = False) -> Any:
 
     Args:
         path: a local file.
-        trusted: whether the file may run code, as one that its user wrote may.
+        trusted: whether the file may run code: only for files whose author the user trusts.
 
     Returns:
         What the file holds; tensors are on the CPU and require no gradient. Text that Python 2

@@ -1,7 +1,7 @@
-"""Where weights come from, in the checkpoint itself: names of the classes, and what they saw.
+"""The origin of weights, stored in the checkpoint itself: class names and training data.
 
-Two data sets with the same classes in another order give weights of the same shapes, so that only
-the names can tell that one's detections are not the other's.
+Two data sets with the same classes in another order give weights of the same shapes: only the class
+names can tell that a checkpoint was trained on the other one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ def origin_entry(
     """What a checkpoint holds under :data:`ORIGIN`: plain values, no paths.
 
     Args:
-        classes: names in the order of the model's outputs; none where they are not known.
+        classes: names in the order of the model's outputs; empty if they are not known.
         data: fingerprint of each data set that is trained on.
     """
     return {
@@ -55,7 +55,7 @@ def check_classes(origin: Record, classes: Sequence[str] | None, name: str) -> N
 
     Args:
         origin: of the weights.
-        classes: of the data set; nothing is checked where either's are not known.
+        classes: of the data set; nothing is checked if these or the weights' are not known.
         name: of the data set.
 
     Raises:
@@ -82,6 +82,9 @@ def check_datasets(origin: Record, names: Iterable[str]) -> None:
     Args:
         origin: of the weights.
         names: of data sets that the model is to be compared with.
+
+    Raises:
+        UserError: the classes of one of them differ.
     """
     for name in names:
         check_classes(origin, MetadataCatalog.get(name).get("thing_classes"), name)
@@ -91,7 +94,7 @@ def changed_data(origin: Record, data: Mapping[str, Mapping[str, Any]]) -> list[
     """A phrase for each data set that is not what the weights were trained on.
 
     Args:
-        origin: of the weights; one without fingerprints has nothing that could differ.
+        origin: of the weights; without fingerprints in it, nothing is compared.
         data: fingerprints of the data sets that are to be trained on.
     """
     before, now = ({_content(x) for x in sets.values()} for sets in (origin.data, data))

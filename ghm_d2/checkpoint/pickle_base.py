@@ -1,4 +1,4 @@
-"""What Python's restricted unpickler and the values that it builds share.
+"""What the restricted unpickler shares with the values that it builds.
 
 Their budget, their refusals, and the objects that take the place of what is not built.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_FREE = 64 * 2**20  # bytes that a file of any size may take: an empty list is one byte of it
+_FREE = 64 * 2**20  # bytes for a file of any size: in it, an empty list is a single byte
 
 
 class RefusedError(pickle.UnpicklingError):
@@ -22,7 +22,7 @@ class Budget:
     def __init__(self, size: int) -> None:
         """
         Args:
-            size: of the file, which is read once besides.
+            size: of the file in bytes; what is read from it is not counted.
         """
         self._left = 2 * size + _FREE
 
@@ -85,7 +85,7 @@ INERT = {
 
 
 class Function:
-    """A function that a pickle may call: of the unpickler and the arguments of the pickle."""
+    """A function that a pickle may call; it gets the unpickler and the pickle's arguments."""
 
     __slots__ = ("call",)
 

@@ -40,7 +40,7 @@ def _dtype(machine: "Unpickler", code: Any, *_: Any) -> np.dtype:
 
 
 def build_dtype(dtype: np.dtype, state: Any) -> None:
-    """Only what NumPy writes itself: it would believe a flag of objects among the items."""
+    """Accepts only what NumPy writes: it would believe a forged flag that items are objects."""
     states = [dtype.newbyteorder(order).__reduce__()[2] for order in "<>"]
     need(are(tuple, state) and state in states, "a NumPy type of another kind")
     dtype.__setstate__(state)
@@ -50,12 +50,12 @@ def build_array(machine: "Unpickler", array: np.ndarray, state: Any) -> None:
     need(are(tuple, state) and len(state) in (4, 5), "a NumPy array of an unknown kind")
     shape, dtype, fortran, data = state[-4:]
     own = _own_data(machine, data, dtype, shape)
-    # NumPy keeps these bytes as the array's memory, so that they are nobody else's.
+    # NumPy uses these bytes as the array's memory, so nothing else may hold them.
     array.__setstate__((1, shape, dtype, bool(fortran), own))
 
 
 def _own_data(machine: "Unpickler", data: Any, dtype: Any, shape: Any) -> bytes:
-    """A copy of the data of an array or scalar, if it is of this type and shape."""
+    """A copy of the data of an array or scalar; refused unless it fits the type and shape."""
     need(isinstance(dtype, np.dtype) and machine.is_built(dtype), "a NumPy type of another kind")
     need(are((str, bytes, bytearray), data), "a NumPy array without its data")
     need(are(tuple, shape) and are(int, *shape), "a NumPy array without its shape")
@@ -63,8 +63,8 @@ def _own_data(machine: "Unpickler", data: Any, dtype: Any, shape: Any) -> bytes:
     need(len(data) == math.prod(shape) * dtype.itemsize, "a NumPy array of another size")
     machine.budget.spend(len(data))
     own = data.encode("latin1") if isinstance(data, str) else bytes(memoryview(data))
-    # A truth value above 1 makes NumPy write past the end of arrays, and a character above the last
-    # one is no text.
+    # A truth value above 1 makes NumPy write past the end of arrays, and a character above
+    # 0x10FFFF is not Unicode.
     if dtype.kind == "b":
         need(not own.strip(b"\0\1"), "truth values that are neither true nor false")
     if dtype.kind == "U" and own:
@@ -87,7 +87,7 @@ def _from_buffer(machine: "Unpickler", data: Any, dtype: Any, shape: Any, order:
 
 
 def _tensor(machine: "Unpickler", storage: Any, offset: Any, size: Any, stride: Any, *rest: Any):
-    """_rebuild_tensor, _v2 (requires_grad, hooks) and _v3 (also the dtype)."""
+    """Stands for `_rebuild_tensor`, `_v2` (requires_grad, hooks) and `_v3` (also the dtype)."""
     need(are((Record, torch.storage.TypedStorage), storage), "a tensor without its data")
     need(not any(rest[1:2]) and not any(rest[3:]), "a tensor with hooks or more about it")
     dtype = rest[2] if len(rest) > 2 and rest[2] else storage.dtype
@@ -178,7 +178,7 @@ def _device(machine: "Unpickler", kind: Any, *index: Any) -> torch.device:
 
 
 def _log(name: str) -> Function:
-    """A function by which Python makes an object of a log, or a method of it."""
+    """The function `name`, which may only create the inert objects of logs and settings."""
 
     def make(machine: "Unpickler", cls: Any, *_: Any) -> Inert:
         need(isinstance(cls, type) and issubclass(cls, Inert), name)
@@ -188,7 +188,7 @@ def _log(name: str) -> Function:
 
 
 def _nested(machine: "Unpickler", data: Any) -> Any:
-    """How pickle, unlike torch.save, keeps a tensor's data: a file of torch.save inside."""
+    """Loads a tensor's data out of a plain pickle, which embeds it as a torch.save file."""
     need(are(bytes, data) and machine.load_storage is not None, "a file within a file")
     machine.budget.spend(len(data))
     return machine.load_storage(data, machine.budget)

@@ -1,4 +1,4 @@
-"""Tensors from one list of names to another, with every one of them accounted for."""
+"""Renames tensors, with every one of them accounted for."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +22,7 @@ def shape_of(state: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ..
 
 
 def rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """`state` with the names changed from the keys of `names` to its values, in that order.
+    """`state` renamed by `names` (old name to new), in the order of `names`.
 
     Raises:
         UserError: a tensor is missing, or there is one without a new name.
@@ -35,10 +35,10 @@ def rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, T
 def check_shapes(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> None:
-    """Compares shapes with those of `expected`, both under the values of `names`.
+    """Compares shapes; `state` and `expected` are looked up by the values of `names`.
 
     Raises:
-        UserError: a shape differs; the message has the name that is a key of `names`.
+        UserError: a shape differs; the message gives the tensor's key in `names`.
     """
     for old, new in names.items():
         found, wanted = tuple(state[new].shape), tuple(expected[new].shape)

@@ -11,7 +11,7 @@ from ghm_d2.errors import UserError
 
 from .rename import shape_of
 
-# (blocks of each stage, whether they are bottlenecks) of the networks that Detectron2 builds.
+# Depths that Detectron2 builds, by blocks of each stage and whether these are bottlenecks.
 _DEPTHS = {
     ((2, 2, 2, 2), False): 18,
     ((3, 4, 6, 3), False): 34,
@@ -32,7 +32,7 @@ IMAGENET_INPUT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ResNetArchitecture:
-    """What the tensors of a ResNet tell of it; channels are counts."""
+    """What the tensors of a ResNet show of it; channels are counts."""
 
     blocks: tuple[int, ...]
     bottleneck: bool
@@ -53,7 +53,7 @@ class ResNetArchitecture:
         }
 
     def names(self) -> dict[str, str]:
-        """Torchvision's name of each tensor, in its order, to Detectron2's."""
+        """From torchvision's tensor names, in torchvision's order, to Detectron2's."""
         names = {"conv1.weight": "stem.conv1.weight"}
         names |= {f"bn1.{x}": f"stem.conv1.norm.{x}" for x in _NORM}
         for stage, count in enumerate(self.blocks, 1):

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def convert_torchvision(path: str, output: str) -> dict[str, Any]:
-    """Converts a file of ImageNet weights; the classifier stays behind.
+    """Converts a file of ImageNet weights; the classifier is left out.
 
     Args:
         path: file or URL of a state dict, bare or under "state_dict" or "model".
@@ -67,5 +67,5 @@ def _expected(architecture: ResNetArchitecture) -> dict[str, Tensor]:
     try:
         with torch.device("meta"):
             return build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()
-    except AssertionError as error:  # narrow ResNet-18 and 34
+    except AssertionError as error:  # ResNet-18 and 34 need 64 channels in res2
         raise UserError(f"Detectron2 does not build this network ({error}).") from error

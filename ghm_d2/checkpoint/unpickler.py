@@ -1,8 +1,8 @@
 """Python's unpickler, restricted: what a file builds is inert, owns its memory and is built once.
 
-Work and memory follow the size of the file: every operation is paid from its budget, and what is
-hashed is text or a number, since the hash of nested tuples takes a time that no size bounds. What a
-pickle may name stands in :mod:`.pickle_values`.
+The size of the file bounds work and memory: every operation is paid from its budget, and only text
+and numbers are hashed, since hashing nested tuples can take time out of all proportion to the file.
+What a pickle may name is listed in :mod:`.pickle_values`.
 """
 
 import pickle
@@ -18,7 +18,7 @@ from ghm_d2.errors import shown
 from .pickle_base import Budget, Function, Inert, Record, are, need
 from .pickle_values import KNOWN, build_array, build_dtype, byte_array, set_of
 
-# Python 2's and NumPy 1's names of the modules.
+# Module names of Python 2 and NumPy 1, and their names today.
 _RENAMED = {
     "__builtin__": "builtins",
     "copy_reg": "copyreg",
@@ -64,15 +64,15 @@ def _paid(name: str) -> Callable:
 
 
 class Unpickler(pickle._Unpickler):
-    """Python's own: in C, what BUILD does to an object cannot be looked at."""
+    """Python's own, in its pure Python version: the C one does not let BUILD be checked."""
 
     budget: Budget
-    load_storage: Callable[[bytes, Budget], Any] | None = None  # None: a file within a file
+    load_storage: Callable[[bytes, Budget], Any] | None = None  # None: a nested file is refused
     dispatch = {getattr(pickle, name)[0]: _paid(name) for name in _OPERATIONS}
 
     @classmethod
     def within(cls, budget: Budget) -> "type[Unpickler]":
-        """This class with a budget; torch.load makes the objects itself."""
+        """This class bound to a budget, because torch.load creates the unpickler itself."""
         return type(cls.__name__, (cls,), {"budget": budget})
 
     def __init__(self, file: IO[bytes], **kwargs: Any) -> None:
@@ -86,16 +86,16 @@ class Unpickler(pickle._Unpickler):
         return KNOWN[full]
 
     def unbuilt(self, value: Any) -> Any:
-        """Notes that `value` is one that BUILD may change, once."""
+        """Notes that BUILD may change `value`, once; returns `value`."""
         self._unbuilt[id(value)] = value
         return value
 
     def is_built(self, value: Any) -> bool:
-        """Whether `value` stays as it is."""
+        """Whether BUILD may no longer change `value`."""
         return id(value) not in self._unbuilt
 
     def check_keys(self, keys: Any) -> None:
-        """Refuses what is hashed and is neither text nor a number."""
+        """Refuses keys that are neither text nor numbers, and too many numbers."""
         numbers = sum(type(x) not in (str, bytes) for x in keys)
         self._numbers += numbers
         need(self._numbers <= _MOST_NUMBERS, f"more than {_MOST_NUMBERS} numbers as keys")
@@ -116,7 +116,7 @@ class Unpickler(pickle._Unpickler):
         state, value = self.stack.pop(), self.stack[-1]
         self.budget.spend(64)
         if isinstance(value, OrderedDict):
-            # nn.Module.state_dict() has the versions of its modules here.
+            # nn.Module.state_dict() keeps the versions of its modules in this attribute.
             need(are(dict, state) and list(state) == ["_metadata"], "a changed dictionary")
             value._metadata = state["_metadata"]
         elif not isinstance(value, Inert):
@@ -160,7 +160,7 @@ class Unpickler(pickle._Unpickler):
         target.update(items)
 
     def _frozenset(self) -> None:
-        items = self.pop_mark()  # afterwards append is that of the outer stack
+        items = self.pop_mark()  # first, because it makes self.append that of the outer stack
         self.append(set_of(frozenset)(self, items))
 
     def _bytearray8(self) -> None:
@@ -185,7 +185,7 @@ class Unpickler(pickle._Unpickler):
 class Checker(Unpickler):
     """Goes through the pickle of a torch.save file before torch.load does, without its tensors."""
 
-    sizes: dict[str, int] | None = None  # of the storages in bytes by their keys; None: not known
+    sizes: dict[str, int] | None = None  # bytes of each storage by its key; None: not known
 
     def __init__(self, file: IO[bytes], **kwargs: Any) -> None:
         super().__init__(file, **kwargs)
@@ -196,7 +196,7 @@ class Checker(Unpickler):
         return dtype if dtype and module.startswith("torch") else super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Record:
-        """("storage", type, key, device, number of elements, and None in the older format)."""
+        """`pid`: ("storage", type, key, device, number of elements, None in the older format)."""
         need(are(tuple, pid) and len(pid) in (5, 6), "a tensor's data of an unknown kind")
         kind, dtype, key, device, elements = pid[:5]
         plain = are(str, kind, key, device) and kind == "storage" and pid[5:] in ((), (None,))

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "makes one."
             )
         content = read_annotations(file)
-        rows = content.get("annotations")  # also those that are left out, whose ids are taken
+        rows = content.get("annotations")  # even those left out: their ids are taken
         data = check_content(content, root=args.image_dir)
         refuse(file, data.found)
         log_repairs(file, data.found)

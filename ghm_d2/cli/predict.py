@@ -137,7 +137,7 @@ def _make(folder: Path, overwrite: bool) -> None:
     """Makes the folder.
 
     Raises:
-        UserError: it cannot be made, or holds results that nobody said could go.
+        UserError: it cannot be made, or holds results and `overwrite` is False.
     """
     for name in (_RESULTS, _OTHERS):
         if not overwrite and (folder / name).exists():

@@ -42,7 +42,7 @@ class AnchorSettings:
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "AnchorSettings | None":
-        """Those of a config of Detectron2.
+        """The settings of a Detectron2 config.
 
         None without axis-aligned anchors, and where `MODEL.GHM.AUGMENTATIONS` sets the size of
         images.

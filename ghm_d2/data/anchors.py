@@ -1,8 +1,7 @@
 """Whether the anchors fit the boxes of the training data, and which would.
 
-A box trains the anchors with which its IoU is high enough. Where none is, it trains at best the one
-that fits least badly, and small objects or a small network input end as a detector that finds
-nothing.
+A box trains the anchors with which its IoU is high enough. If there is none, it trains at best the
+single best anchor, and with small objects or a small network input the detector finds nothing.
 """
 
 import math
@@ -71,7 +70,7 @@ class Anchors:
         return replace(self, sizes=sizes)
 
     def in_octaves(self) -> "Anchors":
-        """As many of each level, but evenly spaced, each level twice as large as the one below."""
+        """As many per level, evenly spaced in octaves; each level doubles the one before."""
         first = self.sizes[0][0]
         sizes = tuple(
             tuple(first * 2 ** (level + k / len(own)) for k in range(len(own)))
@@ -205,7 +204,7 @@ def _share(boxes: np.ndarray, anchors: Anchors) -> float:
 
 
 def _typical_ratios(boxes: np.ndarray) -> tuple[float, ...]:
-    """Three values of height / width that stand for a sixth, the half and five sixths of them."""
+    """The quantiles 1/6, 1/2 and 5/6 of height / width, to two digits, without repeats."""
     ratios = np.quantile(boxes[:, 1] / boxes[:, 0], (1 / 6, 1 / 2, 5 / 6))
     return tuple(dict.fromkeys(float(f"{ratio:.2g}") for ratio in ratios))
 

@@ -16,7 +16,8 @@ from .fields import flag, number, numbers, polygon_area, polygon_box, polygons, 
 from .image_checks import image_name
 from .tables import Ids
 
-# A polygon can be thin and a rounded box small, but no more than that.
+# A thin polygon is far smaller than its box, and a rounded box may be smaller than its object; an
+# area outside these bounds is not that of the object.
 _LEAST_AREA, _MOST_AREA = 0.001, 1.5  # of the box
 _NOTHING = (None, [], {}, "")
 
@@ -172,7 +173,7 @@ class AnnotationPass:
             return None
         if max(w, h) < 1:
             self._say("tiny box", f"has the bbox {box!r}")
-        # A rounding is none of it, and neither is a size that is not known.
+        # Overshoot of up to a pixel is rounding; without a known size there is nothing to clip to.
         if width == math.inf or max(x + w - width, y + h - height, -x, -y) <= 1:
             return box
         self._say("box clipped", f"has the bbox {box!r} in {width} x {height} pixels")
@@ -209,7 +210,7 @@ class AnnotationPass:
                 return False
             self.without_mask += not crowd
         row.pop("segmentation", None)
-        if crowd and self._uses.mask_head:  # pycocotools wants one of every annotation
+        if crowd and self._uses.mask_head:  # pycocotools needs a mask for every annotation
             x, y, w, h = box
             row["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             self.as_written = False

@@ -13,7 +13,8 @@ from detectron2.data.detection_utils import build_augmentation
 from ghm_d2.errors import UserError, reason, shown, similar_names
 from ghm_d2.randomness import preserved
 
-# What needs an image alone; Detectron2's mapper hands them neither boxes nor classes.
+# Only augmentations that need nothing but the image: Detectron2's mapper passes them no boxes or
+# classes.
 AUGMENTATIONS: dict[str, type[T.Augmentation]] = {
     name: kind
     for name in dir(T)
@@ -26,7 +27,7 @@ _SIZES = (T.Resize, T.ResizeScale, T.ResizeShortestEdge, T.FixedSizeCrop)
 
 
 def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """Those of the training images: Detectron2's own and what `MODEL.GHM.AUGMENTATIONS` adds.
+    """Training augmentations: Detectron2's own and what `MODEL.GHM.AUGMENTATIONS` adds.
 
     What is added comes first. Where it sets the size of images it takes the place of
     `INPUT.MIN_SIZE_TRAIN`, and where it flips them, that of `INPUT.RANDOM_FLIP`.
@@ -111,7 +112,7 @@ def _call(tree: ast.expr, text: str, key: str) -> T.Augmentation:
         return kind(*values, **named)
     except UserError:
         raise
-    except Exception as error:  # of its own checks, which are assertions too
+    except Exception as error:  # its own checks raise AssertionError among others
         signature = str(inspect.signature(kind)).partition(" ->")[0]
         raise UserError(
             f"{key}: {shown(ast.unparse(tree))} cannot be built ({type(error).__name__}: "

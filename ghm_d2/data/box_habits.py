@@ -48,7 +48,7 @@ class BoxHabits:
             return [Problem("fraction box", self.first["fraction"])]
         found = []
         if self.corners >= nearly_all and self.leave >= max(1, 0.1 * self.number):
-            # A few boxes may be so by chance.
+            # A few boxes may look like corners by chance.
             kind = "corner box" if self.number >= _FEW else "boxes like corners"
             found.append(Problem(kind, self.first["corner"]))
         elif self.number >= _MANY:

@@ -10,8 +10,9 @@ STOPS, REPAIRED, DOUBTFUL, NOTE = "stops", "repaired", "doubtful", "note"
 # image of 800 x 1333 has 200,000 anchors: 48 GB for the first number, 5 GB for the second.
 MAX_BOXES, MANY_BOXES = 10_000, 1_000
 
-# What each kind is, after the number of its entries and with what becomes of them, and for those
-# that stop a training the way out. The first kind that stops is the one that a sentence names.
+# For each kind: its severity, the words that follow the number of entries in a message, and for
+# kinds that stop a training the way out. The order matters: `Findings.refusal` names the first
+# kind that stops.
 KINDS: dict[str, tuple[str, ...]] = {
     "table": (
         STOPS,

@@ -16,7 +16,7 @@ BALANCED = "balanced"
 def set_class_weights(cfg: CfgNode) -> None:
     """Replaces names in `CLASS_WEIGHT` by numbers, from the training data.
 
-    The config that a run stores so holds numbers alone, which mean the same without the data.
+    The config that a run stores thus holds only numbers, which need no data to be understood.
 
     Raises:
         UserError: see :func:`class_weights`.
@@ -35,7 +35,7 @@ def set_class_weights(cfg: CfgNode) -> None:
         names = MetadataCatalog.get(known[0]).get("thing_classes", ()) if known else ()
         key = f"MODEL.GHM.{part}.CLS.CLASS_WEIGHT"
         weights = class_weights(text, names, counts, key) if known else []
-        # Without training data nothing is trained, and nothing else uses them.
+        # Without training data the weights stay empty: only training uses them.
         node.CLASS_WEIGHT = " ".join(f"{weight:g}" for weight in weights)
 
 

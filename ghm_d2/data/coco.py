@@ -70,7 +70,7 @@ class CocoData:
         """Gives the annotations back their ids in the file, for a copy in which they are found.
 
         Returns:
-            Whether that went: not where some are missing, equal, or no whole numbers.
+            Whether it was done; it is not if some ids are missing, repeated, or not integers.
         """
         if len(set(self.written_ids)) < len(self.written_ids) or not all(
             type(ident) is int for ident in self.written_ids
@@ -107,14 +107,14 @@ class CocoData:
                 )
             if number_of_points:
                 values = row["keypoints"]
-                # From indices of pixels to coordinates of their middle, as Detectron2's loader.
+                # From pixel indices to coordinates of pixel centres, as Detectron2's loader does.
                 shifts = (0.5, 0.5, 0) * number_of_points if any(values) else [0.0] * len(values)
                 annotation["keypoints"] = [v + s for v, s in zip(values, shifts, strict=True)]
             records[row["image_id"]]["annotations"].append(annotation)
         return list(records.values())
 
     def evaluated(self, uses: Uses) -> dict[str, Any]:
-        """The content with the fields alone that pycocotools reads."""
+        """The content, reduced to the fields that pycocotools reads."""
         names = [*_EVALUATED, *(["segmentation"] if uses.masks else [])]
         if self.keypoints and self.keypoints.number:
             names += ["keypoints", "num_keypoints"]
@@ -227,7 +227,7 @@ def _annotations(
 
 
 def _number(data: CocoData, kept: Sequence[dict[str, Any]]) -> None:
-    """Gives ids that pycocotools takes: it has 0 for none, and loses what shares one."""
+    """Numbers annotations for pycocotools, which takes id 0 for no match and drops repeated ids."""
     written = data.written_ids = tuple(row.get("id") for row in kept)
     if all(type(i) is int and 0 < i < 2**53 for i in written) and len(set(written)) == len(kept):
         return

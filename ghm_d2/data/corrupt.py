@@ -25,7 +25,7 @@ Row = dict[str, Any]
 def box_ious(boxes: ArrayLike, others: ArrayLike, crowd: Sequence[int] | None = None) -> np.ndarray:
     """IoU of (N, 4) with (M, 4) boxes, all of them x, y, width, height; (N, M) float64.
 
-    Where `crowd` is 1, it is the part of the first box that lies in the other one, as COCO has it.
+    Where `crowd` is 1, it is the share of the first box that lies in the other, as in COCO.
     """
     one, two = (np.asarray(x, float).reshape(-1, 4) for x in (boxes, others))
     found = mask_util.iou(one, two, [0] * len(two) if crowd is None else list(crowd))
@@ -37,15 +37,15 @@ def corrupt_coco(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Copy COCO-format content with errors in it.
 
-    Every kind has objects of its own. A larger share of one kind alone holds the smaller one of the
-    same seed. Crowd regions are no objects and stay as they are. A moved box leaves mask and
-    keypoints where they were.
+    Each object gets at most one kind of error. With one kind alone and the same seed, a larger
+    share includes all errors of a smaller one. Crowd regions do not count as objects and stay as
+    they are. The mask and keypoints of a moved box stay where they were.
 
     Args:
         content: the checked content of a file; is not changed.
         shares: of the objects, in [0, 1], by kind (see `KINDS`); spurious boxes come on top of
             them, the other kinds cannot be more than 1 together.
-        seed: another one, other errors.
+        seed: a different seed gives different errors.
         first_id: of the spurious boxes, or the one after the largest id where that is larger.
 
     Returns:
@@ -164,7 +164,7 @@ def _move(
 ) -> tuple[list[float], float]:
     """Shifts each side at random; the first try within `_MOVED` counts, else the nearest to it."""
     x, y, w, h = box
-    # Box and Muller's: `random.gauss` need not stay what it is.
+    # Box-Muller: the output of `random.gauss` may change between Python versions.
     one, two = _uniform(draw, 2, _TRIES, 4)
     shifts = _JITTER * np.sqrt(-2 * np.log1p(-one)) * np.cos(2 * np.pi * two)
     sides = np.array([x, y, x + w, y + h]) + shifts * (w, h, w, h)

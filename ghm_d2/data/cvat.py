@@ -107,7 +107,7 @@ def _frames(root: Element, images: Sequence[Path]) -> list:
 
 
 def _visible(track: Element) -> Iterator[tuple[int, Element]]:
-    """Each frame in which a track is to be seen; boxes between two that are written lie between."""
+    """The visible frames of a track; boxes between two written frames are interpolated."""
     known = {int(number(shape.get("frame")) or 0): shape for shape in track}
     frames = sorted(known)
     for frame, end in zip(frames, [*frames[1:], *frames[-1:]], strict=True):
@@ -121,7 +121,7 @@ def _visible(track: Element) -> Iterator[tuple[int, Element]]:
 
 
 def _between(first: Element, second: Element, share: float) -> Element:
-    """The box that CVAT draws; other shapes, and one that goes away, stay where they are."""
+    """The box interpolated as in CVAT; other shapes, and a box that vanishes next, do not move."""
     made = Element(first.tag, dict(first.attrib))
     if first.tag == second.tag == "box" and second.get("outside") != "1":
         for key in _BOX:

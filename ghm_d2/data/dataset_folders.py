@@ -21,14 +21,15 @@ _OTHERS = (b'"_via', b'"regions"', b'"shapes"')  # in JSON of VIA and labelme
 def resolve(datasets: Sequence[CocoDataset]) -> list[CocoDataset]:
     """Finds out what the folders and files hold.
 
-    A folder with splits becomes NAME_train and NAME_val, unless the name ends in that of one of its
-    splits, or one was given.
+    A folder with splits becomes NAME_train and NAME_val (or NAME_test), unless a split was given or
+    the data set's name ends in the name of a split.
 
     Raises:
         UserError: a folder holds no labels, or not the split that was given.
     """
     found = [part for dataset in datasets for part in _resolve(dataset)]
-    # Folders that declare no classes have those that occur in any of them, in one order.
+    # Folders that declare no classes share all classes that occur in any of them, or training and
+    # test data would number them differently.
     free = [d for d in found if d.labels is not None and not d.classes]
     names = {o.name for d in free for image in d.labels for o in image.objects}
     classes = sorted_names(names)
@@ -76,7 +77,7 @@ def is_foreign(path: Path) -> bool:
         return path.exists()
     if not path.is_file():
         return False
-    with path.open("rb") as stream:  # all of a COCO file need not be read twice
+    with path.open("rb") as stream:  # reading a whole COCO file twice is slow
         head = stream.read(1 << 16).replace(b"\0", b"").lstrip(codecs.BOM_UTF8 + b"\xff\xfe \r\n\t")
     others = head.startswith(b"[") or any(word in head for word in _OTHERS)
     return others and json_kind(path) not in (COCO, "")

@@ -22,7 +22,7 @@ class Entries:
 
     Attributes:
         rows: its entries.
-        ids: who refers to which.
+        ids: maps an id as written, also that of a merged entry, to the new one.
         as_written: whether nothing had to be changed.
         paths: of images, the file of each by its id.
     """
@@ -50,7 +50,7 @@ def image_entries(
     keys, as_written = [], True
     for row, file in zip(rows, files, strict=True):
         keys.append(os.path.realpath(file.path) if file else same_file(row["file_name"]))
-        # Whoever reads the file itself does not find an image of another spelling.
+        # pycocotools, reading the file itself, would not find an image spelled differently there.
         as_written &= not file or file.path == os.path.join(str(root), row["file_name"])
         as_written &= _set_size(row, file, report, has_files=root is not None)
     entries = _once(
@@ -68,7 +68,7 @@ def image_entries(
 
 
 def category_entries(rows: Sequence[dict[str, Any]], report: Report) -> Entries:
-    """The categories; those of one name are one.
+    """The categories; those that share a name are merged.
 
     Args:
         rows: the table; its entries are changed.
@@ -108,7 +108,7 @@ def _once(
             twice(row, first)
             again.append((row["id"], first))
     left = list({row["id"]: row for row in kept.values()}.values())
-    if len(left) < len(kept):  # spelled alike, and yet two files
+    if len(left) < len(kept):  # one id for two different files
         report(Problem("duplicate id", "an id occurs more than once in images"))
     ids = Ids(left)
     as_written = not again
@@ -129,7 +129,7 @@ def _set_size(
     if any(value is None or value < 1 or value != int(value) for value in size):
         if not has_files:
             return True
-        if file is None:  # the missing image is what stops the training
+        if file is None:  # any size will do: the missing image stops the training
             size = [1, 1]
         else:
             texts = " x ".join(shown(repr(value), 40) for value in written)

@@ -19,12 +19,12 @@ def number(value: Any) -> float | int | None:
         value = int(value) if math.isfinite(value) and value == int(value) else value
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    # Whole numbers of any length are JSON, and those that no float holds are an OverflowError.
+    # JSON allows integers of any length; one too large for a float would raise OverflowError.
     return value if -_LARGEST <= value <= _LARGEST else None
 
 
 def numbers(values: Any, length: int | None = None) -> list[float] | None:
-    """A list of finite numbers; None where one of them is none, or there are others than `length`.
+    """A list of finite numbers; None where one is not a number or the length differs.
 
     The list itself comes back where nothing had to be changed.
     """
@@ -113,7 +113,8 @@ def polygon_box(found: Sequence[Sequence[float]]) -> list[float]:
 def rle_area(value: Any, height: int, width: int) -> int | None:
     """The pixels of a mask in COCO's run-length encoding; None where it is none of this size.
 
-    pycocotools decodes runs that end too early into memory that nobody has written.
+    The sum of the runs is checked because pycocotools would decode runs that end too early with
+    uninitialized memory for the rest.
     """
     if not isinstance(value, dict) or numbers(value.get("size"), 2) != [height, width]:
         return None
@@ -129,8 +130,9 @@ def rle_area(value: Any, height: int, width: int) -> int | None:
 def _decompress(text: str) -> list[int] | None:
     """The runs of COCO's text form.
 
-    Five bits a character from 48 on, the sixth for "goes on", the last one's fifth for the sign;
-    from the fourth run on, what it differs by from the one before the last.
+    Each character, minus 48, holds five bits of a run, lowest first; its sixth bit says that the
+    run continues in the next character. The fifth bit of the last character is the sign. From the
+    fourth run on, the value is the difference to the run two places before.
     """
     runs: list[int] = []
     value = shift = 0

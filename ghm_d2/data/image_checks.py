@@ -102,7 +102,7 @@ def _look(
                 size, mode, orientation = image.size, image.mode, _orientation(image, decode)
                 if decode:
                     image.load()
-    # A damaged file is a random program of its format: it can fail with any exception.
+    # Decoding a damaged file can fail with any exception, not only OSError.
     except Exception as error:
         reason = " ".join(str(error).replace(path, "the file").split()) or type(error).__name__
         return None, [Problem("unreadable image", f"{where} cannot be read: {shown(reason)}")]
@@ -113,7 +113,7 @@ def _look(
 
 def _orientation(image: Image.Image, decode: bool) -> int:
     if image.format == "PNG" and "exif" not in image.info and not decode:
-        return 1  # it may stand behind the pixels, which would have to be read
+        return 1  # EXIF may follow the pixels, which would have to be read
     return image.getexif().get(_EXIF_ORIENTATION, 1)
 
 

@@ -32,8 +32,8 @@ class Found:
 def find_images(names: Sequence[str], root: str) -> list[Found]:
     """The file of each name.
 
-    A name that leads nowhere is looked for in the folder and those below by what stands behind its
-    last slash; of several such files, the one whose folders agree best.
+    If there is no file at a name, its base name is looked for in the folder and those below; of
+    several such files, the one whose folders agree best with the name is taken.
 
     Args:
         names: relative to `root`, or absolute.
@@ -49,7 +49,7 @@ def find_images(names: Sequence[str], root: str) -> list[Found]:
 
 
 def same_file(name: str) -> str:
-    """What is equal for all spellings of one name."""
+    """A key that is the same for all spellings of one name."""
     return "/".join(_parts(name))
 
 

@@ -21,7 +21,7 @@ _OTHER = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
 def mirrored_pairs(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """The pairs that a mirror exchanges: names that differ in left and right, or L and R, alone."""
+    """Pairs that a mirror exchanges: names that differ only in left and right, or L and R."""
     by_lower = {name.lower(): name for name in names}
     pairs = []
     for name in names:
@@ -40,7 +40,7 @@ class Keypoints:
         number: of an object; 0: no object has any, or `fault` says why none can be used.
         without: annotations without any, where others have some.
         labelled: objects with a keypoint that is labelled.
-        incomplete: whether an annotation has none that pycocotools could evaluate as it stands.
+        incomplete: whether the keypoints of an annotation had to be changed for pycocotools.
         fault: a clause on why the file's keypoints cannot be trained on, or an empty string.
     """
 
@@ -88,7 +88,7 @@ def find_keypoints(content: Mapping[str, Any]) -> Keypoints:
 def fill_in(annotations: Sequence[dict[str, Any]], found: Keypoints) -> Keypoints:
     """Gives every annotation keypoints, unlabelled ones where it has none, in place.
 
-    Detectron2 and pycocotools take what all of them have, and read how many are labelled.
+    Detectron2 and pycocotools expect keypoints in every annotation, and read `num_keypoints`.
 
     Args:
         annotations: those of the file.
@@ -147,7 +147,7 @@ def check_keypoints(
         raise UserError(
             f"{keys.on}, but {fault}: correct the file, or {keys.off} to train on boxes alone."
         )
-    if found is None:  # predictions are written, and compared with nothing
+    if found is None:  # no annotations: predictions are only written
         return
     if not found:
         raise UserError(
@@ -182,7 +182,7 @@ def check_keypoints(
 
 
 def convert_incomplete(metadata: Any) -> None:
-    """Has Detectron2 convert a data set whose file pycocotools cannot evaluate keypoints by.
+    """Makes Detectron2 convert a data set whose file is unfit for the keypoint evaluation.
 
     For boxes alone the file is evaluated as it is, with the areas that stand in it.
     """

@@ -27,10 +27,10 @@ _JSON = {
 }
 _KINDS = "COCO, YOLO, VOC, CVAT, labelme, VIA or Label Studio"
 _HIDDEN = (".", "__MACOSX")
-_MOST_LOOKED_AT = 200  # JSON files; of labelme there may be one for each image
+_MOST_LOOKED_AT = 200  # JSON files that are opened; any more are taken for labelme's, one per image
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-# Folders that say what their images are for, and what this project calls it.
+# Folder names that stand for a split, and this project's name of that split.
 _SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -47,12 +47,12 @@ class LabelFolder:
     """One folder of labelled images: what wrote its labels, and where its parts lie.
 
     Attributes:
-        path: of the folder.
-        kind: of the labels.
-        files: that hold them; of YOLO none, whose images lead to them.
+        path: the folder itself.
+        kind: format of the labels, one of the constants of this module, such as `COCO`.
+        files: the label files; empty for YOLO, where each is found by the path of its image.
         annotations: the folder or file of the labels.
         images: the folder of the images, which may lie further below.
-        yolo: what a folder of YOLO labels declares.
+        yolo: what a folder of YOLO labels declares; None for other kinds.
     """
 
     path: Path
@@ -86,7 +86,7 @@ class LabelFolder:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Those that the folder declares, in their order; empty where it does not."""
+        """The class names that the folder declares, in its order; empty if it declares none."""
         return self.yolo.names if self.yolo else ()
 
 
@@ -138,7 +138,10 @@ def find_folder(path: Path, images: Path | None = None) -> LabelFolder:
 
 
 def _inner(path: Path) -> Path | None:
-    """The one folder with Annotations in it where this one has none, as in VOCdevkit."""
+    """The one subfolder that holds Annotations, as in VOCdevkit.
+
+    None if the folder itself has Annotations, or if only folders of splits hold them.
+    """
     if any((path / name).is_dir() for name in ("Annotations", "annotations")):
         return None
     inner = sorted(p.parent for p in path.glob("*/[Aa]nnotations") if p.is_dir())
@@ -163,7 +166,7 @@ def is_image(file: Path) -> bool:
 
 
 def _below(folder: Path) -> list[Path]:
-    """All files below a folder, but those that systems and editors hide there."""
+    """All files below a folder, except those that operating systems and editors hide there."""
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(_HIDDEN))
@@ -184,13 +187,13 @@ def _find_json(files: Iterable[Path], found: dict[str, list[Path]]) -> None:
 
 
 def json_kind(file: Path) -> str:
-    """Which tool wrote a JSON file or table; empty where none did that is known here."""
+    """Which tool wrote a JSON file or table; empty if no known tool did."""
     content = read_table(file)
     return next((k for k, test in _JSON.items() if content is not None and test(content)), "")
 
 
 def read_table(file: Path) -> Any:
-    """What a JSON file or table holds; None where it is neither."""
+    """What a JSON file or a CSV table of VIA holds; None if it is neither."""
     try:
         if file.suffix.lower() == ".csv":
             return via_table(file.read_text(encoding="utf-8-sig"))
@@ -204,20 +207,22 @@ def _first(*paths: Path) -> Path:
 
 
 def split_word(text: str) -> str:
-    """The split that a name speaks of, as "instances_train2017" does; empty without one."""
+    """The split that is part of a name, as in "instances_train2017"; empty if there is none."""
     return next(filter(None, map(folder_split, re.split(r"[^A-Za-z]+", text))), "")
 
 
 def folder_split(name: str) -> str:
-    """The split that a folder of this name is, as "Valid" or "train2017"; empty without one."""
+    """The split that a folder name stands for, as "Valid" or "train2017" do; empty if none."""
     return _SPLIT_FOLDERS.get(name.lower().rstrip("0123456789"), "")
 
 
 def coco_files(folder: LabelFolder) -> dict[str, tuple[Path, Path]]:
-    """The annotation file and image folder of each split of COCO data; "" is one without a name.
+    """The annotation file and image folder of each split of COCO data.
+
+    The key is "" for a file whose name and folder name no split.
 
     Raises:
-        UserError: several files could be that of a split.
+        UserError: a split has several annotation files.
     """
     found: dict[str, list[Path]] = defaultdict(list)
     for file in folder.files:
@@ -225,7 +230,7 @@ def coco_files(folder: LabelFolder) -> dict[str, tuple[Path, Path]]:
         found[split_word(file.stem) or folder_split(above)].append(file)
     for split, files in found.items():
         if boxes := [f for f in files if f.stem.startswith("instances")]:
-            files = found[split] = boxes  # beside captions and keypoints of the same images
+            files = found[split] = boxes  # not captions and keypoints of the same images
         if len(files) > 1:
             names = ", ".join(f.relative_to(folder.path).as_posix() for f in files[:4])
             raise UserError(
@@ -238,13 +243,13 @@ def coco_files(folder: LabelFolder) -> dict[str, tuple[Path, Path]]:
 
 
 def _coco_images(file: Path, folder: LabelFolder, split: str) -> Path:
-    """The folder below which most of the first images lie where the file says."""
+    """The folder that file names are relative to: where most of the first 50 images exist."""
     names = [row.get("file_name") for row in read_json(str(file))["images"][:50] if row]
     names = [name for name in names if isinstance(name, str)]
-    stem = file.stem.partition("_")[2]  # instances_train2017
+    stem = file.stem.partition("_")[2]  # train2017 of instances_train2017
     parts = (stem, split, "valid", f"images/{stem}", f"images/{split}", "images", "")
     places = [file.parent / "images", file.parent, *(folder.path / part for part in parts if part)]
     places = [place for place in [*places, folder.images, folder.path] if place.is_dir()]
     there = [sum((place / name).is_file() for name in names) for place in places]
-    # Where none has them under these names, they are looked for by their base names in all of it.
+    # If no place has them under these names, all of the folder is searched for their base names.
     return places[there.index(max(there))] if any(there) else folder.path

@@ -1,4 +1,4 @@
-"""The images of folders of labels, read by whatever reads the labels of each tool."""
+"""Reads the labelled images of folders, with the reader for the tool that wrote the labels."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,14 +26,14 @@ _SHOWN = 10  # broken files that are named one by one
 
 
 def read_images(folders: Iterable[LabelFolder]) -> dict[tuple[LabelFolder, str], LabelledImage]:
-    """Every image of the folders with labels that can be used; what cannot be is named.
+    """Every image of the folders with usable labels; files that cannot be used are logged.
 
     Returns:
-        The images by folder and name: that of the image's file, or in VOC of the XML file without
-        its suffix, which is what lists name.
+        The images by folder and name. The name is the path of the image relative to the folder of
+        images or, for VOC, that of the XML file without its suffix, as lists of images give it.
 
     Raises:
-        UserError: there is none.
+        UserError: no image can be used.
     """
     images: dict[tuple[LabelFolder, str], LabelledImage] = {}
     broken: list[str] = []
@@ -42,7 +42,7 @@ def read_images(folders: Iterable[LabelFolder]) -> dict[tuple[LabelFolder, str],
         for name, source, image in _read(folder, broken):
             if image.file in seen:
                 broken.append(f"{source} is for {image.file.name}, as is {seen[image.file]}")
-            elif image.lost and not image.objects:  # it would train as an image of background
+            elif image.lost and not image.objects:  # kept, it would be trained on as background
                 broken.append(f"{source} {image.lost[0]}")
             else:
                 images[folder, name] = image
@@ -61,7 +61,7 @@ def read_images(folders: Iterable[LabelFolder]) -> dict[tuple[LabelFolder, str],
 
 
 def _read(folder: LabelFolder, broken: list[str]) -> Iterator[tuple[str, str, LabelledImage]]:
-    """Name, label file and labels of each image."""
+    """Name, source (for messages) and labels of each image."""
     if folder.kind == XML:
         bar = tqdm(folder.files, desc=f"reading {folder.annotations}", unit="file", delay=2)
         for xml in bar:

@@ -26,7 +26,7 @@ class LabelSet:
     """Labelled images of one folder, or of several that belong together.
 
     Attributes:
-        folders: where they lie.
+        folders: the folders that hold them.
         images: by folder and name; see :func:`~ghm_d2.data.label_images.read_images`.
         root: a folder that holds all images.
     """
@@ -37,7 +37,7 @@ class LabelSet:
 
     @property
     def classes(self) -> list[str]:
-        """The names that a folder declares, in its order, or else all that occur, sorted.
+        """The class names that the folders declare, in order, then others that occur, sorted.
 
         Raises:
             UserError: there is none.
@@ -62,7 +62,7 @@ class LabelSet:
         )
 
     def declared_splits(self) -> dict[str, list[LabelledImage]]:
-        """The parts that lists, folders or the labels themselves say; empty without any."""
+        """The images of each split that lists, folders or labels declare; empty if none do."""
         listed = {name for folder in self.folders for name in folder.lists}
         if listed:
             names = [name for name in SPLITS if name in listed]
@@ -74,10 +74,10 @@ class LabelSet:
         return self.named_splits([*names, *sorted(found.difference(names))])
 
     def named_splits(self, names: Sequence[str]) -> dict[str, list[LabelledImage]]:
-        """The parts of these names; warns of images that are in several or in none.
+        """The images of these splits; warns of images that are in several or in none.
 
         Raises:
-            UserError: there is no such part, or none of its images can be used.
+            UserError: there is no such split, or none of its images can be used.
         """
         splits = {name: self._members(name) for name in names}
         times = Counter(image.file for listed in splits.values() for image in listed)
@@ -90,12 +90,12 @@ class LabelSet:
         return splits
 
     def random_splits(self, fraction: float, seed: int) -> dict[str, list[LabelledImage]]:
-        """`train` and, with a fraction of the images, `val`.
+        """Randomly chosen `train` and `val` images, the fraction being the share of `val`.
 
         Raises:
             UserError: see :func:`~ghm_d2.data.split.choose`.
         """
-        # Relative, so that another place on the disk gives the same split.
+        # Absolute paths would give another split once the data is moved.
         by_name = {os.path.relpath(i.file, self.root): i for i in self.images.values()}
         chosen = choose(list(by_name), fraction, seed)
         return {
@@ -104,7 +104,7 @@ class LabelSet:
         }
 
     def _members(self, split: str) -> list[LabelledImage]:
-        # A split may exist in one of several folders alone, as VOC2012 has no test.
+        # Not every folder must list the split: VOC2012, for example, has no test list.
         having = [folder for folder in self.folders if split in folder.lists]
         if not having:
             found = [i for (_, name), i in self.images.items() if _split_of(name, i) == split]
@@ -143,14 +143,14 @@ class LabelSet:
 
 
 def _split_of(name: str, image: LabelledImage) -> str:
-    """What an image is for, as its label or one of its folders says; empty where none does."""
+    """The split that the label or a folder of an image names; empty if none does."""
     if image.split:
         return folder_split(image.split) or image.split
     return next(filter(None, map(folder_split, PurePosixPath(name).parts[:-1])), "")
 
 
 def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes in one order: numbers by their values, others as text."""
+    """Class names in a fixed order: first numbers by value, then the others as text."""
     return tuple(sorted(names, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else n)))
 
 
@@ -171,7 +171,7 @@ def log_notes(notes: Counter, difficult: str) -> None:
 
     Args:
         notes: the counts.
-        difficult: what became of difficult objects.
+        difficult: what became of difficult objects, one of `ghm_d2.data.labels.DIFFICULT`.
     """
     treated = {"crowd": "marked iscrowd", "keep": "kept", "drop": "left out"}[difficult]
     texts = {
@@ -208,7 +208,7 @@ def _lines(split: str, folder: LabelFolder) -> list[str]:
 
 
 class _Names:
-    """The images of a folder by what a list may call them: with or without folders and suffix."""
+    """Finds the images of a folder by a line of a list, with or without folders and suffix."""
 
     def __init__(self, folder: LabelFolder, images: Images) -> None:
         self._whole: dict[str, LabelledImage] = {}

@@ -30,13 +30,13 @@ def _is_task(row: dict[str, Any]) -> bool:
 def read_label_studio(
     content: Any, file: Path, folder: Path, report: Callable[[str], None]
 ) -> Iterator[LabelledImage]:
-    """The images of a file, and their objects; of several annotations of an image, the last one.
+    """The images of a file and their objects; only the latest annotation of an image counts.
 
     Args:
-        content: of the file.
-        file: for messages.
-        folder: of the images, also further below.
-        report: takes what is wrong with an image that is left out.
+        content: the parsed JSON of the file.
+        file: the file, named in messages.
+        folder: the folder that holds the images, directly or in subfolders.
+        report: called with what is wrong with each image that is left out.
     """
     tasks = [(name, row) for row in _list(content) if (name := _image_name(row))]
     names = [name for name, _ in tasks]
@@ -60,7 +60,7 @@ def _list(content: Any) -> list[dict[str, Any]]:
 
 
 def _image_name(row: dict[str, Any]) -> str:
-    """The path of the image within whatever the address of a task is."""
+    """The path of the image in a task, without the server or storage that its URL names."""
     data = row["data"] if isinstance(row.get("data"), dict) else row
     texts = [v for v in data.values() if isinstance(v, str) and _IMAGE.search(v)]
     if not texts:
@@ -71,7 +71,7 @@ def _image_name(row: dict[str, Any]) -> str:
 
 
 def _results(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The shapes that count; None where nobody has finished any."""
+    """The shapes of the latest annotation that was not cancelled; None if there is none."""
     if not isinstance(row.get("data"), dict):
         return _minimal(row)
     made = row.get("annotations", row.get("completions"))
@@ -83,7 +83,7 @@ def _results(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _minimal(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of JSON-MIN, under whatever the labels are called, as the other format has them."""
+    """The shapes of a JSON-MIN row, whatever their key is, in the form of the full format."""
     lists = [v for v in row.values() if isinstance(v, list)]
     shapes = [s for v in lists for s in v if isinstance(s, dict) and ("x" in s or "points" in s)]
     return [{"value": s, **s} for s in shapes]
@@ -96,11 +96,11 @@ def _image(path: Path, results: Sequence[dict[str, Any]]) -> LabelledImage:
     if turned:
         raise ValueError(f"turns {path.name}: turn the image itself")
     objects, lost = [], []
-    # A shape and its label may be two results of one id.
+    # A shape and its label may be two results with the same id.
     for parts in _by_id(results):
         value = {k: v for part in parts for k, v in (part.get("value") or {}).items()}
         if not ("x" in value or "points" in value or "rle" in value or "format" in value):
-            continue  # a choice or text that says something about the image
+            continue  # a choice or a text about the whole image
         names = [v for k, v in value.items() if k.endswith("labels") and isinstance(v, list) and v]
         found = _object(str(names[0][0]).strip(), value, width, height) if names else None
         if found is None:

@@ -1,4 +1,4 @@
-"""labelme's JSON, also as its successors write it: one file an image, points in pixels."""
+"""JSON of labelme and its successors: one file per image, points in pixels."""
 
 import math
 import os
@@ -20,12 +20,12 @@ def is_labelme(content: Any) -> bool:
 def read_labelme(
     files: Sequence[Path], folder: Path, report: Callable[[str], None]
 ) -> Iterator[LabelledImage]:
-    """The images of labelme's files, and their objects.
+    """The images of labelme's files and their objects.
 
     Args:
-        files: JSON files, which may hold something else.
-        folder: of the images, also further below.
-        report: takes what is wrong with a file that is left out.
+        files: JSON files; those that are not labelme's are skipped.
+        folder: the folder that holds the images, directly or in subfolders.
+        report: called with what is wrong with each file that is left out.
     """
     contents = []
     for file in files:
@@ -45,13 +45,13 @@ def read_labelme(
 
 
 def _image_name(content: dict[str, Any], file: Path, folder: Path) -> str:
-    """The image's, relative to the folder; labelme writes it relative to its own file."""
+    """The path of the image relative to `folder`; the JSON has it relative to its own file."""
     name = str(content.get("imagePath") or "").replace("\\", "/")
     return os.path.normpath(os.path.relpath(file.parent / name, folder)) if name else "\0"
 
 
 def _with_suffix(file: Path, folder: Path) -> str:
-    """What the image is called where it is not called as the file says."""
+    """The image beside the JSON file with the same stem, for an `imagePath` that leads nowhere."""
     beside = sorted(f for f in file.parent.glob(f"{_escaped(file.stem)}.*") if f != file)
     return os.path.relpath(beside[0], folder) if beside else "\0"
 
@@ -87,7 +87,7 @@ def _object(name: str, kind: str, points: Any) -> LabelledObject | None:
     points = [numbers(p, 2) for p in points] if isinstance(points, list) else []
     if len(points) < 2 or None in points:
         return None
-    if kind == "circle":  # its centre, and a point on it
+    if kind == "circle":  # given by its centre and a point on its edge
         radius = math.dist(*points[:2])
         return ellipse(name, points[0], (radius, radius))
     x, y = zip(*points, strict=True)

@@ -1,4 +1,4 @@
-"""Labelled images as any tool writes them, and the COCO-format content that they become."""
+"""Labelled images, whichever tool wrote them, and their conversion to COCO format."""
 
 import math
 from collections import Counter
@@ -21,13 +21,13 @@ Corners = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class LabelledObject:
-    """One object as its file has it.
+    """One object as its label file describes it.
 
     Attributes:
-        name: of the class.
+        name: the name of its class.
         corners: xmin, ymin, xmax, ymax in pixels, as written.
         difficult: whether the annotator marked it as hard to recognise.
-        polygons: x, y, x, y, ... of its parts; empty where it is a box.
+        polygons: one flat x, y, x, y, ... for each part, in pixels; empty for a box.
         from_one: whether pixels count from 1 and xmax, ymax are the last ones inside, as in VOC.
     """
 
@@ -65,11 +65,11 @@ def checked_size(file: Path, width: Any = None, height: Any = None) -> tuple[int
 
     Args:
         file: the image.
-        width, height: as the labels have them; some tools write 0 or nothing.
+        width, height: as the labels give them; 0 or None, as some tools write, is not compared.
 
     Raises:
-        ValueError: it is no image that can be read, or the labels are for one of another size; the
-            message follows the name of the label file.
+        ValueError: it is not a readable image, or the labels are for an image of another size. The
+            message is to be put after the name of the label file.
     """
     try:
         with Image.open(file) as image:
@@ -90,11 +90,11 @@ def checked_size(file: Path, width: Any = None, height: Any = None) -> tuple[int
 def outline(
     name: str, parts: Iterable[Sequence[Any]], *, difficult: bool = False
 ) -> LabelledObject | None:
-    """An object of one or more polygons; None where one is no polygon.
+    """An object of one or more polygons; None if any of them is not a polygon.
 
     Args:
-        name: of the class.
-        parts: x, y, x, y, ... each.
+        name: the name of its class.
+        parts: one flat x, y, x, y, ... for each polygon, in pixels.
         difficult: see :class:`LabelledObject`.
     """
     polygons = [[number(v) for v in part] for part in parts]
@@ -107,13 +107,13 @@ def outline(
 def rectangle(
     name: str, box: Sequence[Any], degrees: Any = 0, centred: bool = True
 ) -> LabelledObject | None:
-    """A box that may be turned; None where a number is none.
+    """A box that may be rotated; None if one of `box` is not a number.
 
     Args:
-        name: of the class.
-        box: xmin, ymin, xmax, ymax; the corners may be exchanged.
-        degrees: clockwise.
-        centred: whether it is turned about its centre, not about its first corner.
+        name: the name of its class.
+        box: xmin, ymin, xmax, ymax in pixels; minimum and maximum may be exchanged.
+        degrees: angle of the rotation, clockwise.
+        centred: whether it is rotated about its centre rather than about its first corner.
     """
     values, angle = [number(v) for v in box], math.radians(number(degrees) or 0)
     if None in values:
@@ -131,13 +131,13 @@ def rectangle(
 def ellipse(
     name: str, centre: Sequence[Any], radii: Sequence[Any], radians: Any = 0
 ) -> LabelledObject | None:
-    """An ellipse or circle, as a polygon; None where a number is none or a radius is not positive.
+    """An ellipse or circle, as a polygon; None if a value is no number or a radius not positive.
 
     Args:
-        name: of the class.
-        centre: x and y.
-        radii: along x and y before it is turned.
-        radians: by which it is turned, clockwise.
+        name: the name of its class.
+        centre: x and y in pixels.
+        radii: along x and y before the rotation, in pixels.
+        radians: angle of the rotation, clockwise.
     """
     cx, cy, rx, ry = (number(v) for v in (*centre, *radii))
     if None in (cx, cy, rx, ry) or min(rx, ry) <= 0:
@@ -148,7 +148,7 @@ def ellipse(
         x, y = (f(2 * math.pi * k / _ELLIPSE_POINTS) for f in (math.cos, math.sin))
         points += [cx + rx * x * cos - ry * y * sin, cy + rx * x * sin + ry * y * cos]
     half = math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)
-    corners = (cx - half[0], cy - half[1], cx + half[0], cy + half[1])  # those of no polygon
+    corners = (cx - half[0], cy - half[1], cx + half[0], cy + half[1])  # the ellipse's own
     return LabelledObject(name, corners, polygons=(tuple(points),))
 
 
@@ -172,16 +172,16 @@ def to_coco(
         difficult: what becomes of difficult objects: "crowd" (`iscrowd` 1: training leaves them
             out, evaluation counts them neither as found nor as missed, as VOC's does), "keep" (as
             any other) or "drop".
-        zero_based: VOC's xmin and ymin count from 0 too and xmax, ymax are the first pixels
+        zero_based: read VOC's coordinates as counted from 0, with xmax, ymax as the first pixels
             outside: x = xmin and width = xmax - xmin.
 
     Returns:
-        The content, and how many objects were treated in other than the plain way: "difficult",
+        The content, and how many objects needed special treatment, by its kind: "difficult",
         "empty" (no area inside the image, left out), "clipped" (reached out of the image),
-        "swapped" (xmin was larger than xmax, or ymin than ymax), "outline" (the box around a
-        polygon or rotated box), "from 0" (began at 0, where VOC begins at 1), "labelImg"
-        (is of a tool that counts from 0), and
-        `("class", name)` for objects of other classes, left out.
+        "swapped" (xmin was larger than xmax, or ymin than ymax), "outline" (a polygon or rotated
+        box, replaced by the box around it), "from 0" (begins at 0, although VOC counts from 1),
+        "labelImg" (written by labelImg, which counts from 0), and `("class", name)` (not one of
+        the classes, left out).
     """
     ids = {name: number for number, name in enumerate(classes, start=1)}
     notes: Counter = Counter()
@@ -234,7 +234,7 @@ def _box(
     if right <= x0 or bottom <= y0:
         notes["empty"] += 1
         return None
-    # Fractions of a size and polygons leave an image by less than anybody drew.
+    # Half a pixel of tolerance: rounding alone moves fractions and polygons slightly outside.
     notes["clipped"] += low < -0.5 or x1 > image.width + 0.5 or y1 > image.height + 0.5
     return [_plain(v) for v in (x0, y0, right - x0, bottom - y0)]
 

@@ -1,4 +1,4 @@
-"""The training data as one numbered stream of images, which can go on from any batch.
+"""The training data as one numbered stream of images, which can be resumed at any batch.
 
 Detectron2's samplers choose the images. Here every image of their stream has a position, images
 are grouped by aspect ratio before any of them is loaded, and an augmentation is drawn from (seed,
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
 
-_MOST_REFUSALS = 100  # one after the other
+_MOST_REFUSALS = 100  # images that a mapper may refuse in a row before loading fails
 
 
 def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
-    """Detectron2's mapper for evaluation, which needs no data set to train on.
+    """Detectron2's mapper for evaluation, built without any training data set.
 
-    Detectron2's asks `DATASETS.TRAIN` for the names of keypoints, to mirror those of images that
-    evaluation never mirrors.
+    With keypoints on, Detectron2 would look up in `DATASETS.TRAIN` how to mirror them, although
+    evaluation never mirrors an image.
     """
     plain = cfg.clone()
     plain.defrost()
@@ -59,27 +59,28 @@ def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
         cfg,
         is_train=True,
         augmentations=train_augmentations(cfg),
-        recompute_boxes=cfg.MODEL.MASK_ON,  # a mask is cut more closely than its box
+        recompute_boxes=cfg.MODEL.MASK_ON,  # the box of a cropped mask may shrink
     )
 
 
 def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[list[dict]]:
-    """Detectron2's `build_detection_train_loader` with batches that a resumed run finds again.
+    """Like Detectron2's `build_detection_train_loader`, but resuming does not change the batches.
 
-    With `DATALOADER.NUM_WORKERS` 0 or 1 the images come in Detectron2's order, with more also
-    where `DATALOADER.ASPECT_RATIO_GROUPING` is off (with it Detectron2's order depends on the
-    number of workers).
+    The images come in Detectron2's order if `DATALOADER.NUM_WORKERS` is 0 or 1, or if
+    `DATALOADER.ASPECT_RATIO_GROUPING` is off. Otherwise the orders differ, since Detectron2's
+    depends on the number of workers.
 
     Args:
-        cfg: every key that Detectron2's loader reads.
+        cfg: a config with every key that Detectron2's loader reads.
         mapper: from a dataset dict to a sample; None: Detectron2's `DatasetMapper`. Its random
             numbers must come from Python's, NumPy's or PyTorch's global generators.
 
     Returns:
-        A :class:`TrainLoader`; Detectron2's own loader, after a warning, where a data set is a
+        A :class:`TrainLoader` or, after a warning, Detectron2's own loader if the data is a
         `torch.utils.data.Dataset` instead of a list.
     """
-    # With a sampler given, Detectron2 builds none: its seeds must be drawn where they are noted.
+    # The empty tuple keeps Detectron2 from building a sampler here, which would draw a seed
+    # before `TrainLoader` has recorded the state of the generator.
     parts = _train_loader_from_config(cfg, mapper, sampler=())
     records, mapper = parts["dataset"], parts["mapper"]
 
@@ -117,7 +118,7 @@ def build_train_loader_from_parts(
 
 
 class TrainLoader:
-    """Endless batches for one process, lists of samples; see the module's description."""
+    """Endless batches for one process, each a list of samples; see the module docstring."""
 
     def __init__(
         self,
@@ -136,8 +137,9 @@ class TrainLoader:
             build_sampler: builds one of Detectron2's training samplers; whatever seed it needs is
                 drawn from NumPy's global generator.
             total_batch_size: images in a batch over all processes.
-            aspect_ratio_grouping: whether a batch holds either wide images or others.
-            num_workers: processes that load images; 0: this one.
+            aspect_ratio_grouping: whether wide images (width > height) and others never share a
+                batch.
+            num_workers: processes that load images; 0: this process loads them.
         """
         self._build_sampler = build_sampler
         self._batch_size = total_batch_size // comm.get_world_size()
@@ -149,8 +151,9 @@ class TrainLoader:
         self._dataset = _Samples(DatasetFromList(records, copy=False), mapper)
 
     def _draw_seeds(self) -> None:
-        # Samplers share what the main process draws, so its state is everybody's. Whether to draw
-        # again must be the same answer in all processes: they talk to each other while they do.
+        # All processes record the state of the main process, from which their samplers get the
+        # seed. With states of their own, `load_state_dict` could draw again in some processes
+        # only, which would wait forever for the others.
         self._seeds = comm.all_gather(numpy_state())[0]
         self._sampler = self._build_sampler()
         self._augmentation_seed = comm.shared_random_seed()
@@ -159,14 +162,14 @@ class TrainLoader:
         self._dataset.seed = self._augmentation_seed
         loader = DataLoader(
             self._dataset,
-            # Images one by one, as Detectron2 has them: few are in memory at the same time.
+            # Single images, as in Detectron2: workers that load whole batches need more memory.
             sampler=_Stream(self._sampler, self._batch_size, self._wide, self._skip),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_it_is,
             worker_init_fn=workers.outlive_signals,
             timeout=workers.TIMEOUT if self._num_workers else 0,
-            generator=torch.Generator(),  # the global one belongs to the model
+            generator=torch.Generator(),  # else it draws from the global one, as the model does
         )
         samples = iter(loader)
         try:
@@ -175,18 +178,19 @@ class TrainLoader:
                     batch = list(itertools.islice(samples, self._batch_size))
                 yield batch
         finally:
-            # An exception that holds the iterator would keep its workers until SIGTERM, and longer.
+            # Otherwise an exception whose traceback refers to the iterator keeps its workers alive,
+            # even after SIGTERM.
             if self._num_workers:
                 samples._shutdown_workers()
 
     def state_dict(self, batches: int) -> dict[str, Any]:
         """
         Args:
-            batches: how many this object has given away.
+            batches: how many batches have been taken from this object.
 
         Returns:
-            What :meth:`load_state_dict` needs to go on behind them; that of the main process is
-            everybody's.
+            What :meth:`load_state_dict` needs to continue after these batches; the same in all
+            processes.
         """
         return {
             "batches": self._skip + batches,
@@ -197,10 +201,14 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state, before the first batch; every process calls it with the same one.
+        """Continues from a saved state; call it before the first batch is taken.
 
-        Where the number of images in a batch or of processes has changed, a warning says so and
-        the stream goes on where as many images have been used; other data starts a new stream.
+        Every process must call it, with the same state. If the batch size or the number of
+        processes has changed, the stream continues after the same number of images, with a
+        warning. If the data has another number of images, the stream starts anew, with a warning.
+
+        Args:
+            state: what :meth:`state_dict` returned.
         """
         if state["images"] != len(self._dataset):
             logger.warning(
@@ -245,7 +253,7 @@ class _Stream(Sampler):
         buckets: tuple[list, list] = ([], [])
         for number, index in enumerate(self._sampler):
             bucket = buckets[0 if self._wide is None else int(self._wide[index])]
-            # Counted over all processes, so that their augmentations differ.
+            # Positions are unique over all processes, or they would draw equal augmentations.
             bucket.append((number * world + rank, int(index)))
             if len(bucket) == self._batch_size:
                 if skip:
@@ -271,7 +279,7 @@ class _Samples(Dataset):
         refused: set[int] = set()
         with seeded(self.seed, position):
             while (sample := self._mapper(self._records[index])) is None:
-                # As Detectron2 has it: a mapper may refuse an image, and another one replaces it.
+                # As in Detectron2, a mapper may return None, and another image is taken instead.
                 refused.add(index)
                 if len(refused) >= min(_MOST_REFUSALS, len(self)):
                     self._give_up(len(refused), index)

@@ -25,7 +25,7 @@ from .look_statistics import DataStatistics
 from .pictures import UnreadableError, draw_boxes, read_image
 
 _COLUMNS, _TILE, _GAP, _CAPTION = 4, 400, 8, 24
-# Okabe and Ito's, which colour-blind readers tell apart.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BARS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 _EDGE, _LINE = "#0072B2", "#D55E00"
 _MOST_BARS = 24
@@ -59,11 +59,12 @@ def draw_augmented(
     metadata: Metadata,
     file: Path,
 ) -> list[str]:
-    """As :func:`draw_grid`, of what a mapper makes of the images; each is drawn twice.
+    """Draw what a mapper makes of the images, each twice; otherwise as :func:`draw_grid`.
 
     Args:
-        records, metadata, file: see there.
-        mapper: of the training; its random numbers are those of Python, NumPy and PyTorch.
+        records, metadata, file: as for :func:`draw_grid`.
+        mapper: the training mapper; it draws from the global generators of Python, NumPy and
+            PyTorch.
     """
 
     def tile(record: dict[str, Any]) -> tuple[str, np.ndarray]:
@@ -110,7 +111,11 @@ def _draw_tiles(
 
 
 def sheet(tiles: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
-    """Pictures under their captions, four in a row; each (H, W, 3) uint8, RGB, of a tile's size."""
+    """Pictures under their captions, four in a row.
+
+    Args:
+        tiles: captions and (H, W, 3) uint8 RGB pictures, H and W at most 400.
+    """
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)  # matplotlib ships it
     rows = [tiles[i : i + _COLUMNS] for i in range(0, len(tiles), _COLUMNS)]
     heights = [max(tile.shape[0] for _, tile in row) + _CAPTION + _GAP for row in rows]
@@ -130,11 +135,11 @@ def sheet(tiles: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
 def draw_histograms(sets: Sequence[DataStatistics], file: Path) -> None:
     """Draw the classes, the boxes of an image, and the sizes and shapes of the boxes.
 
-    Of several data sets, such as training and validation data, the shares stand side by side; of
-    one alone, the numbers.
+    Several data sets, such as training and validation data, are compared by shares; a single one
+    is shown in numbers.
 
     Args:
-        sets: with at least one box each, of the same classes.
+        sets: at most `MOST_COMPARED`, each with at least one box, all with the same classes.
         file: PNG to write.
     """
     bars = min(len(sets[0].classes), _MOST_BARS + 1) * len(sets)
@@ -164,7 +169,7 @@ def draw_histograms(sets: Sequence[DataStatistics], file: Path) -> None:
 
 
 def _plain(name: str) -> str:
-    """A name as Matplotlib shows it, which takes "$" for the beginning of a formula."""
+    """A name with "$" escaped, which Matplotlib would take for the beginning of a formula."""
     return name[-30:].replace("$", r"\$")
 
 
@@ -207,7 +212,7 @@ def _draw_per_image(axes: Axes, sets: Sequence[DataStatistics]) -> None:
 
 
 def _histogram(axes: Axes, values: Sequence[np.ndarray], edges: np.ndarray, things: str) -> None:
-    """The numbers of one data set, or the shares of several as outlines over each other."""
+    """Draws the numbers of one data set, or the shares of several on top of each other."""
     if len(values) == 1:
         axes.hist(values[0], bins=edges, color=_BARS[0], edgecolor=_EDGE)
     for place, some in enumerate(values if len(values) > 1 else ()):

@@ -10,7 +10,7 @@ from detectron2.structures import BoxMode
 from ghm_d2.errors import counted
 
 _SMALL, _MEDIUM = 32, 96  # COCO's limits, square roots of areas in pixels
-_RARE = 0.1  # of the mean number of boxes of a class
+_RARE = 0.1  # a class is rare below this share of the mean number of boxes per class
 _SHOWN = 30  # classes that are listed one by one
 
 
@@ -19,8 +19,8 @@ class DataStatistics:
     """Figures of the boxes that training sees: neither crowds nor boxes without area.
 
     Attributes:
-        name: of the data set.
-        classes: names.
+        name: the name of the data set.
+        classes: class names.
         sides: (N, 2) float64, widths and heights in pixels.
         labels: (N,) int64, index of the class.
         images: (M, 2) int64, widths and heights of the images.
@@ -59,9 +59,9 @@ def count_data(
     """Collect the figures of a data set.
 
     Args:
-        name: of the data set.
+        name: the name of the data set.
         records: Detectron2's dictionaries, at least one.
-        classes: names; where there are fewer than the records name, the others are numbered.
+        classes: class names; an id beyond their number becomes the name of its class.
     """
     sides, labels, per_image, crowds, empty = [], [], [], 0, 0
     for record in records:

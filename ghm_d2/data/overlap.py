@@ -1,4 +1,4 @@
-"""Images that two data sets share, or that one holds twice, by what the files hold."""
+"""Finds images that two data sets share, or that one holds twice, by the content of the files."""
 
 import hashlib
 import itertools
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 def copies(files: Sequence[ImageFile | None], name: str = "") -> list[list[int]]:
     """Which images have the same content.
 
-    Only files of one length and size in pixels are read.
+    Only files that agree in length, width and height are read.
 
     Args:
-        files: may hold a file twice, which is no copy of itself, and None.
+        files: the images. None is skipped, and a path that is listed twice is no copy of itself.
         name: for a progress bar.
 
     Returns:
-        Groups of at least two places in `files`, each with different paths.
+        Groups of at least two indices into `files`, with different paths but the same content.
     """
     alike: dict[tuple[int, int, int], dict[str, int]] = defaultdict(dict)
     for place, file in enumerate(files):
@@ -45,10 +45,10 @@ def copies(files: Sequence[ImageFile | None], name: str = "") -> list[list[int]]
 
 
 def log_shared_images(datasets: Mapping[str, Sequence[ImageFile | None]]) -> None:
-    """Warns of images that two data sets have in common: their AP says nothing of new images.
+    """Warns of images that two data sets share: AP on trained images says nothing of new ones.
 
     Args:
-        datasets: the images of each, by its name.
+        datasets: the images of each data set, by its name.
     """
     for (first, ours), (second, theirs) in itertools.combinations(datasets.items(), 2):
         shared = _shared(ours, theirs)
@@ -71,7 +71,7 @@ def _shared(ours: Sequence[ImageFile | None], theirs: Sequence[ImageFile | None]
     both = [f for f in theirs if f and os.path.realpath(f.path) in known]
     same = {f.path for f in both}
     different = [f for f in theirs if f and f.path not in same]
-    # Copies within one of them are none of the other's business.
+    # Groups within one data set are ignored below: their images are not shared.
     groups = copies([*ours, *different], "two data sets")
     for group in groups:
         if group[0] < len(ours):

@@ -1,4 +1,4 @@
-"""One image: read, or drawn with what is in it."""
+"""Reads an image, or draws boxes, masks and keypoints on it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,22 +14,22 @@ from ghm_d2.errors import UserError, reason, shown
 from .image_checks import is_deep
 
 TILE = 400  # pixels of the longer side of one drawn image
-# One colour for each class in both halves, told apart also by those who cannot tell red from green.
+# Of the classes, by index; readers who cannot tell red from green can tell them apart too.
 _COLOURS = ("#e69f00", "#56b4e9", "#f0e442", "#009e73", "#d55e00", "#cc79a7", "#0072b2", "#ffffff")
-_SEEN = 0.05  # score of a keypoint from which Detectron2 draws it
+_SEEN = 0.05  # Detectron2 draws keypoints with a higher score
 
 Item = tuple[Sequence[float], int, str]  # XYXY box, class, text after its name
 
 
 class UnreadableError(UserError):
-    """An input that is there but broken, or no image or video at all."""
+    """An input that exists but is damaged, or is not an image or video at all."""
 
 
 def read_image(file: Path) -> np.ndarray:
     """(H, W, 3) uint8, RGB, turned as its EXIF data says.
 
     Raises:
-        UnreadableError: the file is not an image that can be read, or one of more than 8 bits.
+        UnreadableError: the file is not a readable image, or has more than 8 bits per channel.
     """
     try:
         with Image.open(file) as image:
@@ -64,12 +64,12 @@ def draw(
 
     Args:
         pixels: (H, W, 3) uint8, RGB.
-        items: boxes in pixels of the image.
-        metadata: `thing_classes`, where they are known, and `keypoint_names` with
+        items: XYXY boxes in pixels of the image, with their class and the text after its name.
+        metadata: `thing_classes`, if they are known, and `keypoint_names` with
             `keypoint_connection_rules`, as Detectron2 has them.
-        sides: smallest and largest longer side of the drawing, in pixels.
-        masks: (N, H', W') bool, of any size: they are scaled to the drawing's.
-        keypoints: (N, P, 3): x and y in pixels of the image, and a score.
+        sides: the smallest and largest length allowed for the longer side, in pixels.
+        masks: (N, H', W') bool, one for each item; they are scaled to the drawing.
+        keypoints: (N, P, 3), for each item: x and y in pixels of the image, and a score.
 
     Returns:
         (H'', W'', 3) uint8, RGB.
@@ -77,7 +77,7 @@ def draw(
     longer = max(pixels.shape[:2])
     scale = min(max(longer, sides[0]), sides[1]) / longer
     size = tuple(max(1, round(side * scale)) for side in pixels.shape[1::-1])
-    # Averages where it shrinks: any other way would need as long as the detector itself.
+    # To shrink by averaging is fast: other good filters take as long as the detector itself.
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     scaled = cv2.resize(pixels, size, interpolation=way) if scale != 1 else pixels.copy()
     colours = [_COLOURS[k % len(_COLOURS)] for _, k, _ in items]
@@ -109,7 +109,7 @@ def _write(
     font: ImageFont.FreeTypeFont,
     size: tuple[int, int],
 ) -> None:
-    """The name above its box, or inside where the image ends, on its colour."""
+    """Writes the name above its box, or inside it at the edge of the image, on its colour."""
     _, _, width, height = brush.textbbox((0, 0), label, font=font)
     left = max(0.0, min(box[0], size[0] - width))
     top = box[1] - height if box[1] >= height else max(0.0, min(box[1], size[1] - height))

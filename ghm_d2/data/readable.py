@@ -1,4 +1,4 @@
-"""One image that cannot be read does not end a training; many do, and wrong annotations."""
+"""Training survives single images that cannot be read; many of them or bad annotations end it."""
 
 import logging
 from collections.abc import Callable
@@ -12,36 +12,38 @@ logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
 
-# A share says something once there are a few: of 20 images that failed, where more than a tenth of
-# all did, the disk is the likelier cause.
+# Training stops once more than `_FEW` different images, and more than `_SHARE` of all that were
+# loaded, have failed: the likely cause is then the disk, not the files. `_FEW` keeps it from
+# stopping at the first image, whose failure alone would be a share of 100%.
 _FEW = 20
 _SHARE = 0.1
-# By chance so many follow each other in a training that goes on for days only where most fail.
+# Even in days of training, so many failures in a row only happen by chance if most images fail.
 _IN_A_ROW = 50
 
 
 class UnusableData(UserError):
-    """What the data of a training holds, and no check before it has found."""
+    """A fault of the training data that the checks before the training did not find."""
 
     def __init__(self, message: str) -> None:
         """
         Args:
-            message: a sentence, or the traceback around it that a DataLoader's worker hands on.
+            message: a sentence for the user. PyTorch rebuilds the error of a DataLoader's worker
+                from its whole traceback, of which only this sentence is kept.
         """
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 
 class TooManyUnreadable(UnusableData):
-    """More images than a few cannot be read."""
+    """Too many images cannot be read."""
 
 
 class ReadableMapper:
     """A mapper around another one, for images that break after the headers were checked.
 
-    In training, an image that cannot be read gives None, for which the loaders of Detectron2 and of
-    this project take another one. In a test it becomes a black image, on which nothing will be
-    found, with the reason under "unreadable": the evaluation counts its objects as missed, as long
-    as every image has its place.
+    In training, an image that cannot be read gives None, and the loaders of Detectron2 and of this
+    project take another image instead. In a test it becomes a black image, in which nothing will be
+    found, with the reason under "unreadable": if it were left out, the evaluation would not count
+    its objects as missed.
 
     Attributes:
         last_failure: file and reason of the last image that could not be read.
@@ -50,9 +52,9 @@ class ReadableMapper:
     def __init__(self, mapper: Mapper, is_train: bool) -> None:
         """
         Args:
-            mapper: from a dataset dict to a sample; what it raises without the annotations too is
-                the image's fault.
-            is_train: whether another image may take its place.
+            mapper: from a dataset dict to a sample. If it also fails on the dict without its
+                annotations, the image counts as unreadable.
+            is_train: whether an unreadable image gives None; otherwise it gives a black image.
         """
         self._mapper = mapper
         self._is_train = is_train
@@ -64,7 +66,7 @@ class ReadableMapper:
     def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """
         Returns:
-            The sample, or None.
+            The sample; None for an unreadable image in training.
 
         Raises:
             TooManyUnreadable: more than 20 images failed, and more than a tenth of all, or 50 one
@@ -76,7 +78,7 @@ class ReadableMapper:
             sample = self._mapper(record)
         except UserError:
             raise
-        # A damaged file is a random program of its format: it can fail with any exception.
+        # Not only OSError: a damaged file can make its decoder fail with any exception.
         except Exception as error:
             if self._is_train and self._can_read(record):
                 raise UnusableData(
@@ -90,7 +92,7 @@ class ReadableMapper:
         return None if self._is_train else self._black(record)
 
     def _can_read(self, record: dict[str, Any]) -> bool:
-        """Whether the image alone goes through the mapper."""
+        """Whether the mapper succeeds without the annotations, which are then to blame."""
         if "annotations" not in record:
             return False
         try:

@@ -24,10 +24,10 @@ _registered_here: set[str] = set()
 
 
 def data_fingerprint(name: str) -> dict[str, Any]:
-    """What tells a registered data set from another one: its "sha256", and counts where known.
+    """Identifies the content of a registered data set: a "sha256", and counts where known.
 
-    Of a `--dataset` it is that of categories, images and boxes; of any other, that of the
-    annotation file as it is. It is empty where there is no such file.
+    For data given by `--dataset`, the hash is that of categories, images and boxes; for any other
+    data set, that of the annotation file as it is. Without such a file the result is empty.
     """
     metadata = MetadataCatalog.get(name)
     if known := metadata.get("fingerprint"):
@@ -46,7 +46,7 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
     """Register a checked data set; one that this function registered before is replaced.
 
     Raises:
-        UserError: the name belongs to a data set that somebody else registered.
+        UserError: the name belongs to a data set that was registered elsewhere.
     """
     name = dataset.name
     if name in DatasetCatalog:
@@ -95,12 +95,12 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
 
 
 def log_more_objects_than(limit: int, name: str, key: str = "TEST.DETECTIONS_PER_IMAGE ") -> None:
-    """Warns of a test set in which images hold more objects than a detector may find.
+    """Warns if an image of a test set holds more objects than a detector may find.
 
     Args:
-        limit: detections of an image.
-        name: of a registered data set.
-        key: what to type before another limit.
+        limit: the largest number of detections in an image.
+        name: the name of a registered data set.
+        key: the setting of the limit, as a user types it before the number.
     """
     most = MetadataCatalog.get(name).get("most_objects", 0)
     if most > limit:
@@ -121,11 +121,11 @@ def register_datasets(
     """Parse, check and register all that a command line gives by `--dataset`.
 
     Args:
-        texts: NAME=annotations.json,image_dir or NAME=FOLDER, each.
+        texts: each is NAME=annotations.json,image_dir or NAME=FOLDER.
         labelled, uses: see :func:`check_coco_dataset`.
 
     Returns:
-        The checked data sets, which every other process registers too.
+        The checked data sets, which all other processes still have to register.
 
     Raises:
         UserError: one of them is wrong, or two of them do not go together.

@@ -31,7 +31,7 @@ def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
 
 
 def _ordered(names: Sequence[str], seed: int) -> list[str]:
-    """By hash: the same on every Python, and names added later leave most places as they are."""
+    """Sorted by a hash: the same on every Python, and new names do not reorder the others."""
     return sorted(
         names,
         key=lambda name: hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest(),
@@ -45,11 +45,11 @@ def split_coco(
 
     Args:
         content: the checked content of a file.
-        fraction: of the images, for the second part.
+        fraction: share of the images in the second part, in (0, 1).
         seed: another one gives another split.
 
     Returns:
-        The larger rest and the chosen part; a file name that occurs twice stays together.
+        The rest and the chosen part. Images with the same file name stay together.
 
     Raises:
         UserError: as :func:`choose`.
@@ -60,7 +60,7 @@ def split_coco(
 def fold_coco(
     content: Mapping[str, Any], folds: int, seed: int
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Split COCO-format content `folds` times in two: each image is in one second part.
+    """Split COCO-format content in two, `folds` times, so that each image is held out once.
 
     Args:
         content: the checked content of a file.
@@ -108,10 +108,10 @@ def describe(name: str, content: Mapping[str, Any]) -> str:
 
 
 def write_coco(parts: Mapping[Path, Any]) -> None:
-    """Write each content to its file, whose folder is made; nothing is overwritten.
+    """Write each content to its file and create its folder; nothing is overwritten.
 
     Raises:
-        UserError: a file exists already or cannot be written; then none has been written before.
+        UserError: a file exists already, and none is written; or a file cannot be written.
     """
     for file in parts:
         if file.exists():

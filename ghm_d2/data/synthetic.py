@@ -82,14 +82,14 @@ def _read_stamp(folder: Path) -> Any:
 def ensure_synthetic(root: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of the data set, generating it first where it is missing or outdated.
 
-    The folder appears whole or not at all, and of several processes that ask at once one generates
-    while the others wait.
+    The folder appears whole or not at all. If several processes ask at once, one generates it and
+    the others wait.
 
     Args:
         root: folder of data sets; by default `$DETECTRON2_DATASETS`, or "datasets" without it.
 
     Raises:
-        UserError: the folder cannot be written, or ghm_d2 did not write what is in it.
+        UserError: the folder cannot be written, or holds something that ghm_d2 did not write.
     """
     root = _default_root() if root is None else Path(root)
     folder = root / "ghm_synthetic"

@@ -35,7 +35,7 @@ DIFFICULTY_PERCENT = {
 }
 LOOK_ALIKES = ("ring", "frame", "cross", "half")
 
-# Lengths are in eighths of a pixel; directions are 64 steps of a turn as integers on a 1024 circle.
+# Lengths are in eighths of a pixel. Directions are 64ths of a turn: integer vectors of length 1024.
 _UNIT = 8
 _TURNS = [
     (round(1024 * math.cos(math.pi * k / 32)), round(1024 * math.sin(math.pi * k / 32)))
@@ -45,7 +45,7 @@ _TURNS = [
 
 @dataclass(frozen=True)
 class SyntheticObject:
-    """One labelled object: what `make_image` says about it.
+    """One labelled object in a picture of `make_image`.
 
     Attributes:
         category: index into `CLASSES`.
@@ -127,8 +127,8 @@ class _Canvas:
         """A colour brighter than what is seen at (x, y), mostly in the channels that `hue` names.
 
         Args:
-            hue: a category for its channel alone, 3 for the first two channels alike.
-            strength: percent.
+            hue: 0, 1 or 2 for one channel, as the categories have it; 3 for the first two alike.
+            strength: of the contrast, in percent.
         """
         column, row = (min(max(c // _UNIT, 0), IMAGE_SIZE - 1) for c in (x, y))
         strong = np.array([hue in (0, 3), hue in (1, 3), hue == 2])
@@ -173,7 +173,7 @@ def _place(
             math.isqrt((x - a) ** 2 + (y - b) ** 2) - reach - b_reach for a, b, b_reach in taken
         ]
         if difficulty == "overlapping" and taken:
-            # The nearest neighbour is partly hidden, never so far that its centre is.
+            # The nearest neighbour is partly hidden, but its centre stays visible.
             if -reach < 2 * min(gaps) < -reach // 2 and sum(gap < 0 for gap in gaps) == 1:
                 return x, y
         elif all(gap >= 0 for gap in gaps):

@@ -23,7 +23,7 @@ _LARGEST = 2**53
 
 
 def read_json(file: str) -> Any:
-    """Reads a JSON file: UTF-8, also with a byte order mark, UTF-16 or UTF-32; also gzip.
+    """Reads a JSON file in UTF-8 (also with a byte order mark), UTF-16 or UTF-32, also gzipped.
 
     Raises:
         UserError: it cannot be read, or is not JSON.
@@ -51,7 +51,7 @@ def read_annotations(file: str) -> dict[str, Any]:
     """Reads an annotation file; see :func:`read_json`.
 
     Raises:
-        UserError: it cannot be read, or holds something else than one JSON object.
+        UserError: it cannot be read, or holds anything other than one JSON object.
     """
     content = read_json(file)
     if not isinstance(content, dict):
@@ -63,17 +63,17 @@ def read_annotations(file: str) -> dict[str, Any]:
 
 
 def is_plain(file: str) -> bool:
-    """Whether pycocotools can read the file too: neither gzip nor UTF-16, nor with a mark."""
+    """Whether pycocotools can read the file too: no gzip, no UTF-16, no byte order mark."""
     with open(file, "rb") as stream:
         start = stream.read(4)
     return b"\0" not in start and not start.startswith((b"\x1f\x8b", codecs.BOM_UTF8))
 
 
 def table_problems(content: dict[str, Any], *, labelled: bool) -> Iterator[Problem]:
-    """Tables, entries, fields and ids; what every other check relies on.
+    """Faults of tables, entries, fields and ids; every other check relies on there being none.
 
     Args:
-        content: the annotation file.
+        content: the content of the annotation file.
         labelled: whether it must have annotations.
     """
     for table, fields in _FIELDS.items():
@@ -112,15 +112,15 @@ def _row(
         if ident is not None:
             text = shown(repr(ident), 80)
             yield Problem("value", f'{where} has the "id" {text} instead of a number or text')
-        return  # that of an annotation may be missing: nothing refers to it
+        return  # only annotations get here without an id; nothing refers to it
     if not _is_same(table, seen.setdefault(ident, row), row):
         yield Problem("duplicate id", f"the id {ident!r} occurs more than once in {table}")
 
 
 def _wanted(name: str, value: Any) -> str:
-    """What a field should hold where `value` is something else."""
+    """What a field should hold if `value` does not fit; empty if it does."""
     if name == "bbox":
-        return ""  # its numbers are looked at with the annotation
+        return ""  # its numbers are checked with the annotation
     if name == "file_name":
         return "" if isinstance(value, str) and value.strip() else "a text"
     if name == "name":
@@ -130,18 +130,18 @@ def _wanted(name: str, value: Any) -> str:
 
 
 def _is_same(table: str, first: dict, other: dict) -> bool:
-    """Whether two entries of one id are one thing, listed twice."""
+    """Whether two entries with the same id are the same thing, listed twice."""
     if table == "images":
         return same_file(first["file_name"]) == same_file(other["file_name"])
     return first["name"] == other["name"] if table == "categories" else first == other
 
 
 class Ids:
-    """The ids of a table's entries as whole numbers, and who refers to which.
+    """The ids of a table's entries as whole numbers, and the entry that a reference means.
 
     Attributes:
-        new: the id of each entry: its own where all are whole numbers, or text that spells
-            different ones, else its place from 1 on.
+        new: a whole number for each entry: its own id if all ids are different whole numbers or
+            text that spells such, otherwise its position, counted from 1.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -158,15 +158,15 @@ class Ids:
         else:
             self.new = alike  # type: ignore[assignment]
         self._exact = dict(zip(written, self.new, strict=True))
-        # 0 for "0" and the like, unless the table holds both.
+        # Lets "0" refer to 0 and the like, unless the table holds both.
         self._alike = {a: n for a, n in zip(alike, self.new, strict=True) if counts[a] == 1}
 
     def find(self, value: Any) -> int | None:
-        """The id of the entry that a field means; None where there is none."""
+        """The new id of the entry that a reference means; None if there is no such entry."""
         found = self._exact.get(value)
         return self._alike.get(identity(value)) if found is None else found
 
     def add(self, value: Any, ident: int) -> None:
-        """Lets an id of a further entry stand for one that is there already."""
+        """Lets references to `value` mean the entry with the new id `ident` as well."""
         self._exact.setdefault(value, ident)
         self._alike.setdefault(identity(value), ident)

@@ -15,7 +15,7 @@ LEAST_VISIBLE = 0.1  # share of an object's area in a tile, below which the tile
 
 
 def import_sahi() -> Any:
-    """The modules of SAHI that are used.
+    """Imports SAHI, with the submodules that are used.
 
     Raises:
         UserError: it is not installed.
@@ -33,7 +33,8 @@ def import_sahi() -> Any:
 
 
 def check_tiling(side: int, overlap: float) -> None:
-    """
+    """Checks the side (pixels) and the overlap (share of the side) of tiles.
+
     Raises:
         UserError: a value is out of range.
     """
@@ -51,15 +52,15 @@ def tile_coco(
     side: int,
     overlap: float,
 ) -> tuple[dict[str, Any], Counter]:
-    """Cut images into tiles and write these.
+    """Cut images into tiles and write the tiles to a folder.
 
-    A tile holds the part of each object that lies in it, where that is a tenth of it at least.
+    A tile holds the part of each object that lies in it, if that is at least a tenth of its box.
     Crowd regions stay crowd regions.
 
     Args:
         content: checked COCO-format content.
         paths: the file of each image by its id.
-        folder: for the tiles; is made.
+        folder: for the tiles; created if it does not exist.
         side: width and height of a tile in pixels; smaller images stay whole.
         overlap: of neighbouring tiles, as a share of the side.
 
@@ -68,6 +69,9 @@ def tile_coco(
         (tiles without an object), "objects", "pieces" (objects in tiles), "cut" (pieces that are
         not all of their object), "lost" (objects that are in no tile) and "masks" (pieces without
         the mask that their object has).
+
+    Raises:
+        UserError: SAHI is not installed, or `side` or `overlap` is out of range.
     """
     sahi = import_sahi()
     check_tiling(side, overlap)
@@ -79,7 +83,7 @@ def tile_coco(
     for image in tqdm(content["images"], desc="cutting images", unit="image", delay=2):
         own = by_image[image["id"]]
         counts["objects"] += len(own)
-        # The tiles of an image are named after its place in the file: two folders may share names.
+        # Images in different folders may share a name; with the id, their tiles do not.
         name = f"{Path(image['file_name']).stem}_{image['id']}"
         result = sahi.slicing.slice_image(
             image=paths[image["id"]],
@@ -123,7 +127,7 @@ def tile_coco(
 def _piece(
     sahi: Any, row: Mapping[str, Any], tile: tuple[int, int, int, int]
 ) -> dict[str, Any] | None:
-    """The part of an object in a tile, in its pixels; None where there is next to nothing."""
+    """The part of an object in a tile, in pixels of the tile; None if too little is there."""
     x, y, w, h = row["bbox"]
     inside = np.clip((x, y, x + w, y + h), tile[:2] * 2, tile[2:] * 2)
     x0, y0, x1, y1 = (inside - tile[:2] * 2).tolist()
@@ -134,9 +138,9 @@ def _piece(
     if (x1 - x0, y1 - y0) != (w, h):
         found["area"] = (x1 - x0) * (y1 - y0)
     if isinstance(polygons := row.get("segmentation"), list):
-        from shapely.errors import ShapelyError  # which SAHI brings along
+        from shapely.errors import ShapelyError  # a dependency of SAHI
 
-        with contextlib.suppress(ShapelyError):  # a polygon that crosses itself
+        with contextlib.suppress(ShapelyError):  # on a polygon that crosses itself
             whole = sahi.utils.coco.CocoAnnotation(category_id=0, segmentation=polygons)
             cut = whole.get_sliced_coco_annotation(list(tile))
             if cut.segmentation:  # in whole pixels

@@ -1,4 +1,4 @@
-"""The VGG Image Annotator's files, versions 1 and 2: a project, its annotations, or a table."""
+"""Files of the VGG Image Annotator (VIA) 1 and 2: a project, its annotations, or a CSV table."""
 
 import csv
 import io
@@ -15,19 +15,19 @@ from .image_files import find_images
 from .labels import LabelledImage, LabelledObject, checked_size, ellipse, outline
 
 _METADATA = "_via_img_metadata"
-_USUAL = ("class", "label", "name", "category", "type", "object")  # what people call the attribute
+_USUAL = ("class", "label", "name", "category", "type", "object")  # usual names of the attribute
 _NAMELESS = "object"
 
 Rows = list[tuple[str, list[Any]]]  # file name and regions of each image
 
 
 def is_via(content: Any) -> bool:
-    """Whether a JSON file is one of the annotator's."""
+    """Whether the content of a JSON file was written by VIA."""
     return isinstance(content, dict) and (_METADATA in content or bool(_rows(content)))
 
 
 def via_table(text: str) -> dict[str, Any] | None:
-    """A table of the annotator as its JSON has it; None where it is another table."""
+    """A CSV table of VIA in the form of its JSON; None for any other table."""
     lines = list(csv.reader(io.StringIO(text.lstrip("\ufeff"))))
     head = [word.lstrip("#").strip() for word in lines[0]] if lines else []
     columns = ("filename", "region_shape_attributes", "region_attributes")
@@ -64,13 +64,13 @@ def _rows(content: Mapping[str, Any]) -> Rows:
 def read_via(
     content: Mapping[str, Any], file: Path, folder: Path, report: Callable[[str], None]
 ) -> Iterator[LabelledImage]:
-    """The images of a file, and their objects.
+    """The images of a file and their objects.
 
     Args:
-        content: of the file.
-        file: for messages.
-        folder: of the images, also further below.
-        report: takes what is worth knowing, and what is wrong with an image that is left out.
+        content: the parsed JSON of the file, or what :func:`via_table` returned.
+        file: the file, named in messages.
+        folder: the folder that holds the images, directly or in subfolders.
+        report: called with what is wrong with each image that is left out.
 
     Raises:
         UserError: no attribute of the regions says what they are.
@@ -98,7 +98,7 @@ def read_via(
 
 
 def _class_attribute(rows: Rows, file: Path, report: Callable[[str], None]) -> str | None:
-    """The attribute that says what a region is; None where no region has any."""
+    """The attribute that says what a region is; None if no region has attributes."""
     regions = [r for _, listed in rows for r in listed if isinstance(r, dict)]
     counts = Counter(
         key
@@ -120,7 +120,7 @@ def _class_attribute(rows: Rows, file: Path, report: Callable[[str], None]) -> s
 
 
 def _text(value: Any) -> str:
-    """The value of an attribute: text, or of several boxes the one that is ticked."""
+    """The value of an attribute as text; of check boxes, the first that is ticked."""
     if isinstance(value, dict):
         value = next((key for key, ticked in value.items() if ticked in (True, "true", 1)), "")
     return str(value).strip() if isinstance(value, str | int | float) else ""

@@ -1,4 +1,4 @@
-"""Pascal VOC annotations, one XML file an image."""
+"""Pascal VOC annotations, one XML file per image."""
 
 import math
 from pathlib import Path
@@ -14,16 +14,16 @@ def read_annotation(root: Element, xml: Path, images: dict[str, list[Path]]) -> 
     """The image that one XML file is for, and its objects.
 
     The image is the one with the name of the XML file; only where there is none, the one that
-    `<filename>` names (which annotation tools do not keep up to date). Of several in different
-    folders, the one whose folder is called as that of the XML file.
+    `<filename>` names (which annotation tools do not keep up to date). If there are several in
+    different folders, it is the one whose folder has the same name as that of the XML file.
 
     Args:
-        root: of the file.
+        root: the root element of the file.
         xml: the file.
         images: the image files that may be meant, by their names without extension.
 
     Raises:
-        ValueError: something is missing or wrong; the message follows the name of the file.
+        ValueError: something is missing or wrong; put the message after the name of the file.
     """
     if root.tag != "annotation":
         raise ValueError(f"is not a VOC annotation: it begins with <{root.tag}>")
@@ -56,7 +56,7 @@ def _is_of_labelimg(root: Element) -> bool:
 
 
 def _file_name(text: str) -> str:
-    """Without folders, whichever system wrote them."""
+    """The name without folders, whether Windows or another system wrote it."""
     return text.strip().replace("\\", "/").rpartition("/")[2]
 
 
@@ -79,7 +79,7 @@ def _object(node: Element) -> LabelledObject:
 
 
 def _polygon(node: Element) -> list[list[str | None]]:
-    """The one of <polygon>, if there is: <x1>, <y1>, <x2>, ..., or a <pt> for each point."""
+    """The polygon in <polygon>, if any, from <x1>, <y1>, <x2>, ... or a <pt> for each point."""
     polygon = node.find("polygon")
     if polygon is None:
         return []

@@ -1,4 +1,4 @@
-"""What the processes that load images do when the job is to end, and when they hang."""
+"""Processes that load images: they outlive the signals that end a job, and may not hang."""
 
 import contextlib
 import signal
@@ -9,21 +9,21 @@ from torch.utils.data import DataLoader
 
 from ghm_d2.errors import UserError
 
-# With which clusters, closed terminals and users end a job.
+# Sent by clusters, closed terminals and users (Ctrl-C) to end a job.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 TIMEOUT = 600  # seconds that a batch may take
-_GRACE = 60  # seconds
+_GRACE = 60  # seconds that a worker lives on after a signal
 
 
 def outlive_signals(worker_id: int) -> None:
-    """Lets a worker of a DataLoader live on after these signals, until its training has stopped.
+    """Lets a worker of a DataLoader outlive `ENDING_SIGNALS` until its training has stopped.
 
     A cluster that ends a job signals all of its processes, as a terminal does. The training still
     has to finish its step and to write a checkpoint, and would fail if its workers died first. They
-    end with it; the alarm is for a training that does not end.
+    end with the training, or by an alarm after `_GRACE` seconds if the training does not end.
 
     Args:
-        worker_id: not used; a DataLoader gives it.
+        worker_id: not used; DataLoader passes it.
     """
 
     def wait(*_: Any) -> None:
@@ -34,7 +34,7 @@ def outlive_signals(worker_id: int) -> None:
 
 
 def watch(loader: DataLoader) -> DataLoader:
-    """Gives a loader that somebody else has built the same signals and time-out."""
+    """Gives a loader that was built elsewhere the same signal handlers and time-out."""
     if loader.num_workers:
         loader.timeout = TIMEOUT
         init = loader.worker_init_fn
@@ -43,7 +43,7 @@ def watch(loader: DataLoader) -> DataLoader:
 
 
 class _Both:
-    """A `worker_init_fn` after which a worker also outlives signals; it can be pickled."""
+    """Runs another `worker_init_fn` first; unlike a closure, it can be pickled."""
 
     def __init__(self, first: Any) -> None:
         self._first = first
@@ -55,7 +55,7 @@ class _Both:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Stands around reading from a loader with a time-out.
+    """Wraps reading from a loader, to explain its time-out.
 
     Raises:
         UserError: a batch did not come within :data:`TIMEOUT`.

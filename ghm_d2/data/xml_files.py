@@ -39,7 +39,7 @@ def read_xml(file: Path) -> Element:
 
 
 def _decode(data: bytes) -> str:
-    """Text in the encoding that a mark or the declaration says; UTF-8 or else GB 18030 without."""
+    """Decodes by the byte order mark or the declaration, otherwise as UTF-8 or GB 18030."""
     for mark, name in (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (b"\xff\xfe", "utf-16"),

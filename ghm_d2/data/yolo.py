@@ -1,4 +1,4 @@
-"""YOLO labels: a text file an image, its objects as fractions of the image."""
+"""YOLO labels: one text file per image, objects in fractions of its width and height."""
 
 import logging
 import os
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val", "test")  # keys of data.yaml
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")
-_LARGEST = 1.5  # of a fraction; polygons may leave their image a little
+_LARGEST = 1.5  # fraction; polygons may reach a little beyond the image
 
 
 @dataclass(frozen=True)
 class YoloSet:
-    """What a folder says besides its labels.
+    """What a folder declares besides its labels.
 
     Attributes:
-        names: of the classes; empty where no file has them.
-        splits: images, lists of images or folders of images of each, by its name.
-        points: numbers that stand for keypoints behind each box.
-        declared: the file that names the classes.
-        root: the folder that `path` of data.yaml leads to, where it is another one.
+        names: names of the classes; empty if no file has them.
+        splits: for each split by name, folders of images and text files that list images.
+        points: how many numbers follow each box to give keypoints.
+        declared: name of the file that names the classes.
+        root: the folder that `path` in data.yaml leads to, if data.yaml lies outside it.
     """
 
     names: tuple[str, ...] = ()
@@ -43,10 +43,10 @@ class YoloSet:
 
 
 def find_yolo(folder: Path, labels: Sequence[Path], images: Mapping[str, Any]) -> YoloSet | None:
-    """What the folder declares; None where its text files are no labels of this kind.
+    """What the folder declares; None if its text files are no YOLO labels.
 
     Args:
-        folder: that holds labels and images.
+        folder: the folder that holds labels and images.
         labels: its text files.
         images: its images by their names without suffix.
 
@@ -71,7 +71,7 @@ def _is_label_file(file: Path) -> bool:
 
 def _declared(folder: Path) -> YoloSet | None:
     for place in (folder, folder.parent, folder.parent.parent):
-        # A folder above knows the names of a split, but the folder itself says what is looked at.
+        # A folder above may name the classes, but its splits would add images from elsewhere.
         for file in _yaml_files(place):
             content = _read_yaml(file)
             if _names(content) or (place == folder and content.get("train")):
@@ -90,7 +90,7 @@ def _declared(folder: Path) -> YoloSet | None:
 
 
 def _near(place: Path, folder: Path) -> bool:
-    """Whether a folder is one of a YOLO tree below a place: images/ or the folder of a split."""
+    """Whether a path from `place` to `folder` is one of a YOLO tree, such as images/train."""
     return {"images", "labels", "train", "val", "valid", "test"} >= set(
         folder.relative_to(place).parts
     )
@@ -113,7 +113,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _names(content: dict[str, Any]) -> tuple[str, ...]:
     names = content.get("names")
-    if isinstance(names, str):  # ["a", "b"] as text, as some exports have it
+    if isinstance(names, str):  # some exports write the list as text, "['a', 'b']"
         names = re.findall(r"[^\[\],'\"]+", names)
         names = [name.strip() for name in names if name.strip()]
     if isinstance(names, dict):
@@ -140,7 +140,7 @@ def _splits(content: dict[str, Any], file: Path) -> dict[str, list[Path]]:
             log("%s names %s: %s, which does not exist", file.name, split, shown(text))
         if places:
             found[split] = places
-    # A split that is a copy of another one is none: small examples validate on what they train on.
+    # Drops a split with the images of an earlier one: small examples validate on training images.
     return {s: p for k, (s, p) in enumerate(found.items()) if p not in [*found.values()][:k]}
 
 
@@ -151,13 +151,13 @@ def _root(content: dict[str, Any], file: Path) -> Path | None:
 
 
 def _place(text: str, root: Any, file: Path) -> Path | None:
-    """Where a path of data.yaml leads on this machine: it may be that of another one."""
+    """Where a path of data.yaml leads here; it may have been written on another machine."""
     text = text.replace("\\", "/")
     bases = [file.parent]
     if isinstance(root, str) and root:
         bases.insert(0, file.parent / root.replace("\\", "/"))
     for base in bases:
-        place = Path(os.path.normpath(base / text))  # images may be links, which stay as they are
+        place = Path(os.path.normpath(base / text))  # resolve() would follow links
         if place.exists():
             return place
     parts = [part for part in text.split("/") if part not in ("", ".", "..")]
@@ -168,13 +168,13 @@ def _place(text: str, root: Any, file: Path) -> Path | None:
 def read_yolo(
     folder: Path, found: YoloSet, images: Sequence[Path], report: Callable[[str], None]
 ) -> Iterator[LabelledImage]:
-    """The images of a folder, and their objects; an image without a text file has none.
+    """The images of a folder and their objects; an image without a label file has none.
 
     Args:
-        folder: that holds labels and images.
-        found: by :func:`find_yolo`.
+        folder: the folder that holds labels and images.
+        found: what :func:`find_yolo` returned for it.
         images: its image files.
-        report: takes what is wrong with a label file that cannot be used.
+        report: called with what is wrong with each label file or image that cannot be used.
 
     Raises:
         UserError: an object is of a class that has no name.
@@ -209,7 +209,7 @@ def read_yolo(
 
 
 def _labels_of(folder: Path) -> Path:
-    """Where the labels of a folder of images are: labels/ in place of images/, if that is there."""
+    """The folder with labels/ in place of its last images/, if that exists, else `folder`."""
     parts = list(folder.parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
@@ -247,7 +247,7 @@ def _members(found: YoloSet, images: Sequence[Path]) -> Iterator[tuple[str, Path
 
 
 def _label_of(image: Path, texts: Mapping[str, Sequence[Path]]) -> Path | None:
-    """As Ultralytics: labels/ in place of the last images/; else beside it; else by its name."""
+    """The label file: labels/ for the last images/, as in Ultralytics; or beside it; or by name."""
     parts = list(image.with_suffix(".txt").parts)
     if "images" in parts[:-1]:
         place = len(parts) - 2 - parts[-2::-1].index("images")
@@ -279,7 +279,7 @@ def _objects(
                 f"{found.declared} ({shown(', '.join(found.names), 100)}): add it there, or remove "
                 "the line."
             )
-        # Of a detection, a sixth number is its score; of a pose, keypoints follow.
+        # Leave out the score that a detection may end with, and the keypoints of a pose.
         numbers = values[1:5] if len(values) in (6, 5 + found.points) else values[1:]
         made = _object(found.names[k] if found.names else str(k), numbers, width, height)
         if made is None:

@@ -1,4 +1,4 @@
-"""The ids that COCO's results need: those of the images, and of the categories, of a data set."""
+"""The image and category ids of a data set, which COCO's results need."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -14,9 +14,9 @@ def image_ids(files: Collection[Path], metadata: Metadata, named: bool) -> dict[
     Args:
         files: images.
         metadata: of the data set; one that is not registered has no images.
-        named: whether the user gave it, so that files elsewhere are taken for its images where
-            their names are the same. Of any other, as a config has them, only its own files count,
-            and it is not read where there are none.
+        named: whether the user named the data set; files elsewhere then count as its images if
+            their names match. Of a data set that only the config names, just its own files count,
+            and it is not read if `files` holds none of them.
 
     Returns:
         Ids by file, of those that belong to it.
@@ -38,7 +38,7 @@ def image_ids(files: Collection[Path], metadata: Metadata, named: bool) -> dict[
 
 
 def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """The pairs as a dict, without the keys that occur twice: they say nothing."""
+    """The pairs as a dict, without the keys that occur twice: those are ambiguous."""
     pairs = list(pairs)
     times = Counter(key for key, _ in pairs)
     return {key: value for key, value in pairs if times[key] == 1}
@@ -52,7 +52,7 @@ def _holds(folder: str | None, files: Iterable[Path]) -> bool:
 def category_ids(metadata: Metadata, classes: int) -> list[Any]:
     """The category id of each class, in the order of the model's outputs.
 
-    Without a data set that has some, they are the numbers of the classes, from 0.
+    If the data set has none, the classes are numbered from 0 (LVIS: from 1).
     """
     to_class = metadata.get("thing_dataset_id_to_contiguous_id")
     if to_class:

@@ -24,9 +24,10 @@ class Detections(NamedTuple):
 
 
 def check_detector(model: nn.Module) -> None:
-    """
+    """Refuses a model that cannot be exported.
+
     Raises:
-        UserError: the model is none of those that can be exported.
+        UserError: it is of another kind, or has masks or keypoints.
     """
     if isinstance(model, RetinaNet | FCOS):
         return
@@ -47,7 +48,7 @@ def check_detector(model: nn.Module) -> None:
 
 
 def limits(model: nn.Module) -> tuple[float, int]:
-    """The score below which the model drops detections, and how many it keeps of an image."""
+    """The score below which the model drops detections, and how many it keeps per image."""
     if not isinstance(model, GeneralizedRCNN):
         return model.test_score_thresh, model.max_detections_per_image
     predictor = model.roi_heads.box_predictor
@@ -63,7 +64,8 @@ def detect(model: nn.Module, image: Tensor) -> Detections:
 
 
 class Comparison(NamedTuple):
-    """
+    """How far two runs of a detector on one image agree.
+
     Attributes:
         expected: number of detections of the reference.
         matched: how many of them the other found too.
@@ -91,8 +93,8 @@ def compare_detections(
 
     Two detections are partners if they have the same class, scores within `score_tolerance` and
     coordinates within `box_tolerance` pixels; their order may differ, as that of equal scores
-    does. One that stands within `score_tolerance` of the score below which detections are dropped
-    may be there in one run alone: it is not counted as missing.
+    does. A detection within `score_tolerance` of the score below which detections are dropped may
+    appear in only one run: it is not counted as missing.
 
     Args:
         expected: the reference.

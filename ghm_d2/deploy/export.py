@@ -28,22 +28,26 @@ from .setup import images_of_test
 
 METADATA_KEY = "ghm_d2.json"
 _OUTPUTS = ("boxes", "scores", "classes")
-_COUNT = "count"  # of the rows that are no padding
-_OPSETS = range(16, 21)  # RoiAlign knows Detectron2's alignment from 16; the exporter ends at 20
+_COUNT = "count"  # of the rows that are not padding
+_OPSETS = range(16, 21)  # RoiAlign has Detectron2's alignment since 16; the exporter ends at 20
 
 
 @dataclass(frozen=True)
 class Options:
-    """
+    """What an exported file takes and returns.
+
     Attributes:
         fixed_size: whether the outputs have a fixed number of rows, with the count of the real ones
-            as the fourth, as runtimes and converters want it that follow no sizes which depend on
-            values. torch_export always has.
-        batch: number of images at once that the file is made and tried with; 0: one image without
-            that axis. The file takes other numbers too. A batch has a fixed size.
-        half: whether the layers compute in float16; images, boxes and scores stay float32. Has a
-            fixed size.
-        opset: of ONNX.
+            as a fourth output, for runtimes and converters that cannot follow sizes which depend on
+            values. Files of torch_export always do.
+        batch: number of images per batch that the file is made and checked with, although it takes
+            other numbers too; 0: one image without a batch axis. Implies `fixed_size`.
+        half: whether the layers compute in float16; images, boxes and scores stay float32. Implies
+            `fixed_size`.
+        opset: version of ONNX's operators, 16 to 20.
+
+    Raises:
+        UserError: `batch` or `opset` is out of range.
     """
 
     fixed_size: bool = False
@@ -61,14 +65,14 @@ class Options:
 
     @property
     def padded(self) -> bool:
-        """Whether a count stands beside the outputs."""
+        """Whether the outputs are padded and a count of the real rows follows them."""
         return self.fixed_size or self.batch > 0 or self.half
 
 
 def describe(
     cfg: Config, model: nn.Module, class_names: list[str] | None, options: Options = Options()
 ) -> dict[str, Any]:
-    """What somebody who has the file alone must know."""
+    """The facts that users of the exported file need, in values that JSON can hold."""
     channels, shortest, longest = images_of_test(cfg)
     image = "images: (N, C, H, W)" if options.batch else "image: (C, H, W)"
     return {
@@ -88,9 +92,9 @@ def describe(
 
 
 def smallest_side(model: nn.Module) -> int:
-    """Height and width, in pixels, from which a torch_export file works.
+    """The smallest height and width, in pixels, that a torch_export file takes.
 
-    The coarsest feature map needs two cells, because torch.export takes a size of 1 for a constant.
+    The coarsest feature map needs two cells, because torch.export makes a size of 1 a constant.
     """
     return _coarsest_stride(model) + 1
 
@@ -100,7 +104,7 @@ def _coarsest_stride(model: nn.Module) -> int:
 
 
 def example_image(model: nn.Module) -> Tensor:
-    """An image of noise to trace with, (C, H, W), of unequal sides: equal ones would be tied."""
+    """Noise to trace with, (C, H, W); equal sides would be traced as always equal."""
     stride = _coarsest_stride(model)
     shape = (len(model.pixel_mean), 2 * stride + 1, 3 * stride + 1)
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +128,8 @@ def export_detector(
         options: what the file takes and gives.
 
     Raises:
-        UserError: the model is of another kind, or something that the format needs is not there.
+        UserError: the model is of another kind, or a package or PyTorch version that the format
+            needs is missing.
         ValueError: `format` is unknown.
     """
     if format not in FORMATS:
@@ -139,8 +144,8 @@ def export_detector(
     partial = Path(f"{file}.partial")
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # Tracing warns of every number that it takes for a constant; that the sizes of images
-            # are not among them is what the tests and --check look at.
+            # Tracing warns of every number that it makes a constant. The tests and --check make
+            # sure that the sizes of images are not among them.
             warnings.simplefilter("ignore")
             _write, _ = FORMATS[format]
             _write(model, partial, json.dumps(metadata or {}), options)
@@ -160,8 +165,8 @@ def load_exported(
         options: what the file was written with.
 
     Returns:
-        A function of an image, (C, H, W) float32. A file with a batch is given the image as often
-        as `options.batch` says, and what it finds in the last of them is returned.
+        A function of an image, (C, H, W) float32. A file with a batch is given `options.batch`
+        copies of the image, and the detections in the last copy are returned.
 
     Raises:
         UserError: ONNX Runtime is not installed.
@@ -184,11 +189,11 @@ def load_exported(
 
 
 def _module(model: nn.Module, image: Tensor, options: Options) -> nn.Module:
-    """What is traced."""
+    """The module to trace."""
     if options.padded:
         return fixed_size_detector(model, batch=options.batch > 0, half=options.half)
     adapter = TracingAdapter(model, image, lambda model, image: tuple(detect(model, image)))
-    return adapter.eval()  # the ONNX exporter gives the whole model the mode of its outermost part
+    return adapter.eval()  # the ONNX exporter sets the whole model to the mode of the outer module
 
 
 def _example(model: nn.Module, options: Options) -> Tensor:
@@ -256,7 +261,7 @@ def _write_torch_export(model: nn.Module, file: Path, metadata: str, options: Op
     smallest = smallest_side(model)
     sides = {i: torch.export.Dim(s, min=smallest) for i, s in ((-2, "height"), (-1, "width"))}
     image = _example(model, options)
-    if options.batch == 1:  # torch.export takes a size of 1 for a constant
+    if options.batch == 1:  # torch.export makes a size of 1 a constant
         image = image.repeat(2, 1, 1, 1)
     shapes = {image.dim() + i: dim for i, dim in sides.items()}
     if options.batch:

@@ -1,9 +1,9 @@
-"""Detectors whose every tensor but the images has a fixed size: what other runtimes can follow.
+"""Detectors whose tensor sizes never depend on values, so that other runtimes can follow them.
 
 Detectron2's own inference keeps what passes a threshold, so its sizes depend on values:
-torch.export stops at the first decision about such a size, and many a runtime takes no batch of
-them. Here everything is kept, with a mask beside it: what the mask excludes comes last and never
-suppresses anything. The detections are those of Detectron2's inference.
+torch.export stops at the first decision about such a size, and many runtimes take no batch with
+such sizes. Here everything is kept, with a mask beside it: what the mask excludes comes last and
+never suppresses anything. The detections are those of Detectron2's inference.
 """
 
 import copy
@@ -36,12 +36,12 @@ def fixed_size_detector(model: nn.Module, *, batch: bool = False, half: bool = F
         model: passes :func:`~ghm_d2.deploy.detections.check_detector`.
         batch: whether it takes N images of one size at once.
         half: whether convolutions and linear layers compute in float16. Images, boxes and scores
-            stay float32: a coordinate above 2048 has no fraction, nor the half of it, in float16.
+            stay float32: float16 has no fractions above 1024 and skips odd numbers above 2048.
 
     Returns:
         A module in eval mode that takes images, (N, C, H, W), and returns `boxes`, (N, D, 4),
         `scores`, (N, D), `classes`, (N, D), and `count`, (N,) int64. D is
-        `TEST.DETECTIONS_PER_IMAGE`; rows from `count` on are padding: 0, 0 and -1. Without
+        `TEST.DETECTIONS_PER_IMAGE`; rows from `count` on are padding: 0, 0, -1. Without
         `batch`, it takes one image, (C, H, W), and its outputs lack the first axis too.
     """
     subsample = isinstance(getattr(model.backbone, "top_block", None), LastLevelMaxPool)
@@ -80,7 +80,7 @@ class FixedSizeDense(nn.Module):
         features = model.backbone(_normalize_and_pad(model, images))
         features = [features[name] for name in model.head_in_features]
         outputs = [[single(x) for x in levels] for levels in model.head(features)]
-        dims = [model.num_classes, 4, 1][: len(outputs)]  # FCOS has its centerness besides
+        dims = [model.num_classes, 4, 1][: len(outputs)]  # FCOS also has centerness
         logits, deltas, *centerness = model._transpose_dense_predictions(outputs, dims)
         levels = []
         anchors = model.anchor_generator([single(f) for f in features])
@@ -151,7 +151,7 @@ class FixedSizeRCNN(nn.Module):
         )
 
     def _pooled(self, features: dict[str, Tensor], boxes: Tensor, head: nn.Module) -> Tensor:
-        """What the predictor takes, (N * R, ...)."""
+        """The pooled features that the box predictor takes, (N * R, ...)."""
         heads = self.model.roi_heads
         if isinstance(heads, Res5ROIHeads):
             x = pool(heads.pooler, [features[name] for name in heads.in_features], boxes)
@@ -176,7 +176,7 @@ class FixedSizeRCNN(nn.Module):
             boxes = clip(boxes, size)
             valid = valid & nonempty(boxes, rpn.min_box_size)
             levels.append((boxes, scores, torch.full_like(index, level), valid))
-        # Detectron2 suppresses level by level.
+        # Detectron2's RPN applies NMS to each level by itself.
         candidates = tuple(torch.cat(x, dim=1) for x in zip(*levels, strict=True))
         kept = padded_nms(candidates, rpn.nms_thresh, rpn.post_nms_topk[False], len(levels))
         return kept[0], kept[3]
@@ -190,7 +190,7 @@ class _Subsample(LastLevelMaxPool):
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The parts of a detector whose numbers need no precision of coordinates."""
+    """The parts that can compute in float16, because their numbers are not coordinates."""
     if not isinstance(model, GeneralizedRCNN):
         return [model.backbone, model.head]
     heads = model.roi_heads
@@ -212,7 +212,7 @@ def _to_half(_: nn.Module, inputs: tuple) -> tuple:
 
 
 def _normalize_and_pad(model: nn.Module, images: Tensor) -> Tensor:
-    """As Detectron2's `preprocess_image` does, but for tensors that hold the padding."""
+    """As Detectron2's `preprocess_image`, for a tensor of images that all have one size."""
     images = (single(images) - model.pixel_mean) / model.pixel_std
     height, width = images.shape[-2:]
     step = model.backbone.size_divisibility

@@ -1,4 +1,4 @@
-"""Operations on candidates of which a mask says what is real, so that no size depends on values."""
+"""Operations on padded candidates: a mask marks the real ones, so no size depends on values."""
 
 import math
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ Candidates = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def single(x: Tensor) -> Tensor:
-    """As float32; a cast that changes nothing would stop ONNX's converters to float16."""
+    """As float32; no cast if it is already, which would break converting ONNX to float16."""
     return x if x.dtype == torch.float32 else x.float()
 
 
 def finite(x: Tensor) -> Tensor:
-    """As `isfinite`, which ONNX has for float64 alone, a type that TensorRT lacks."""
+    """As `isfinite`, which ONNX has only for float64, a type that TensorRT lacks."""
     return x.abs() < float("inf")
 
 
 def take_rows(table: Tensor, index: Tensor) -> Tensor:
-    """Of each image its own rows: (N, R, C) and (N, k) give (N, k, C)."""
+    """Picks rows of each image by index: (N, R, C) and (N, k) give (N, k, C)."""
     return table.gather(1, index[:, :, None].expand(-1, -1, table.shape[2]))
 
 
 def top_scores(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The `number` highest of each row and where they stand; -inf, 0 beyond the last."""
+    """The `number` highest scores of each row and their indices, padded by -inf and 0."""
     scores, index = F.pad(scores, (0, number), value=-float("inf")).topk(number)
     return scores, torch.where(scores == -float("inf"), 0, index)
 
@@ -49,9 +49,9 @@ def nonempty(boxes: Tensor, threshold: float = 0.0) -> Tensor:
 
 
 def pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-    """As the pooler does, but without sorting the boxes by level, whose numbers are not known.
+    """As the pooler, but every box is pooled on every level: how many belong to each varies.
 
-    On all levels but its own, a box has no area, which costs nothing and gives zeros.
+    On all levels but its own, a box has no area, which costs nothing, and its result is zeros.
 
     Returns:
         (N * R, C, P, P) for boxes of (N, R, 4).
@@ -62,7 +62,7 @@ def pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tensor
     image = image[:, None, None].expand(-1, rows, 1).reshape(-1, 1)
     levels = len(pooler.level_poolers)
     if levels > 1:
-        # The levels of Detectron2 are counted from the finest.
+        # Counted from 0, the finest level.
         level = assign_boxes_to_levels(
             [Boxes(flat)],
             pooler.min_level,
@@ -81,14 +81,14 @@ def pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tensor
 def padded_nms(candidates: Candidates, threshold: float, number: int, groups: int) -> Candidates:
     """NMS within each class of each image; the `number` best survivors of each, padded.
 
-    All are moved apart and go through one NMS, so that the number of images may be anything.
+    One NMS, with images and classes moved apart, serves any number of images.
     """
     boxes, scores, classes, valid = candidates
     images, rows = scores.shape
-    exact = boxes if torch.onnx.is_in_onnx_export() else boxes.double()  # ONNX's NMS has float32
+    exact = boxes if torch.onnx.is_in_onnx_export() else boxes.double()  # ONNX's NMS is float32
     placed = torch.where(valid[:, :, None], exact, 0.0)
-    # Image by image, the squares of the classes stand in rows: far fewer pixels from the origin
-    # than one after the other, so that float32 keeps the fractions.
+    # The classes of an image form a square grid, and the grids stand below one another. In a single
+    # row, coordinates would become so large that float32 loses their fractions.
     step = placed.max() - placed.min() + 1
     side = math.ceil(math.sqrt(groups))
     image = torch.arange(images, device=boxes.device)[:, None]
@@ -96,28 +96,28 @@ def padded_nms(candidates: Candidates, threshold: float, number: int, groups: in
     down = (classes // side + image * side) * step
     corner = placed.min() - 2
     placed = placed + torch.stack((across, down, across, down), dim=2)
-    # The invalid ones become one box that touches no other: the first suppresses the rest, so that
-    # they cost no time.
+    # All invalid candidates become the same box, which touches no valid one: the first suppresses
+    # the rest, so that they cost no time.
     nowhere = torch.stack((corner, corner, corner + 1, corner + 1))
     placed = torch.where(valid[:, :, None], placed, nowhere)
     scores = torch.where(valid, scores, -float("inf"))
-    # Two more that touch nothing: torch.export takes the number that NMS keeps for 2 at least.
+    # Two more boxes that touch nothing: torch.export assumes that NMS keeps at least 2.
     further = torch.stack((nowhere, nowhere - 2))
     flat = torch.cat((placed.flatten(0, 1), further))
     flat_scores = F.pad(scores.flatten(), (0, 2), value=-float("inf")).to(flat.dtype)
     keep = nms(flat, flat_scores, threshold)
-    # Where a runtime pads the indices by -1, it marks one of the two.
+    # Where a runtime pads the indices by -1, these mark the last of the two, which is cut off.
     kept = torch.zeros_like(flat_scores).index_fill(0, keep, 1.0)[:-2].view(images, rows) > 0
     scores, order = _best(torch.where(kept & valid, scores, -float("inf")), number)
-    # The padding of the order points at a row that is none.
+    # Padding in `order` points beyond the last row: without these rows, gather would fail.
     boxes, classes = F.pad(boxes, (0, 0, 0, number)), F.pad(classes, (0, number))
     return take_rows(boxes, order), scores, classes.gather(1, order), scores > -float("inf")
 
 
 def _best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The `number` highest of each row, padded by -inf, and their places; of equals the first."""
+    """The `number` highest of each row, padded by -inf, and their indices; ties stay in order."""
     scores = F.pad(scores, (0, number), value=-float("inf"))
-    if torch.onnx.is_in_onnx_export():  # it has no stable sort, but ONNX's TopK is one
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK is stable
         return scores.topk(number)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores[:, :number], order[:, :number]

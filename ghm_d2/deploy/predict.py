@@ -27,19 +27,19 @@ from .tiles import tiled
 logger = logging.getLogger(__name__)
 
 # Pixels of the longer side. Small images are drawn larger: letters keep their size, and would cover
-# them. Large ones would take longer to draw and to write than to be looked at by the detector.
+# them. Large ones are drawn smaller: drawing and writing them would take longer than detection.
 _SMALLEST_DRAWING = 400
 _LARGEST_DRAWING = 1600
 
 
 class Predictor:
-    """Finds, draws and records.
+    """Runs a detector on files, draws what it finds and collects it as COCO results.
 
     Attributes:
         done: images and frames that were run.
         unreadable: files that could not be read.
-        best: the highest score of all, also below the threshold; None without a detection.
-        seconds: time that the model took for them, preparing and results included.
+        best: the highest score, even if below the threshold; None without a detection.
+        seconds: time spent on detection, including preprocessing and collecting the results.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class Predictor:
         """
         Args:
             cfg: of the model.
-            model: in eval mode; whatever returns "instances" with boxes, scores and classes.
+            model: in eval mode; any that returns "instances" with boxes, scores and classes.
             metadata: `thing_classes`, where they are known; `thing_dataset_id_to_contiguous_id`
                 translates the classes into category ids of the data set.
             threshold: detections with lower scores are left out.
-            tile: side of the tiles in which an image is looked at too, in pixels; 0: none.
+            tile: side in pixels of the tiles that are searched besides the image; 0: no tiles.
 
         Raises:
-            UserError: tiles need SAHI, or another side.
+            UserError: SAHI, which tiles need, is not installed, or `tile` is out of range.
         """
         self.model, self.metadata, self.threshold = model, metadata, threshold
         self.prepare = image_preparer(cfg)
@@ -75,7 +75,7 @@ class Predictor:
             file: image or video.
             name: its `file_name`.
             image_id: of the image, or of all of a video's frames.
-            output: file to write what was drawn to, its folder is made; None: nothing is drawn.
+            output: file for the drawing, whose folder is created; None: nothing is drawn.
 
         Returns:
             One entry for each detection, in COCO's results format with `file_name`, for videos
@@ -121,7 +121,7 @@ class Predictor:
                 writer.release()
 
     def _find(self, rgb: np.ndarray, record: dict[str, Any]) -> Instances:
-        """Detections above the threshold, on the CPU, as the model sees the image; recorded."""
+        """Detects and records; returns what reaches the threshold, on the CPU."""
         start = time.perf_counter()
         with torch.no_grad():
             found = self._look(rgb)
@@ -138,7 +138,7 @@ class Predictor:
         inputs = {"image": self.prepare(rgb), "height": height, "width": width}
         model = self.model
         if isinstance(model, GeneralizedRCNN) and not isinstance(model, PanopticFPN):
-            # Not yet in pixels of the image: the masks of a large one would fill the memory.
+            # Without post-processing: masks of the size of a large image would fill the memory.
             return model.inference([inputs], do_postprocess=False)[0].to("cpu")
         output = model([inputs])[0]
         if "instances" not in output:
@@ -164,7 +164,7 @@ class Predictor:
         """BGR, as OpenCV writes it."""
         height, width = rgb.shape[:2]
         scale = min(1.0, _LARGEST_DRAWING / max(height, width))
-        # Masks in the size that they are drawn in, all else in that of the image.
+        # `draw` takes masks in the size of the drawing, and all else in pixels of the image.
         small = _scaled(found, slice(None), (round(height * scale), round(width * scale)))
         across, down = small.image_size[1] / width, small.image_size[0] / height
         boxes = small.pred_boxes.tensor.numpy() / (across, down, across, down)
@@ -185,10 +185,10 @@ class Predictor:
 
 def _scaled(found: Instances, part: Any, size: tuple[int, int]) -> Instances:
     """A part of the detections, scaled to an image of this size by Detectron2's function."""
-    copies = Instances(found.image_size)  # the function writes into what it is given
+    copies = Instances(found.image_size)  # detector_postprocess changes its input
     for name, value in found[part].get_fields().items():
         copies.set(name, value.clone())
-    if found.has("pred_masks") and found.pred_masks.dim() == 3:  # masks of the image already
+    if found.has("pred_masks") and found.pred_masks.dim() == 3:  # masks already of the image's size
         return copies
     return detector_postprocess(copies, *size)
 

@@ -59,7 +59,7 @@ class Detector:
         cfg: its config.
         model: in eval mode.
         metadata: its classes.
-        score_threshold: with which an evaluation found the best F1; None where none has.
+        score_threshold: the one with the best F1 in an evaluation; None if there was none.
     """
 
     cfg: Config
@@ -71,13 +71,13 @@ class Detector:
 def build_detector(args: argparse.Namespace) -> Detector:
     """The trained detector that a command line describes.
 
-    Where it names no weights, the config.yaml of a training stands for its own: the best model, or
-    else the final one. So does its folder in place of a file.
+    If it gives the config.yaml of a training and no weights, the weights are those of this
+    training: the best model, or else the final one. `MODEL.WEIGHTS` may also be its folder.
 
     Raises:
         UserError: config, weights or data set are wrong.
     """
-    for name in ("fvcore", "detectron2", "ghm_d2"):  # they tell what weights were left out
+    for name in ("fvcore", "detectron2", "ghm_d2"):  # they report weights that were left out
         setup_logger(name=name)
     cfg, datasets = build_config(
         args.config_file, args.opts, args.dataset, eval_only=True, log_to_file=False
@@ -99,7 +99,7 @@ def build_detector(args: argparse.Namespace) -> Detector:
 
 
 def _choose_weights(cfg: Config, config_file: str, given: Set[str]) -> set[str]:
-    """Sets the weights of a training where its folder stands for them; the keys that it has set."""
+    """Replaces the folder of a training by its weights; returns the keys that were set."""
     key, weights = key_of(cfg, "weights"), read_settings(cfg).weights
     folder = Path(weights) if key in given else Path(config_file).parent
     named = folder.is_dir() if key in given else Path(config_file).name == CONFIG
@@ -114,8 +114,8 @@ def _choose_weights(cfg: Config, config_file: str, given: Set[str]) -> set[str]:
 def _class_metadata(settings: Settings, model: nn.Module, origin: Record) -> Metadata:
     """The metadata of the first data set of the config that has the model's classes.
 
-    These are the ones that the weights name. Where they name none, their number must do. Without
-    such a data set only the names are set, or nothing.
+    Classes are compared by the names in the checkpoint, or by their number if it has none. Without
+    such a data set, the metadata has only those names, or nothing.
     """
     part = model if hasattr(model, "num_classes") else getattr(model, "roi_heads", None)
     count = getattr(part, "num_classes", len(origin.classes))
@@ -132,10 +132,10 @@ def list_files(
 ) -> dict[Path, str]:
     """The files that the command line names, by paths, folders and patterns.
 
-    Of a folder, and of those inside it, the files with these suffixes are taken, sorted.
+    From folders, with their subfolders, and patterns, only files with `suffixes` are taken, sorted.
 
     Args:
-        inputs: words of the command line.
+        inputs: paths, folders and patterns.
         suffixes: in lower case, with their dot.
         without: a folder whose files are left out, because the program writes there.
 
@@ -143,7 +143,7 @@ def list_files(
         Each file and its name: its path inside the folder that was given.
 
     Raises:
-        UserError: one does not exist, is no file at all, or a folder holds none.
+        UserError: an input does not exist, is an address or device, or holds no such file.
     """
     files: dict[Path, str] = {}
     for text in inputs:
@@ -174,7 +174,7 @@ def _pattern(text: str) -> tuple[Path, str]:
     """The folder that a pattern begins in, and the rest of it.
 
     Raises:
-        UserError: it is none.
+        UserError: `text` is not a pattern.
     """
     path = Path(text)
     if text == "-":
@@ -204,10 +204,10 @@ def _either(words: Sequence[str]) -> str:
 
 
 def images_of_test(cfg: Config) -> tuple[str, int, int]:
-    """What images of a test are: order of their channels, shorter and longest side in pixels.
+    """Channel order of test images, shorter side and limit of the longer side, in pixels.
 
     Raises:
-        UserError: a Python config does something else with them than to resize them.
+        UserError: a Python config does anything but resize them.
     """
     if isinstance(cfg, CfgNode):
         return cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST

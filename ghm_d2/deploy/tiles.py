@@ -33,7 +33,7 @@ def tiled(
     def predict(rgb: np.ndarray) -> dict[str, Instances]:
         return {"instances": _in_pixels(infer(rgb), rgb.shape[:2])}
 
-    predict.input_format = "RGB"  # what SAHI asks of Detectron2's predictor
+    predict.input_format = "RGB"  # SAHI reads this attribute of Detectron2's predictor
     model = sahi.models.detectron2.Detectron2DetectionModel(
         confidence_threshold=threshold, device="cpu", load_at_init=False
     )

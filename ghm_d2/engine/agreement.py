@@ -28,9 +28,9 @@ def any_process(flag: bool) -> bool:
 
 
 def of_main_process(value: Any) -> Any:
-    """The main process' `value`, in every process; each must call it at the same point.
+    """Returns the main process' `value` in every process; all must call this at the same point.
 
     Args:
-        value: anything that can be pickled; that of the other processes is not used.
+        value: anything that can be pickled; the values of the other processes are ignored.
     """
     return comm.all_gather(value)[0]

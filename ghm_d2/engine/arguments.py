@@ -1,4 +1,4 @@
-"""The command line of train_net.py, and what other tools share of it."""
+"""The command line of train_net.py, and the parts of it that other tools share."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ class Command:
 
     Attributes:
         config_file: path of a .yaml or .py file.
-        overrides: of the config; see `engine.setup.load_config`.
-        datasets: NAME=annotations.json,image_dir, each.
+        overrides: changes to the config; see `engine.setup.load_config`.
+        datasets: values of `--dataset`, NAME=annotations.json,image_dir or NAME=FOLDER.
         eval_only: evaluate, do not train.
         resume: go on from the last checkpoint.
-        overwrite: train anew where a finished training lies.
+        overwrite: train even if the output folder holds a finished training, and replace it.
         trusted: whether checkpoints may run code.
         restarted: whether torchrun has started this job again after a failure.
-        words: the whole command line, with what stands before the options.
+        words: the whole command line as it was given, without the program's name.
     """
 
     config_file: str
@@ -107,8 +107,8 @@ def _split(
 ) -> tuple[list[str], list[str]]:
     """Separate the options from the KEY VALUE pairs, wherever they stand.
 
-    argparse alone either swallows every option after the first pair (REMAINDER, as Detectron2 has
-    it) or takes values such as -1e-3 for options.
+    argparse alone either swallows every option after the first pair (REMAINDER, which
+    Detectron2 uses) or takes values such as -1e-3 for options.
     """
     options: list[str] = []
     pairs: list[str] = []
@@ -156,7 +156,7 @@ def parse_arguments(
         parser: the options of another program; those of train_net.py by default.
         flags: options without a value; all others take one word.
         lists: options that take more than one; the first word that is a key ends the values.
-        python: whether the config file is a Python one; by default, whether a word says so.
+        python: whether the config file is a Python one; by default, whether a word ends in .py.
 
     Returns:
         A namespace with one attribute for each option; `dataset` is a list of strings and `opts`

@@ -1,4 +1,4 @@
-"""Weights averaged over time, which is what such a training evaluates and saves."""
+"""Weights averaged over time, which a training with averaging evaluates and saves."""
 
 from functools import partial
 from typing import Any
@@ -12,14 +12,14 @@ from torch.optim.swa_utils import AveragedModel
 class AveragedWeights(HookBase):
     """Keeps an exponential moving average of the weights, `a <- d a + (1 - d) w` after each step.
 
-    Update n (from 1) takes `d = min(decay, (1 + n) / (10 + n))`, or the random start would stay in
-    the average of a short training. Buffers are those of the model: its running counts and batch
-    statistics are averages already.
+    Update n (from 1) takes `d = min(decay, (1 + n) / (10 + n))`; a constant `d` would leave the
+    random start in the average of a short training. Buffers are not averaged but copied from the
+    model: its running counts and batch statistics are averages already.
 
-    Where it is used, the weights under "model" in a checkpoint are the average, so that whatever
-    opens the file predicts with what was evaluated; the weights that the optimizer goes on with lie
-    in the state of this hook. It runs in every process, after the hooks that change the model and
-    before those that evaluate or save it.
+    With this hook, the weights under "model" in a checkpoint are the average, so that any program
+    that opens the file predicts with the weights that were evaluated. The weights that the
+    optimizer continues from are in the state of this hook. It runs in every
+    process, after the hooks that change the model and before those that evaluate or save it.
 
     Attributes:
         model: a copy of the model with the averaged weights.
@@ -28,7 +28,7 @@ class AveragedWeights(HookBase):
     def __init__(self, model: nn.Module, decay: float) -> None:
         """
         Args:
-            model: what is trained, not wrapped for several processes.
+            model: the model being trained, not wrapped in DistributedDataParallel.
             decay: d, in (0, 1).
         """
         self._trained = model

@@ -27,7 +27,7 @@ from .writers import check_writers
 logger = logging.getLogger(__name__)
 
 _ONE = Processes()
-# Weights that configs name and nobody publishes in Detectron2's format: how to make them.
+# How to make the weights that configs name but nobody publishes in Detectron2's format.
 _WEIGHTS_HINTS = {
     "resnext101_32x4d-a5af3160": "ghm-d2 convert-torchvision "
     "https://download.openmmlab.com/pretrain/third_party/resnext101_32x4d-a5af3160.pth {path}",
@@ -45,7 +45,7 @@ def check_all(
     eval_only: bool = False,
     resume: bool = False,
 ) -> None:
-    """Check config, processes, data sets and weights against what is there.
+    """Check config, processes, data sets and weights before anything is launched.
 
     Weights behind a URL are fetched into Detectron2's cache here, before any process is launched.
 
@@ -216,7 +216,7 @@ def _check_weights(cfg: Config, given: Set[str], eval_only: bool, resume: bool) 
 
 
 def _untrained(weights: str) -> str:
-    """What weights are that no detector was trained to, or an empty string."""
+    """Says why `weights` are not those of a trained detector; an empty string if they may be."""
     if not weights:
         return "empty"
     return "a pretrained backbone alone" if "ImageNetPretrained" in weights else ""

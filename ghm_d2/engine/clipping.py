@@ -1,7 +1,8 @@
 """Gradient clipping by one global norm, as the published recipe has it.
 
-Detectron2's CLIP_TYPE "norm" clips each parameter by itself, which is another optimiser: under
-it a limit of 35 almost never acts. "full_model" takes the norm over all parameters together.
+Detectron2's CLIP_TYPE "norm" clips each parameter by itself, which is a different method: with
+it, a limit of 35 almost never takes effect. "full_model" takes the norm over all parameters
+together.
 """
 
 from typing import Any

@@ -37,11 +37,11 @@ _PYTHON_KEYS = KeypointKeys(
 
 
 def check_datasets(cfg: Config, eval_only: bool) -> None:
-    """Check that they exist and are what the model is built for.
+    """Check that the data sets exist and fit the model.
 
     Args:
         cfg: of the run.
-        eval_only: whether those to train on are not used.
+        eval_only: whether to skip the training sets.
 
     Raises:
         UserError: one sentence with the way out.

@@ -22,9 +22,9 @@ class Row:
 
     Attributes:
         part: "image", "weights", "module", "level", "loss call", "loss" or "gradient".
-        name: which one.
-        finite: whether everything in it is.
-        note: what is known besides.
+        name: which image, module, level or loss; for weights and gradients, a fixed phrase.
+        finite: whether all its values are finite.
+        note: details, such as the range of its values.
     """
 
     part: str
@@ -41,7 +41,7 @@ class Diagnosis:
 
     @property
     def finite(self) -> bool:
-        """Whether everything was."""
+        """Whether all rows are finite."""
         return all(row.finite for row in self.rows)
 
     def bad(self, part: str) -> list[Row]:
@@ -82,7 +82,7 @@ def diagnose(
 
     Args:
         model: in training mode, not wrapped; its running counts change.
-        batch: what it is called with.
+        batch: the list of records that the model is called with.
         backward: go backward too, under PyTorch's anomaly detection, if the losses are finite.
 
     Returns:
@@ -130,7 +130,7 @@ def _unique(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _finite(value: Any) -> bool:
-    """Whether all tensors inside are; integers always are."""
+    """Whether all tensors in `value` are finite; integer tensors always are."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value.detach()).all())
     if isinstance(value, dict):
@@ -177,7 +177,7 @@ def _weights_row(model: nn.Module) -> Row:
 
 @contextmanager
 def _watch_modules(model: nn.Module) -> Iterator[list[Row]]:
-    """Rows of the first modules without children whose output is not finite, in their order."""
+    """Rows of the first modules without children whose output is not finite, in call order."""
     rows: list[Row] = []
     hooks = []
 
@@ -235,7 +235,7 @@ def _watch_levels(model: nn.Module) -> Iterator[list[Row]]:
 
 @contextmanager
 def _watch_losses(model: nn.Module) -> Iterator[list[Row]]:
-    """A row for each call of a harmonised loss; one that raises gives NaN, and the rest follow."""
+    """A row for each call of a harmonised loss; one that raises returns NaN, so the rest run."""
     rows: list[Row] = []
     losses = {n: m for n, m in model.named_modules() if isinstance(m, HarmonizedLoss)}
     dense = [m for m in model.modules() if isinstance(m, DenseLoss) and m.ghm_scope == "level"]
@@ -277,7 +277,7 @@ def _gradient_rows(model: nn.Module, losses: dict[str, Tensor]) -> Iterator[Row]
     model.zero_grad()
     note = ""
     with warnings.catch_warnings():
-        # Both the mode's own warning and the traceback of the operation: the row names it.
+        # Anomaly detection warns and prints a traceback; the row names the operation instead.
         warnings.simplefilter("ignore")
         try:
             with torch.autograd.detect_anomaly(check_nan=True):

@@ -45,13 +45,13 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
         folder: for its files.
 
     Raises:
-        UserError: the data set is not one of boxes that these evaluators know.
+        UserError: no evaluator here knows the data set's `evaluator_type`.
     """
     kind = MetadataCatalog.get(name).get("evaluator_type")
     if kind == "coco":
         if cfg.MODEL.KEYPOINT_ON:
             convert_incomplete(MetadataCatalog.get(name))
-        # A conversion that is cached would be used for changed data as well.
+        # A cached conversion would be used even after the data have changed.
         return AllThresholdsCOCOEvaluator(
             name,
             output_dir=folder,
@@ -72,9 +72,9 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
 class AllThresholdsCOCOEvaluator(COCOEvaluator):
     """`COCOEvaluator` whose results hold AP50, AP55, ..., AP95; AP is their mean.
 
-    Objects are compared with what the checks of `--dataset` have left of the annotation file, and
-    as many detections of an image count as it may give. Beside the task "bbox" stands "best_f1",
-    what :func:`best_f1` says of it.
+    The ground truth is what the checks of `--dataset` kept of the annotation file, and up to
+    `max_dets_per_image` detections of each image count. Besides "bbox", the results hold "best_f1",
+    the result of :func:`best_f1` for the boxes.
     """
 
     def __init__(
@@ -106,13 +106,13 @@ class AllThresholdsCOCOEvaluator(COCOEvaluator):
         )
 
     def evaluate(self, img_ids: Any = None) -> dict[str, Any]:
-        """Detectron2's, and "best_f1" in the process that has the results."""
+        """Detectron2's results, with "best_f1" added in the process that has them."""
         self._best_f1: dict[str, float] = {}
         results = super().evaluate(img_ids)
         return {**results, BEST_F1: self._best_f1} if self._best_f1 else results
 
     def _tasks_from_predictions(self, predictions: Sequence[dict[str, Any]]) -> list[str]:
-        """Detectron2's, without masks where objects have none that they could be compared with."""
+        """Detectron2's tasks, without "segm" if some ground truth objects have no mask."""
         tasks = list(super()._tasks_from_predictions(predictions))
         without = self._metadata.get("without_mask", 0)
         if without and "segm" in tasks:
@@ -136,7 +136,7 @@ class AllThresholdsCOCOEvaluator(COCOEvaluator):
             self._logger.info(
                 f"{iou_type} AP at each IoU threshold: \n{create_small_table(all_thresholds)}"
             )
-        # Readers of a long list of classes ("AP-" and a name) would miss what came after it.
+        # A reader would miss the AP50 ... AP95 after a long list of classes ("AP-" and a name).
         classes = {name: results.pop(name) for name in list(results) if name.startswith("AP-")}
         return {**results, **all_thresholds, **classes}
 
@@ -159,11 +159,11 @@ def _ap_at_thresholds(coco_eval: COCOeval | None) -> dict[str, float]:
 def best_f1(coco_eval: COCOeval, class_names: Sequence[str] = ()) -> dict[str, float]:
     """The score from which on detections have the largest F1 = 2 TP / (detections + objects).
 
-    COCO's evaluation at IoU 0.5 has noted the score at which every per cent of recall is reached:
-    of a class with no more than 100 objects, that of each object that was found.
+    COCO's evaluation at IoU 0.5 records the score at which each per cent of recall is reached. For
+    a class of at most 100 objects, these include the score of each object that was found.
 
     Args:
-        coco_eval: accumulated.
+        coco_eval: a box evaluation after `accumulate()`.
         class_names: in the order of its categories; none where there is one class.
 
     Returns:
@@ -182,7 +182,7 @@ def best_f1(coco_eval: COCOeval, class_names: Sequence[str] = ()) -> dict[str, f
     classes = []
     for k, category in enumerate(params.catIds):
         reached = precision[:, k] > 0  # beyond the largest recall it is 0, and -1 without objects
-        # The number of objects that each recall means.
+        # The number of objects found at each recall.
         found = np.maximum(np.ceil(params.recThrs[reached] * objects[category] - 1e-6), 1)
         rest = np.sort(detections[category]), objects[category]
         classes.append((scores[reached, k], found, *rest))
@@ -196,11 +196,12 @@ def best_f1(coco_eval: COCOeval, class_names: Sequence[str] = ()) -> dict[str, f
 def _best_level(
     classes: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, int]],
 ) -> dict[str, float]:
-    """The score at which F1 over some classes together is the largest, and what it is there.
+    """The score at which F1 over some classes together is largest, and these metrics there.
 
     Args:
-        classes: of each, falling scores and how many objects are found from them on, all scores of
-            its detections, rising, and the number of its objects.
+        classes: for each class, a tuple of scores in descending order; how many objects are found
+            at or above each of them; the scores of all its detections in ascending order; and its
+            number of objects.
     """
     levels = np.unique(np.concatenate([scores for scores, *_ in classes] or [np.zeros(0)]))
     total = sum(objects for *_, objects in classes)
@@ -241,17 +242,17 @@ def score_thresholds(results: Mapping[str, Any] | None, names: Sequence[str]) ->
 
 @contextmanager
 def costs_recorded(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
-    """Puts into metrics.json what the block, an evaluation in a training, costs.
+    """Records in metrics.json the cost of an evaluation during training, run in the `with` block.
 
-    That is the median time of a call of the model, post-processing included (the loader gives it
-    one image at a time), and on a GPU the most memory that this process has held until then, which
-    is that of the training. Outside a training nothing is recorded.
+    Recorded are the median time of a model call in seconds, post-processing included (the loader
+    yields one image at a time), and on a GPU the peak memory of this process before the block in
+    MiB, which is that of the training. Outside a training nothing is recorded.
 
     Args:
         model: what is evaluated.
 
     Yields:
-        What is to be called in its place; nothing hangs on the model itself.
+        The function to call in place of the model, which is not changed.
     """
     if not has_event_storage():
         yield model

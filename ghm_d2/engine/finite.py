@@ -42,7 +42,7 @@ class FiniteCheck:
     """Looks at losses and gradients of every step before the optimizer moves the weights.
 
     :class:`CheckedTrainer` calls :meth:`before_forward`, :meth:`after_forward` and
-    :meth:`after_backward` inside :meth:`guard`. Nothing hangs on the model, so that it can be
+    :meth:`after_backward` inside :meth:`guard`. The model itself is not changed, so that it can be
     copied and pickled at any time, and a forward pass outside the step meets no other process. One
     process waits for its device once, where Detectron2 is about to wait to log the losses; several
     also ask each other after the forward pass, before one of them can wait for the gradients of
@@ -77,7 +77,7 @@ class FiniteCheck:
 
     @contextlib.contextmanager
     def guard(self, iteration: int) -> Iterator[None]:
-        """Stands around one step.
+        """Context manager around one training step.
 
         Args:
             iteration: its number, from 0.
@@ -85,8 +85,8 @@ class FiniteCheck:
         Raises:
             NotFiniteError: in every process, if a loss or gradient of one is not finite or its
                 losses refuse their input.
-            UserError: in every other process, if one fails for another reason before its gradients
-                meet those of the others; that one raises its own error.
+            UserError: in every other process, if one fails for another reason before the gradients
+                are averaged; the failed process raises its own error.
         """
         self._iteration, self._batch, self._agreed = iteration, None, False
         self._steps += 1
@@ -106,7 +106,7 @@ class FiniteCheck:
             self._leave_together(_of(error))
             raise
         finally:
-            self._losses = {}  # their graph would stay in memory
+            self._losses = {}  # otherwise their graph stays in memory
 
     def before_forward(self, batch: list[dict[str, Any]]) -> None:
         """Notes what the forward pass is about to read."""
@@ -128,12 +128,12 @@ class FiniteCheck:
 
         Args:
             averaged: whether the gradients are the mean over all processes, so that all of them see
-                the same here; else they have to ask each other.
+                the same values here; otherwise they must vote.
         """
         flags = [self._finite_losses().all()]
         if self._precision is None:
             flags.append(torch.isfinite(torch.stack(self._gradient_norms())).all())
-        # One look at the device, where Detectron2 is about to have its own to log the losses.
+        # One transfer from the device, just before Detectron2 makes its own to log the losses.
         losses, *gradients = torch.stack(flags).tolist()
         words = "" if losses else self._loss_words()
         if losses and not all(gradients):
@@ -177,13 +177,13 @@ class FiniteCheck:
             any_process(True)
             self._agreed = True
             self._stop_agreed(words, cause)
-        # Where processes meet inside the forward pass, the others wait there and hear no vote; the
-        # first process to leave ends them.
+        # Where processes meet inside the forward pass, the others wait there and cannot vote;
+        # they are ended when this process exits.
         self._agreed = True
         raise NotFiniteError(self._report(words)) from cause
 
     def _stop_agreed(self, words: str, cause: Exception | None = None) -> None:
-        """All processes are here; `words` is empty where this one has nothing to say."""
+        """Called by all processes at once; `words` is empty where this one found nothing."""
         mine = (NotFiniteError.exit_code, self._report(words) if words else "")
         reports = [each for each in comm.all_gather(mine) if each[1]]
         codes = {code for code, _ in reports}
@@ -195,7 +195,7 @@ class FiniteCheck:
         raise error from cause
 
     def _leave_together(self, words: str, exit_code: int = 1) -> None:
-        """Lets the other processes stop too, while this one raises what it has."""
+        """Tells the other processes to stop too, before this one raises its own error."""
         # Before its second forward pass, DistributedDataParallel orders its buckets together.
         elsewhere = self._meets or (self._batch is None and self._steps == 2)
         if self._votes and not self._agreed and not elsewhere:
@@ -205,7 +205,7 @@ class FiniteCheck:
             comm.all_gather((exit_code, text))
 
     def _report(self, words: str) -> str:
-        """Saves the batch; what the training says of it."""
+        """Saves the batch and returns the error message."""
         where = f" of process {comm.get_rank()}" if self._votes else ""
         start = f"iteration {self._iteration}{where}: {words}"
         images = f"images {describe_images(self._batch)}"
@@ -242,7 +242,7 @@ class FiniteCheck:
         return f"to look closer, run ghm-d2 replay {path}{trust}"
 
     def _diagnose(self) -> str:
-        """Levels and modules; nothing where another forward pass is not possible."""
+        """Names levels and modules; empty where another forward pass is not possible."""
         if self._meets and self._votes:
             return ""
         device = next(self._model.parameters()).device.type
@@ -250,7 +250,7 @@ class FiniteCheck:
             self._state.restore(self._model)
             with torch.autocast(device, self._precision, enabled=self._precision is not None):
                 return diagnose(self._model, self._batch).summary()
-        except RuntimeError as error:  # such as no memory for it
+        except RuntimeError as error:  # for example, out of memory
             logger.warning("no closer look at the batch: %s", error)
             return ""
         finally:
@@ -262,13 +262,13 @@ def _of(error: Exception) -> str:
 
 
 def _communicates(module: nn.Module) -> bool:
-    """Whether processes meet in its forward pass."""
+    """Whether the forward pass of `module` waits for other processes."""
     synced = isinstance(module, HarmonizedLoss) and module.sync
     return synced or "SyncBatchNorm" in type(module).__name__
 
 
 class WithoutTracebacks(logging.Filter):
-    """Keeps the traceback of what a sentence will say out of Detectron2's log."""
+    """Keeps tracebacks of errors that are reported in one sentence out of Detectron2's log."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None

@@ -1,4 +1,4 @@
-"""Weights that are not finite are not saved: the checkpoints before them stay the last ones."""
+"""Refuses to save weights that are not finite, so that the last checkpoint stays usable."""
 
 import torch
 from detectron2.engine import HookBase
@@ -8,7 +8,7 @@ from .finite import NotFiniteError
 
 
 class FiniteWeights(HookBase):
-    """Stands before the hook that writes checkpoints and refuses weights that are not finite.
+    """Runs before the hook that writes checkpoints and refuses weights that are not finite.
 
     A step from finite gradients can still overflow. All processes hold the same weights and look
     at the same iterations, so that they stop together.
@@ -33,14 +33,14 @@ class FiniteWeights(HookBase):
 
 
 def require_finite_weights(model: nn.Module, iteration: int) -> None:
-    """Stands before every checkpoint.
+    """Raises an error if a model is not finite; called before every checkpoint.
 
     Args:
-        model: what would be saved.
-        iteration: the one that is done, from 0.
+        model: the model to be saved.
+        iteration: the iteration just finished, from 0.
 
     Raises:
-        NotFiniteError: it holds a NaN or an infinity.
+        NotFiniteError: the model holds a NaN or an infinity.
     """
     state = model.state_dict()
     values = {name: x for name, x in state.items() if x.is_floating_point()}

@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 from ghm_d2.losses.base import HarmonizedLoss
 
-_NORMALIZER = "loss_normalizer"  # of Detectron2's dense detectors: a number beside the weights
+_NORMALIZER = "loss_normalizer"  # of Detectron2's dense detectors: a plain attribute
 _WRITERS = (HarmonizedLoss, nn.modules.batchnorm._BatchNorm)
 
 
 @dataclass(frozen=True)
 class ForwardState:
-    """A copy of it.
+    """A copy of the state that a forward pass in training mode reads and changes.
 
     Attributes:
         buffers: those that a forward pass in training mode writes, by their names in the model: the
             counts of the harmonised losses and the running statistics of batch norm.
         normalizer: running number of positives of a dense detector; None where there is none.
-        rng: state of PyTorch's generators, "cpu" and where the model lies on it "cuda"; no other
-            generator is asked in a forward pass.
+        rng: states of PyTorch's generators, "cpu" and, for a model on a GPU, "cuda"; a forward
+            pass uses no other generator.
     """
 
     buffers: dict[str, Tensor]

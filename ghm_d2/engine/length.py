@@ -9,7 +9,7 @@ from ghm_d2.errors import counted
 
 logger = logging.getLogger(__name__)
 
-_FIRST, _LAST = 2, 6  # steps between which is measured; the first ones allocate and compile
+_FIRST, _LAST = 2, 6  # steps that are timed; the first ones allocate and compile
 
 
 class LengthEstimate(HookBase):

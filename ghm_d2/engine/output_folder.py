@@ -1,4 +1,4 @@
-"""OUTPUT_DIR as one training's own: locked, not replaced unasked, still there."""
+"""Protects OUTPUT_DIR: one training at a time, no result replaced unasked, no folder lost."""
 
 import contextlib
 import errno
@@ -22,10 +22,10 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keeps every other training out of a folder, which is made.
+    """Keeps every other training out of a folder, which is made if missing.
 
-    The lock ends with the process, however that ends, so that nobody has to remove a stale one. A
-    file system without locks is a folder without protection.
+    The lock ends with the process, however that ends, so that nobody has to remove a stale one. On
+    a file system without locks the folder is not protected.
 
     Raises:
         UserError: another process trains into it, or it cannot be written.
@@ -33,8 +33,8 @@ def locked(folder: str | Path) -> Iterator[None]:
     path = os.path.join(folder, _LOCK)
     try:
         os.makedirs(folder, exist_ok=True)
-        # open() keeps it from child processes: those that load images can outlive a killed
-        # training, and would hold the lock.
+        # Child processes do not inherit what open() opens: those that load images can outlive a
+        # killed training, and would hold the lock.
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise cannot("written", f"the output folder {folder}", error) from error
@@ -68,11 +68,11 @@ def _holder(text: str) -> str:
 
 
 def refuse_finished(folder: str | Path, way_on: str) -> None:
-    """Stands before a training that starts anew.
+    """Raises an error if a new training would replace a finished one.
 
     Args:
         folder: its output folder.
-        way_on: what to give to train longer.
+        way_on: the options that train it further, for the message.
 
     Raises:
         UserError: the folder holds the result of another training.
@@ -88,8 +88,8 @@ def refuse_finished(folder: str | Path, way_on: str) -> None:
 class FolderIsThere(HookBase):
     """Notices in the main process, before a checkpoint, that the folder was deleted or moved.
 
-    What is appended to an open file would be lost without a word, and the next checkpoint would lie
-    alone in a new folder.
+    Otherwise what is appended to open files would be lost silently, and the next checkpoint would
+    be alone in a new folder.
     """
 
     def __init__(self, folder: str) -> None:
@@ -107,7 +107,7 @@ class FolderIsThere(HookBase):
     def after_step(self) -> None:
         """
         Raises:
-            UserError: it is another one, or none.
+            UserError: the folder is gone, or another one has its name.
         """
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if os.stat(self._folder).st_ino == self._inode:
@@ -121,7 +121,7 @@ class FolderIsThere(HookBase):
 
 @contextlib.contextmanager
 def disk_errors(folder: str | Path) -> Iterator[None]:
-    """Names the disk where a file cannot be written, whoever writes it.
+    """Turns errors such as a full disk into a `UserError`, whichever code was writing.
 
     Raises:
         UserError: in place of the error.
@@ -141,7 +141,7 @@ def disk_errors(folder: str | Path) -> Iterator[None]:
 
 
 def _close_logs() -> None:
-    """Detectron2 closes them at the end of the process, which prints an error on a full disk."""
+    """Closes logs that cannot be flushed; at exit, a full disk would make them print errors."""
     for name in ("detectron2", "fvcore", "ghm_d2"):
         for handler in logging.getLogger(name).handlers:
             if getattr(handler, "stream", None) not in (None, sys.stdout, sys.stderr):
@@ -153,12 +153,12 @@ def _close_logs() -> None:
 
 
 def is_disk_error(error: BaseException | None) -> bool:
-    """Whether it is one of those that :func:`disk_errors` puts into words."""
+    """Whether `error` is one of those that :func:`disk_errors` turns into a `UserError`."""
     return isinstance(error, OSError) and error.errno in _DISK
 
 
 def exists_and_is_newer(path: str | Path, other: str | Path) -> bool:
-    """Whether a file is there and was written after another one."""
+    """Whether a file is there and was written no earlier than another one."""
     try:
         return os.stat(path).st_mtime_ns >= os.stat(other).st_mtime_ns
     except OSError:

@@ -23,7 +23,7 @@ from ghm_d2.errors import shown
 from ghm_d2.files import whole_file
 
 _GAP = 8
-_SCORE = 0.5  # predictions below are not drawn, where no evaluation says better
+_SCORE = 0.5  # threshold where no evaluation has found a better one
 _MOST_BOXES = 30  # of one image, the best ones
 _METRICS = ("AP", "AP50", "AP75")  # the ends of the names that evaluators give
 
@@ -40,7 +40,7 @@ def draw_predictions(
 
     Args:
         name: of the data set.
-        mapper: from its records to what the model takes.
+        mapper: turns one of its records into the model's input.
         model: a detector that returns "instances"; its training mode is restored.
         file: PNG to write; its folder is made.
         images: how many at most.

@@ -25,12 +25,12 @@ class Preempted(SystemExit):
 
 
 class StopOnSignal(HookBase):
-    """After such a signal to any process, all of them finish their step and the main one saves.
+    """After an ending signal to any process, all of them finish their step and the main one saves.
 
-    Clusters send SIGTERM, a terminal that closes SIGHUP, and Ctrl-C is SIGINT; a second Ctrl-C ends
-    the process at once. It runs in every process, after the hook that saves periodically. After the
-    last iteration these signals end the process at once, as without this hook: everything is saved
-    then.
+    Clusters send SIGTERM, a closing terminal sends SIGHUP, and Ctrl-C sends SIGINT; a second
+    Ctrl-C ends the process at once. The hook runs in every process, after the hook that saves
+    periodically. After the last iteration these signals end the process at once, as without this
+    hook: everything is saved by then.
     """
 
     def __init__(self, checkpointer: DetectionCheckpointer, states: ProcessStates) -> None:
@@ -44,7 +44,7 @@ class StopOnSignal(HookBase):
         self._before: dict[signal.Signals, Any] = {}
 
     def before_train(self) -> None:
-        """Takes over the signals; Python lets the main thread alone do that."""
+        """Takes over the signals; Python allows this only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in ENDING_SIGNALS:
@@ -52,7 +52,7 @@ class StopOnSignal(HookBase):
                 self._before[number] = signal.signal(number, self._note)
 
     def after_train(self) -> None:
-        """Gives them back, before the last evaluation."""
+        """Restores the previous signal handlers, before the last evaluation."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -63,7 +63,7 @@ class StopOnSignal(HookBase):
         # Clusters and launchers may both signal, so another one changes nothing.
         if self._asked is None and comm.is_main_process():
             name = signal.Signals(number).name
-            # A handler must not use the buffers that it may have interrupted.
+            # print() is not safe here: the signal may have interrupted a write to the same buffer.
             os.write(2, f"{name}: a checkpoint will be written after this step\n".encode())
         self._asked = self._asked or signal.Signals(number)
 

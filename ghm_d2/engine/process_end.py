@@ -34,12 +34,12 @@ def exit_code_of(work: Callable[[], None]) -> int:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends one process of a job at once, after what was registered for its end.
+    """Ends one process of a job at once, after running its `atexit` functions.
 
-    The interpreter's own end would abort some of them, with 134 in place of their code: gloo's
-    threads still hold tensors of Python's and take its lock to give them back, for which the
-    interpreter, once it is ending, ends the thread in the middle of a destructor ("terminate called
-    without an active exception").
+    A normal interpreter exit would abort some processes with code 134 instead of their own: gloo's
+    threads still hold Python tensors and take the interpreter's lock to release them. An
+    interpreter that is shutting down ends such a thread in the middle of a destructor ("terminate
+    called without an active exception").
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -51,9 +51,9 @@ def end_process(code: int) -> NoReturn:
 def leave_process_group() -> None:
     """Ends gloo's threads while the interpreter still runs; see :func:`end_process` for why.
 
-    They end with the last reference to their group. Detectron2 keeps two of them, and models in
-    reference cycles the others. Nobody leaves before all have arrived: process 0 holds the store
-    that the others use.
+    They end with the last reference to their group. Detectron2 keeps two of these references,
+    and models in reference cycles keep the others. No process leaves before all have arrived:
+    process 0 holds the store that the others use.
     """
     if comm.get_world_size() > 1:
         comm.synchronize()

@@ -20,11 +20,12 @@ class ProcessStates(HookBase):
     the data.
 
     Detectron2 saves the model of the main process, the optimizer and the schedule. Without
-    MODEL.GHM.SYNC every process has running counts of its own (and with BatchNorm statistics); a
-    RetinaNet's running number of positives is a plain number in no checkpoint at all.
+    MODEL.GHM.SYNC every process has its own running counts (and, with BatchNorm, its own
+    statistics). A RetinaNet's running number of positives is a plain attribute, which no checkpoint
+    holds.
 
-    It runs in every process, after the schedule and before the hook that saves. Tensors and plain
-    values are all it saves, which Detectron2 opens too.
+    It runs in every process, after the schedule and before the hook that saves. It saves only
+    tensors and plain values, so that Detectron2 can open the file too.
     """
 
     def __init__(self, period: int) -> None:
@@ -60,9 +61,9 @@ class ProcessStates(HookBase):
             self._iteration = self.trainer.iter
 
     def state_dict(self) -> dict[str, Any]:
-        """What was collected after this iteration; nothing where that was not done."""
+        """What was collected after this iteration; empty if nothing was."""
         if self._iteration != self.trainer.iter:
-            if comm.get_world_size() > 1:  # this process alone was asked for a checkpoint
+            if comm.get_world_size() > 1:  # collecting would wait for processes that do not save
                 return {}
             self.collect()
         state: dict[str, Any] = {"processes": self._states}
@@ -72,7 +73,7 @@ class ProcessStates(HookBase):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores this process' part; what does not fit this run is a warning."""
+        """Restores this process' part, with a warning for what does not fit this run."""
         states, rank, world = state["processes"], comm.get_rank(), comm.get_world_size()
         if len(states) != world:
             logger.warning(
@@ -107,7 +108,7 @@ def _process_state(model: nn.Module) -> dict[str, Any]:
         "normalizers": {
             name: float(module.loss_normalizer)
             for name, module in _dense_detectors(model).items()
-            if hasattr(module, "loss_normalizer")  # from its first step on
+            if hasattr(module, "loss_normalizer")  # set in its first step
         },
     }
 
@@ -124,13 +125,13 @@ def _dense_detectors(model: nn.Module) -> dict[str, DenseDetector]:
 
 
 def _differences(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leaves the buffers that are equal in all processes, nearly all of them, to the model."""
+    """Drops buffers equal to those of process 0, nearly all of them: the model holds these."""
     for state in states[1:]:
         first = states[0]["buffers"]
         state["buffers"] = {
             name: x for name, x in state["buffers"].items() if not torch.equal(x, first[name])
         }
-    for state in states[:1]:  # the model's own
+    for state in states[:1]:  # saved with the model
         state["buffers"] = {}
     return states
 

@@ -116,8 +116,9 @@ def _new_store(rank: int, world: int) -> dist.TCPStore:
     """A store that ends with process 0.
 
     The one that torchrun offers outlives a restart and holds the addresses of the processes that
-    have ended (https://github.com/pytorch/pytorch/issues/135712). Here it only tells the port of
-    the new one. That may be an old port still; nobody answers there, so it is read again.
+    have ended (https://github.com/pytorch/pytorch/issues/135712). Here it is only used
+    to pass on the port of the new store. If the port is still that of an earlier store, nothing
+    answers there, and it is read again.
     """
     host, key = os.environ["MASTER_ADDR"], "ghm_d2/port"
     lasting = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), timeout=DEFAULT_TIMEOUT)
@@ -146,7 +147,7 @@ def main_first(prepare: Callable[[], Result]) -> Result:
     Files that it makes are made once, and the others find them.
 
     Raises:
-        UserError: it was raised somewhere; the same one in all processes.
+        UserError: `prepare` raised it in some process; all processes raise the same one.
     """
     result, failure = None, None
     for first in (True, False):
@@ -162,13 +163,13 @@ def main_first(prepare: Callable[[], Result]) -> Result:
 
 
 def main_only(work: Callable[[], Result]) -> Result | None:
-    """Calls a function in the main process alone, at the same point of all of them.
+    """Calls a function in the main process alone; all processes must call this together.
 
     Returns:
         Its result there, and None elsewhere.
 
     Raises:
-        UserError: it was raised there; the same one in all processes.
+        UserError: `work` raised it; all processes raise the same one.
     """
     result, failure = None, None
     if comm.is_main_process():
@@ -196,10 +197,10 @@ def reported_once() -> Iterator[None]:
 def launch_processes(work: Callable[..., None], processes: Processes, *arguments: Any) -> None:
     """Calls `work(*arguments)` in every process.
 
-    The signals that end a job go on to them.
+    Signals that end a job are passed on to these processes.
 
     Raises:
-        SystemExit: with the exit code of the first one that failed; it has said why.
+        SystemExit: with the exit code of the first process that failed, which has reported why.
     """
     if processes.world_size == 1:
         return work(*arguments)
@@ -215,7 +216,7 @@ def launch_processes(work: Callable[..., None], processes: Processes, *arguments
                 args=(work, *map(PicklableWrapper, arguments)),
             )
     except ProcessExitedException as error:
-        if error.exit_code == -signal.SIGTERM:  # not yet in its training
+        if error.exit_code == -signal.SIGTERM:  # ended before its training handled signals
             sys.exit(_SIGTERM_EXIT)
         if error.exit_code < 0:
             name = signal.Signals(-error.exit_code).name
@@ -228,15 +229,15 @@ def launch_processes(work: Callable[..., None], processes: Processes, *arguments
 
 @contextlib.contextmanager
 def _passes_signals_on() -> Iterator[None]:
-    """Lets the processes of a job end by themselves, also where a terminal signals this one too."""
+    """Passes signals on to the processes of a job, so that these end by themselves."""
 
     def pass_on(*_: Any) -> None:
         for child in multiprocessing.active_children():
             child.terminate()
 
     before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
-    # The helper that cleans up after the others ignores two of these signals by itself. Killed by
-    # the third, it would be started anew and complain of what it does not know.
+    # multiprocessing's resource tracker ignores SIGINT and SIGTERM by itself. If SIGHUP killed it,
+    # a new one would start and complain about resources that it does not know.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     resource_tracker.ensure_running()
     signal.signal(signal.SIGHUP, before[signal.SIGHUP])
@@ -251,5 +252,5 @@ def _passes_signals_on() -> Iterator[None]:
 
 
 def _whole_process(work: Callable[..., None], *arguments: Any) -> NoReturn:
-    """What a process does that Detectron2's launcher has spawned, its end included."""
+    """Runs and ends a process that Detectron2's launcher has spawned."""
     end_process(exit_code_of(lambda: work(*arguments)))

@@ -49,10 +49,10 @@ def build_lr_scheduler(cfg: DictConfig) -> Any:
 
 
 def build_train_loader(cfg: DictConfig) -> Iterable[list[dict]]:
-    """The config's loader, over images that can be read, and able to go on from any batch."""
+    """The config's loader, over readable images; it can resume from any batch."""
     node = cfg.dataloader.train
     if target_of(node) is not build_detection_train_loader:
-        return _build(node, "dataloader.train")  # one of the user's own, as it is described
+        return _build(node, "dataloader.train")  # the user's own loader is built as described
     parts = _parts(node, "dataloader.train", but=("sampler", "mapper"))
     parts["mapper"] = ReadableMapper(build_train_mapper(cfg), is_train=True)
     if isinstance(parts["dataset"], list):
@@ -68,7 +68,7 @@ def build_train_loader(cfg: DictConfig) -> Iterable[list[dict]]:
 
 
 def build_train_mapper(cfg: DictConfig) -> Any:
-    """The mapper; its augmentations may be texts too, as in a YAML config."""
+    """The mapper; its augmentations may be strings too, as in a YAML config."""
     node = cfg.dataloader.train.mapper
     key, given = "dataloader.train.mapper", node.get("augmentations") or ()
     if not any(isinstance(item, str) for item in given):

@@ -50,7 +50,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def read_uses(cfg: DictConfig) -> Uses:
-    """What Detectron2's mapper, or everything that another one, may take of annotations."""
+    """The annotation kinds that the mapper may read; all of them unless it is Detectron2's."""
     mapper = _dataset_mapper(cfg)
     if mapper is None:
         return Uses()
@@ -59,7 +59,7 @@ def read_uses(cfg: DictConfig) -> Uses:
 
 
 def read_anchors(cfg: DictConfig) -> AnchorSettings | None:
-    """What the config says of anchors and of the resize; None without either of Detectron2's."""
+    """Anchor and resize settings; None unless both are Detectron2's own classes."""
     keys = ("model.anchor_generator", "model.proposal_generator.anchor_generator")
     key = next(
         (k for k in keys if target_of(OmegaConf.select(cfg, k)) is DefaultAnchorGenerator), ""
@@ -109,7 +109,7 @@ def target_of(node: Any) -> Any:
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     try:
         return locate(target) if isinstance(target, str) else target
-    except ImportError:  # whoever makes the call says so in a sentence
+    except ImportError:  # building the part reports it as a UserError
         return None
 
 

@@ -46,7 +46,7 @@ class Replay:
 
     Attributes:
         config: of the training, as text.
-        python: whether that is a Python config's, which names what is to be built.
+        python: whether `config` is a Python config, which names the classes to build.
         batch: the inputs of the model.
         weights: state of the model before the step.
         state: the rest of what the forward pass read.
@@ -71,7 +71,7 @@ class Replay:
             trusted: whether a Python config may run code; building its model always does.
 
         Raises:
-            UserError: it is one and may not, or has keys that this version does not know.
+            UserError: it is an untrusted Python config, or has keys unknown to this version.
         """
         if not self.python:
             cfg = get_cfg()
@@ -94,7 +94,7 @@ class Replay:
             trusted: as for :meth:`load_config`.
 
         Raises:
-            ValueError: the config is of another model than the weights, which may be a huge one.
+            ValueError: a YAML config describes another model than the weights are of.
         """
         cfg = self.load_config(trusted)
         if device:
@@ -108,6 +108,7 @@ class Replay:
         return model.train()
 
     def _check_shapes(self, cfg: CfgNode) -> None:
+        # A damaged config may describe a huge model, which takes no memory on "meta".
         cfg.MODEL.DEVICE = "meta"
         with torch.device("meta"):
             expected = {name: x.shape for name, x in build_model(cfg).state_dict().items()}
@@ -153,7 +154,7 @@ def load_replay(path: str | os.PathLike) -> Replay:
         iteration, precision = content["iteration"], content["precision"]
         python = content.get("python", False)
         if not (type(iteration) is int and precision in _PRECISIONS and isinstance(python, bool)):
-            raise ValueError("its iteration, precision or kind of config is none")
+            raise ValueError("its iteration, precision or kind of config is invalid")
         return Replay(
             config=str(content["config"]),
             python=python,

@@ -149,7 +149,7 @@ def _work(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
                 main_only(lambda: stack.enter_context(locked(run.folder)))
                 main_only(lambda: _make_room(command, cfg, run))
                 _train(command, cfg, datasets)
-    comm.synchronize()  # process 0 would take the store with it that the others still use
+    comm.synchronize()  # if process 0 ended first, the store that the others still use would go
 
 
 def _make_room(command: Command, cfg: Config, run: RunFolder) -> None:
@@ -162,10 +162,10 @@ def _make_room(command: Command, cfg: Config, run: RunFolder) -> None:
 
 
 def _set_up(command: Command, cfg: Config) -> None:
-    # Detectron2's anchors leave out an argument that PyTorch says it will want one day.
+    # Detectron2 calls torch.meshgrid without `indexing`, of which PyTorch warns in every run.
     warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)
     folder = read_settings(cfg).output_dir
-    # Detectron2 only logs that it could not write it.
+    # If the config cannot be written, Detectron2 only logs that and goes on.
     main_only(lambda: write_text(os.path.join(folder, CONFIG), as_text(cfg)))
     default_setup(cfg, command)
     setup_ghm_logger(folder, comm.get_rank())
@@ -203,7 +203,7 @@ def _train(command: Command, cfg: Config, datasets: list[CocoDataset]) -> None:
         logger.info("all iterations are done, but the last evaluation is not: it is done now")
         trainer.evaluate()
     elif command.restarted:
-        return  # likewise
+        return  # here too, a process has failed after everything was done
     else:
         raise UserError(
             f"--resume: {trainer.start_iter} iterations are done already and "
@@ -255,7 +255,7 @@ def _summarize(
 
 
 def _is_evaluated(run: RunFolder) -> bool:
-    """Whether the last evaluation was finished, which a killed training has left undone."""
+    """Whether the last evaluation was finished; killing a training can prevent that."""
     return exists_and_is_newer(run.results_file, run.folder / FINAL_CHECKPOINT)
 
 

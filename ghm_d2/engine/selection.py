@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_selection(cfg: Config) -> None:
-    """Looks for evaluations, and for a figure that these have.
+    """Checks that there are evaluations to select by, and that they have the metric.
 
     Raises:
-        UserError: the best model, or early stopping, is asked for without one of them.
+        UserError: the config asks for the best model or early stopping, but lacks one of them.
     """
     settings = read_settings(cfg)
     if not settings.selects:
@@ -56,7 +56,7 @@ def check_selection(cfg: Config) -> None:
             raise UserError(f"{key} {metric} needs {pair(cfg, 'validation_loss', True)}.")
     elif known and metric not in known:
         raise UserError(
-            f"{key} {metric} is no figure of these evaluations{similar_names(metric, known)}: give "
+            f"{key} {metric} is not a metric of these evaluations{similar_names(metric, known)}: give "
             f"for example {pair(cfg, 'val_metric', known[0])}."
         )
 
@@ -67,7 +67,7 @@ def mode_of(settings: Settings) -> str:
 
 
 def _of_data_set(settings: Settings) -> tuple[str, str]:
-    """The data set that the metric names, "" where there is one, and its figure there."""
+    """The data set that the metric names ("" if there is only one), and the figure."""
     if len(settings.test) > 1:
         for name in settings.test:
             if settings.val_metric.startswith(f"{name}/"):
@@ -97,7 +97,7 @@ def _known_figures(cfg: Config, name: str) -> list[str]:
 class StoppedEarly(BaseException):
     """Ends the loop of a training whose result is as good as it gets; its work is done.
 
-    No `Exception`, of which Detectron2's loop would log a traceback.
+    Not an `Exception`, because Detectron2's loop would log a traceback of one.
     """
 
 
@@ -195,7 +195,7 @@ class EarlyStopping(HookBase):
 
     @property
     def exhausted(self) -> bool:
-        """Whether the patience is."""
+        """Whether the patience has run out: the training should stop."""
         best = self.best[0] if self.best else -1
         return sum(iteration > best for iteration in self._figures) >= self._patience
 

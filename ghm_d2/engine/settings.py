@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 
 Config = CfgNode | DictConfig  # of a .yaml and of a .py file
 
-# By the name of the setting: its key in YAML, that in Python, and the value where neither stands.
+# Setting name: its key in a YAML config, its key in a Python config, and the default.
 _KEYS: dict[str, tuple[str, str, Any]] = {
     "output_dir": ("OUTPUT_DIR", "train.output_dir", ""),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint", ""),
@@ -67,7 +67,7 @@ class Settings:
         weights: file to start from, or to evaluate; "" for none.
         device: of the model.
         amp: whether the step runs under mixed precision.
-        seed: below 0: another one each time.
+        seed: of the random numbers; below 0: a different one for each run.
         max_iter: iterations of the whole training.
         checkpoint_period: iterations between two checkpoints.
         checkpoints_kept: how many of them stay; None: all.
@@ -89,8 +89,8 @@ class Settings:
         patience: evaluations without a better figure after which the training stops; 0: never.
         validation_loss: whether evaluations compute the losses too.
         ema_decay: of the moving average of the weights, in [0, 1); 0: none.
-        accumulation_steps: forward passes that a batch is divided among.
-        writers: where the figures go besides, such as "wandb".
+        accumulation_steps: number of forward passes that a batch is split into.
+        writers: further places that the figures go to, such as "wandb".
     """
 
     output_dir: str
@@ -179,12 +179,12 @@ def as_text(cfg: Config) -> str:
     tree = _tree(cfg)
     try:
         return yaml.dump(_named(tree), default_flow_style=None, allow_unicode=True, width=9999)
-    except TypeError:  # a lambda, for example: to be read, not to be loaded
+    except TypeError:  # such as a lambda: this text can be read, but not loaded
         return yaml.safe_dump(str(tree))
 
 
 def as_leaves(cfg: Config) -> dict[str, Any]:
-    """Every value by its full key, as JSON has it; what JSON has not, a class say, as a text."""
+    """Every value by its full key; what JSON cannot hold, such as a class, becomes a string."""
     tree = cfg if isinstance(cfg, CfgNode) else _named(_tree(cfg))
     found = {key.replace("/", "."): x for key, x in flatten_results_dict(tree).items()}
     return json.loads(json.dumps(found, default=_text))
@@ -193,7 +193,7 @@ def as_leaves(cfg: Config) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if callable(value):
         return _convert_target_to_string(value)
-    return re.sub(r" at 0x\w+", "", repr(value))  # another address in each process
+    return re.sub(r" at 0x\w+", "", repr(value))  # the address differs between processes
 
 
 def _tree(cfg: DictConfig) -> Any:

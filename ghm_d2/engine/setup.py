@@ -60,7 +60,7 @@ def as_words(file: str, values: Mapping[str, str]) -> list[str]:
 
 
 def as_typed(file: str, value: Any) -> str:
-    """What a user types for a value: Hydra takes a text in quotes alone, whatever it holds."""
+    """What a user types for a value; quoted for Hydra, which would parse a bare string."""
     if not is_python(file):
         return str(value)
     if isinstance(value, list | tuple):
@@ -90,7 +90,7 @@ def build_config(
         config_file: as for :func:`load_config`.
         overrides: likewise.
         datasets: NAME=annotations.json,image_dir or NAME=FOLDER, each.
-        eval_only: all of them are to be tested on.
+        eval_only: whether all data sets are for testing.
         log_to_file: whether the log goes to a file in the output folder too.
 
     Returns:
@@ -128,7 +128,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
         overrides: KEY, VALUE, KEY, VALUE ... for YAML, KEY=VALUE each for Python.
 
     Raises:
-        UserError: one of the two is wrong.
+        UserError: the file or an override is wrong.
     """
     file = locate_config_file(config_file)
     if is_python(file):

@@ -19,8 +19,7 @@ class CheckedTrainer(SimpleTrainer):
     Attributes:
         check: the :class:`FiniteCheck` of the training; set before the first step.
         accumulation_steps: forward passes that a batch is divided among, in the order of its
-            images; the step is that of the mean of their gradients, and the losses that are logged
-            are the means of theirs.
+            images; the step uses the mean of their gradients, and the mean losses are logged.
     """
 
     check: FiniteCheck

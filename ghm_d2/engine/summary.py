@@ -26,7 +26,7 @@ from .settings import Config, pair, read_settings
 logger = logging.getLogger(__name__)
 
 _OVERALL = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_MOST_CLASSES = 20  # a screen holds
+_MOST_CLASSES = 20  # as many as fit on a screen
 
 
 def summarize_training(
@@ -137,15 +137,15 @@ def next_commands(
         cfg: of the training.
         run: its OUTPUT_DIR.
         datasets: those of the command line.
-        command: that has trained.
-        done: iterations.
+        command: the one that ran the training.
+        done: number of iterations done.
     """
     settings = read_settings(cfg)
     tested = [dataset for dataset in datasets if dataset.name in settings.test] or datasets[:1]
     names = [str(data) for data in tested]
     options = ["--config-file", str(run.folder / CONFIG)]
     weights = _words(cfg, "weights", run.weights())
-    if not isinstance(cfg, CfgNode):  # the saved one is to be read: it may name what cannot be
+    if not isinstance(cfg, CfgNode):  # a saved Python config may not be loadable
         options = ["--config-file", command.config_file]
         weights = [*command.overrides, *weights]
     options += [word for name in names for word in ("--dataset", name)]

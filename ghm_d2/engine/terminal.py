@@ -13,7 +13,7 @@ _LOGGERS = ("detectron2", "fvcore", "ghm_d2")
 
 
 class _FirstLine(logging.Formatter):
-    """The first line of what another formatter gives, where that has several."""
+    """Cuts another formatter's output to its first line and a count of the others."""
 
     def __init__(self, whole: logging.Formatter | None, file: str) -> None:
         super().__init__()
@@ -32,15 +32,15 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def brief_terminal(folder: str) -> Iterator[None]:
-    """Within, the terminal gets warnings and this package's own messages, of each the first line.
+    """Limits the terminal to the first lines of warnings and of this package's messages.
 
     The whole config and the model, which Detectron2 logs, would push them off the screen.
 
     Args:
         folder: OUTPUT_DIR as the config spells it; the log there has everything.
     """
-    # With the very arguments of Detectron2's default_setup and of setup_ghm_logger: setup_logger
-    # remembers by them which handlers it has made, and would otherwise make a second set.
+    # The arguments must equal those in Detectron2's default_setup and in setup_ghm_logger:
+    # setup_logger caches by them, and with others would add a second set of handlers.
     rank = comm.get_rank()
     setup_logger(folder, distributed_rank=rank, name="fvcore")
     setup_logger(folder, distributed_rank=rank)
@@ -55,7 +55,7 @@ def brief_terminal(folder: str) -> Iterator[None]:
     for handler in handlers:
         handler.addFilter(_is_shown)
         handler.setFormatter(_FirstLine(handler.formatter, os.path.join(folder, "log.txt")))
-    # Detectron2's look at the environment makes PyTorch warn of each compiler without a GPU.
+    # When Detectron2 collects the environment without a GPU, PyTorch warns of each compiler.
     compiler = logging.getLogger("torch.utils.cpp_extension")
     level = compiler.level
     compiler.setLevel(logging.ERROR)

@@ -111,14 +111,14 @@ class GHMTrainer(DefaultTrainer):
         return build_hooks(self)
 
     def evaluate_now(self) -> dict[str, Any]:
-        """Evaluates, and notes in a checkpoint that is the last one what was found with it."""
+        """Evaluates; after the last step, adds the score thresholds to the final checkpoint."""
         self._last_eval_results = self.test(self.cfg, self.evaluated_model)
         if self.iter >= self.max_iter:
             self.note_thresholds()
         return self._last_eval_results
 
     def note_thresholds(self) -> None:
-        """Adds those of the last evaluation to the final checkpoint, which is older than it."""
+        """Adds the last evaluation's score thresholds to the final checkpoint, saved before it."""
         if comm.is_main_process():
             self.checkpointer.note_thresholds(FINAL_CHECKPOINT, self.score_thresholds)
 
@@ -160,7 +160,7 @@ class GHMTrainer(DefaultTrainer):
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """Of the last evaluation; None before."""
+        """The results of the last evaluation; None before the first."""
         return self._last_eval_results
 
     @property
@@ -183,13 +183,13 @@ class GHMTrainer(DefaultTrainer):
         resume = resume and of_main_process(self.checkpointer.has_checkpoint())
         self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
         if resume:
-            self.start_iter = self.iter + 1  # the checkpoint has the one that was finished
+            self.start_iter = self.iter + 1  # the checkpoint holds the last finished iteration
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Detectron2's; warns of a checkpoint that a training without `ProcessStates` has saved.
 
         Raises:
-            UserError: its model is an average of weights, which this training does not go on with.
+            UserError: its model is an average of weights, but this training averages none.
         """
         saved = state_dict.get("hooks", {})
         if AveragedWeights.__qualname__ in saved and not self.averaging:
@@ -235,7 +235,7 @@ class GHMTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: Config, dataset_name: str) -> Iterable[list[dict]]:
-        """Detectron2's, over images that can be read, and with ground truth for their losses."""
+        """Detectron2's, over readable images; with ground truth if validation losses are on."""
         if isinstance(cfg, CfgNode):
             mapper = cls.build_test_mapper(cfg)
             if read_settings(cfg).validation_loss:

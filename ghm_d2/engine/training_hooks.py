@@ -56,14 +56,14 @@ def build_hooks(trainer: Any) -> list[HookBase | None]:
         states,
         checkpointer,
         StopOnSignal(trainer.checkpointer, states),
-        # After the checkpoint, which stands where the evaluation fails.
+        # After the checkpoint, so that one exists even if the evaluation fails.
         *_evaluation_hooks(trainer, states),
         writer,  # comes last, so that it sees the results
     ]
 
 
 def _log_period(settings: Any) -> int:
-    """Metrics.json keeps the later of two evaluations between rows; here each one counts."""
+    """At most the evaluation period, or metrics.json would lack evaluations between its rows."""
     if (settings.selects or settings.validation_loss) and settings.eval_period:
         return min(settings.log_period, settings.eval_period)
     return settings.log_period
@@ -92,7 +92,7 @@ def _precise_bn(trainer: Any) -> HookBase | None:
         return None
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 0  # a loader of its own, small, beside that of the training
+    cfg.DATALOADER.NUM_WORKERS = 0  # this second loader must not start as many workers again
     loader = trainer.build_train_loader(cfg)
     return hooks.PreciseBN(
         cfg.TEST.EVAL_PERIOD, trainer.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER

@@ -38,7 +38,7 @@ def add_ground_truth(mapper: Callable[[dict], dict], cfg: Config) -> DatasetMapp
         cfg: says whether masks and keypoints belong to it.
 
     Raises:
-        UserError: the mapper is another one, of which nobody knows how to ask for ground truth.
+        UserError: it is not Detectron2's; how others add ground truth is unknown.
     """
     if not isinstance(mapper, DatasetMapper):
         raise UserError(
@@ -81,7 +81,7 @@ class ValidationLoss(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: Any) -> None:
         """Adds the losses of each image that has ground truth."""
         for image in inputs:
-            if "instances" not in image:  # one that could not be read, or is not labelled
+            if "instances" not in image:  # the image is unreadable or not labelled
                 continue
             try:
                 with _as_in_training(self._model), observed(self._add_plain):
@@ -119,7 +119,7 @@ class ValidationLoss(DatasetEvaluator):
 
 @contextmanager
 def _as_in_training(model: nn.Module) -> Iterator[None]:
-    """Modules with parts are in training mode, which makes them compute losses; the others not."""
+    """Puts modules with children in training mode, to compute losses; leaves in eval mode."""
     was_training = {module: module.training for module in model.modules()}
     for module in was_training:
         has_parts = any(True for _ in module.children())
@@ -135,7 +135,7 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 
 
 class ReadableImages(DatasetEvaluator):
-    """Refuses a test none of whose images could be read, all of which were tested as black ones."""
+    """Refuses a test without one readable image: unreadable ones are tested as black."""
 
     def __init__(self, name: str) -> None:
         """

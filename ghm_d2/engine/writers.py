@@ -22,7 +22,7 @@ class _FigureWriter(EventWriter):
     def __init__(self, window_size: int = 20) -> None:
         """
         Args:
-            window_size: iterations that a noisy figure is the median of.
+            window_size: number of iterations whose median smooths a noisy figure.
         """
         self._window_size = window_size
         self._last_write = -1
@@ -88,8 +88,8 @@ class MLflowWriter(_FigureWriter):
 
         super().__init__()
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            # Its default is a database, for which the small package lacks the driver; of files it
-            # says that they will get no more features.
+            # By default MLflow uses a database, whose driver mlflow-skinny lacks. It refuses a file
+            # store, which gets no more features, without this variable.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             mlflow.set_tracking_uri((Path(folder).resolve() / "mlruns").as_uri())
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ and "MLFLOW_EXPERIMENT_ID" not in os.environ:
@@ -100,7 +100,7 @@ class MLflowWriter(_FigureWriter):
     def _send(self, iteration: int, figures: dict[str, float]) -> None:
         import mlflow
 
-        # Names of classes may hold what MLflow's names may not.
+        # MLflow refuses some characters that class names may contain.
         figures = {re.sub(r"[^\w\-. /]", "_", k, flags=re.ASCII): v for k, v in figures.items()}
         mlflow.log_metrics(figures, step=iteration)
 
@@ -116,7 +116,7 @@ _WAYS_OUT = {"wandb": "log in, set WANDB_MODE=offline", "mlflow": "correct MLFLO
 
 
 def check_writers(cfg: Config) -> None:
-    """Looks for the packages.
+    """Checks that the named writers are known and their packages installed.
 
     Raises:
         UserError: a name is unknown, or its package not installed.
@@ -137,13 +137,13 @@ def build_more_writers(cfg: Config) -> list[EventWriter]:
     """The writers that the config names, for the main process.
 
     Raises:
-        UserError: one cannot start, such as without a login.
+        UserError: a writer cannot start, for example without a login.
     """
     settings, writers = read_settings(cfg), []
     for name in settings.writers:
         try:
             writers.append(WRITERS[name](settings.output_dir, as_text(cfg)))
-        except Exception as error:  # of the network, the login, a server: each has its own types
+        except Exception as error:  # network, login and server errors have types of their own
             raise UserError(
                 f"{name} cannot start ({type(error).__name__}: {reason(error)}): "
                 f"{_WAYS_OUT[name]}, or leave it out of {key_of(cfg, 'writers')}."

@@ -43,14 +43,14 @@ _observers: list[Callable[..., None]] = []
 
 @contextmanager
 def observed(observer: Callable[..., None]) -> Iterator[None]:
-    """Inside, every call of a harmonised loss also calls `observer`.
+    """Within the `with` block, every call of a harmonised loss also calls `observer`.
 
-    It stands outside the modules, so that a model can be copied and saved at any moment.
+    The observer is kept outside the modules, so that a model can be copied and saved at any moment.
 
     Args:
         observer: called for each histogram, with ``(loss module, predictions, targets, masks,
-            counts, region_weights)``: three lists with an entry for each of its tensors, in the
-            layout (R, K) and (R,) of GHM-C whatever it was called with; its int64 (bins,) counts
+            counts, region_weights)``: three lists with one entry per tensor of the histogram,
+            for GHM-C (R, K) and (R,) whatever shapes it was called with; the int64 (bins,) counts
             R_j and float32 (bins,) weights w_j (without `loss_weight`), both None with the exact
             density. A recomputation by activation checkpointing is not observed.
     """
@@ -67,14 +67,14 @@ class HarmonizedLoss(nn.Module):
     Attributes:
         acc_sum: float32 (bins,), the exponential moving average of the region counts,
             `S_j <- alpha * S_j + (1 - alpha) * R_j`. Saved with the model; written by training
-            steps alone: in training mode, with gradients enabled, and not once more where
+            steps alone: in training mode, with gradients enabled, and not again where
             activation checkpointing repeats a forward pass.
-        num_updates: int64 (bins,), how often region j was averaged; with `bias_correction` alone.
+        num_updates: int64 (bins,), how often region j was averaged; only with `bias_correction`.
     """
 
     acc_sum: Tensor
     num_updates: Tensor
-    # What a subclass calls its two arguments, and what messages say of a NaN in them.
+    # A subclass's names for its two arguments, and its message for a NaN in them.
     argument_names: tuple[str, str]
     not_finite_message: str
 
@@ -166,10 +166,10 @@ class HarmonizedLoss(nn.Module):
         targets: Sequence[Tensor],
         weights: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        """The sum of :meth:`forward` over several tensors (authors' code for FPN levels), at once.
+        """The sum of :meth:`forward` over several tensors (the authors' way with FPN levels).
 
-        Each tensor has a histogram of its own; they take their turns at the running counts in the
-        order given. With `sync` the processes meet once for all of them.
+        Each tensor has a histogram of its own; the running counts are updated once per tensor, in
+        the order given. With `sync` one all-reduce adds up all their counts.
 
         Args:
             predictions, targets, weights: see :meth:`forward_pooled`.
@@ -178,7 +178,7 @@ class HarmonizedLoss(nn.Module):
             One scalar.
 
         Raises:
-            ValueError: as :meth:`forward_pooled`; the running counts are then as before the first.
+            ValueError: as :meth:`forward_pooled`; the running counts are then unchanged.
         """
         return self._forward(predictions, targets, weights, False)
 
@@ -200,7 +200,7 @@ class HarmonizedLoss(nn.Module):
             return self.acc_sum.new_zeros(())
         first = predictions[0]
         device = first.device.type if isinstance(first, Tensor) else "cpu"
-        device = "cpu" if device == "meta" else device  # which has no autocast to switch off
+        device = "cpu" if device == "meta" else device  # meta has no autocast to switch off
         # Region weights are ratios of counts, which half precision cannot hold.
         with torch.autocast(device, enabled=False):
             raw = []
@@ -231,12 +231,12 @@ class HarmonizedLoss(nn.Module):
         Args:
             raw: what :meth:`_layout` made of its tensors; the values are not checked yet.
             writes: whether this is a training step.
-            recomputed: see :meth:`_is_recomputed`; they must then be those of the first pass.
+            recomputed: see :meth:`_is_recomputed`; the result must then be that of the first pass.
 
         Returns:
-            These, as :func:`device_examples` takes them by name: a derivative is taken with those
-            of its own forward pass, so that a tensor among them must not be written to later. And
-            the buffers that they came from, after this step.
+            `(constants, state)`: keyword arguments of :func:`device_examples`, and the buffers that
+            they came from, by name, as they are after this step. A backward pass uses the constants
+            of its forward pass, so a tensor among them must not be written to later.
         """
         return {}, {}
 
@@ -249,11 +249,11 @@ class HarmonizedLoss(nn.Module):
     def _kernel(
         self, arguments: Sequence[Arguments], eager: Eager, constants: dict[str, Any]
     ) -> FusedExamples | None:
-        """The same of several tensors, for a CPU kernel; None where there is none."""
+        """The examples of several tensors for a CPU kernel; None where there is no kernel."""
         raise NotImplementedError
 
     def _device_arguments(self) -> dict[str, Any] | None:
-        """What :func:`device_examples` has to know besides; None where it knows no such loss."""
+        """Further arguments of :func:`device_examples`; None where there is no CUDA kernel."""
         raise NotImplementedError
 
     def _examples(self, arguments: Sequence[Arguments], constants: dict[str, Any]) -> Examples:
@@ -270,7 +270,7 @@ class HarmonizedLoss(nn.Module):
     def _device_examples(
         self, raw: Sequence[Arguments], constants: dict[str, Any]
     ) -> FusedExamples | None:
-        """The examples of a device that checks values itself, made of what :meth:`_layout` gave."""
+        """The examples for kernels that check values themselves; None where there are none."""
 
         def eager(predictions: Sequence[Tensor]) -> EagerExamples:
             pairs = zip(predictions, self._all_values(raw, ValueChecks()), strict=True)
@@ -285,7 +285,7 @@ class HarmonizedLoss(nn.Module):
     def _compiled_loss(
         self, raw: Sequence[Arguments], constants: dict[str, Any], pooled: bool
     ) -> Tensor | None:
-        """The loss by an operator that torch.compile leaves whole; None where there is none."""
+        """The loss as one operator that torch.compile does not trace; None where there is none."""
         more = self._device_arguments()
         if more is None or compiled_loss is None or not torch.compiler.is_compiling():
             return None
@@ -364,7 +364,7 @@ class HarmonizedLoss(nn.Module):
         return loss if holds is None else torch.where(holds, loss, torch.nan)
 
     def _bits_of(self, device: FusedExamples, raw: Sequence[Arguments]) -> Tensor:
-        """int64 (1,): what was refused since the last :meth:`raise_deferred_errors`."""
+        """int64 (1,): bits of what was refused since the last :meth:`raise_deferred_errors`."""
         where = device.data[0].device
         if self._bits is None or self._bits.device != where:
             self._bits = torch.zeros(1, dtype=torch.int64, device=where)
@@ -389,11 +389,11 @@ class HarmonizedLoss(nn.Module):
     def _is_recomputed(self) -> bool:
         """Whether activation checkpointing repeats an earlier call, inside a backward pass.
 
-        The gradient then keeps the weights of that call, which the graph of the loss holds; the
-        counts must not be averaged in a second time.
+        The gradient then uses the weights of the earlier call, which the loss's graph holds; the
+        counts must not be averaged a second time.
 
         Raises:
-            ValueError: it is the reentrant kind, whose first pass had no graph to hold anything.
+            ValueError: the checkpointing is reentrant: its first pass had no graph to hold weights.
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return False
@@ -424,8 +424,8 @@ class HarmonizedLoss(nn.Module):
     def _pool(self, counts: Tensor, meet: bool) -> int:
         """Adds up `counts` over all processes in place; returns how many there are.
 
-        Where processes do not `meet`, as outside training steps, this one's counts stand for
-        those of each: one process may validate alone, and would wait for the others for ever.
+        Without `meet`, as outside training steps, every process is taken to have this one's
+        counts: a process that validates alone would otherwise wait for the others for ever.
         """
         world = self._processes()
         if world > 1 and meet:
@@ -447,10 +447,10 @@ class HarmonizedLoss(nn.Module):
         missing_keys: list[str],
         *args: Any,
     ) -> None:
-        """Takes weights of a detector with other losses, and counts without bias correction.
+        """Also loads checkpoints of detectors with other losses or without bias correction.
 
-        Counts that are not there stay as they are; averages that were kept without bias correction
-        count as steady.
+        Counts missing from the checkpoint stay as they are; averages that were saved without bias
+        correction are taken to need none.
         """
         acc_sum = state_dict.get(f"{prefix}acc_sum")
         if self.bias_correction and acc_sum is not None:
@@ -461,7 +461,7 @@ class HarmonizedLoss(nn.Module):
         missing_keys += [key for key in missing if key not in own]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HarmonizedLoss":
-        """Follows `model.half()` with everything but the counts, which pass 65504."""
+        """Keeps the dtype of the buffers even in `model.half()`: counts exceed float16's 65504."""
         before = {name: x for name, x in self._buffers.items() if x is not None}
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         for name, x in before.items():

@@ -198,7 +198,7 @@ class OHEMLoss(nn.Module):
 
 
 class SmoothL1Loss(nn.Module):
-    """Sum of smooth L1, times `loss_weight`, as Detectron2's, which has no factor in a RetinaNet.
+    """Sum of smooth L1, times `loss_weight`; Detectron2's RetinaNet has no such factor.
 
     A detector divides it by what it divides its own smooth L1 loss by.
     """

@@ -119,7 +119,7 @@ def check_plain(name: str, value: Tensor | None, device: torch.device) -> None:
 
 
 def is_plain(value: Tensor) -> bool:
-    """Whether a tensor has values to look at here and now; not so of meta and fake tensors."""
+    """Whether a tensor has values to look at here and now; meta and fake tensors have none."""
     return type(value) in (Tensor, nn.Parameter) and not value.is_meta
 
 

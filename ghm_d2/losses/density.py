@@ -28,7 +28,7 @@ def exact_gradient_density(
 
     Raises:
         ValueError: `epsilon` is not in (0, 1], or a valid `gradient_norm` is NaN or outside
-            [0, 1] (the latter checked on the CPU alone, elsewhere it would stop the device).
+            [0, 1] (checked on the CPU alone: elsewhere the host would wait for the device).
     """
     check_floating("gradient_norm", gradient_norm)
     if check_positive("epsilon", epsilon) > 1:
@@ -55,13 +55,12 @@ def _may_look(g: Tensor) -> bool:
 
 
 def _sorted_density(g: Tensor, half: float) -> Tensor:
-    """The density at each of ascending norms, of a window that reaches `half` to either side.
+    """The density at each of the ascending norms `g`; a window extends `half` to either side.
 
-    Most norms of a detector are tiny, and a binary search for each is what costs. Only the few
-    of at least `half` are searched for: no other has anything below its window, and no other
-    lies above somebody's window.
+    The binary searches dominate the cost, and most norms of a detector are tiny. A norm below
+    `half` needs none: nothing lies below its own window, and it lies above no other window.
     """
-    # On another device the host would have to wait for their number; there all are searched for.
+    # On another device the host would have to wait for `start`, so all norms are searched for.
     start = int(torch.searchsorted(g, half)) if _may_look(g) else 0
     large = g[start:]
     # large[k] lies above the windows of the first ends[k] norms.

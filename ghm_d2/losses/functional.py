@@ -36,7 +36,7 @@ def authentic_smooth_l1_loss(
         pred: predicted deltas, any shape, floating point.
         target: same shape.
         mu: width of the quadratic part, above 0, in the units of the deltas; a number, or a 0-d
-            float32 tensor on their device, a constant of the derivative.
+            float32 tensor without gradient, on their device.
         reduction: "none", "mean" or "sum".
 
     Returns:
@@ -44,7 +44,7 @@ def authentic_smooth_l1_loss(
         no elements is 0, on the graph.
 
     Raises:
-        ValueError: shapes differ, `mu` is not above 0 (that of a CUDA tensor is not looked at), or
+        ValueError: shapes differ, `mu` is not above 0 (a CUDA tensor's value is not checked), or
             `reduction` is unknown.
     """
     check_choice("reduction", reduction, ("none", "mean", "sum"))

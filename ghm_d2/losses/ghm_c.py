@@ -25,9 +25,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class GHMCLoss(HarmonizedLoss):
     """Gradient-harmonised cross entropy (paper, section "GHM-C Loss").
 
-    The value is about 1 whatever the model's quality: the mean over unit regions of a loss that
-    depends on the region alone. Watch the AP, or the plain cross entropy of
-    the positives: the mean over all examples may rise while a detector learns.
+    The value is about 1 whatever the model's quality: it is the mean over unit regions of a loss
+    that depends on the region alone. Watch the AP instead, or the plain cross entropy of the
+    positives; the plain cross entropy of all examples may rise while a detector learns.
     """
 
     argument_names = ("logits", "labels")
@@ -63,12 +63,12 @@ class GHMCLoss(HarmonizedLoss):
                 authors start from 0 without it, so their first loss is 1 / (1 - alpha) too large.
             sync: pool the counts of all processes and return world_size times this process's
                 share, so that the mean over processes is the loss of all examples together.
-                Every process must then make every call.
+                Every process must then call the loss equally often.
             density: "unit_region", or "exact" (paper, eq. 6; window 1 / bins; needs momentum 0).
-            class_dim: the axis of the logits that counts classes, such as 1 for (N, K, H, W).
-                Logits of one axis, (N,), are of one class and have none.
-            ignore_index: label of what is ignored, such as 255, in labels of either kind. None: -1
-                in labels that name classes, nothing in dense ones.
+            class_dim: the axis of the logits that holds the classes, such as 1 for
+                (N, K, H, W). Logits (N,) are of one class and have no such axis.
+            ignore_index: label value that is ignored, such as 255, in integer and dense labels.
+                None: -1 in integer labels; nothing is ignored in dense ones.
             class_weight: (K,), at least 0: factor of the loss of each class (in softmax, of each
                 row by its class; K + 1 values name the background's too, which is 1 otherwise).
                 It does not change the counts, and it takes the whole-tensor path.

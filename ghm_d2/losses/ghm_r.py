@@ -12,7 +12,7 @@ from .checks import ValueChecks, check_floating, check_positive, check_weight, e
 from .functional import at_least_float32, regression_examples
 from .kernels import Arguments, EagerPart, FusedExamples, regression_kernel
 
-# MU "auto": this many times the median error, which is averaged with this momentum, in this range.
+# `mu="auto"`: factor of the median error, momentum of its moving average, range of the width.
 _MEDIANS, _MOMENTUM, _RANGE = 1.5, 0.95, (0.01, 0.5)
 
 
@@ -23,8 +23,8 @@ class GHMRLoss(HarmonizedLoss):
 
     Attributes:
         mu: the width; with `mu="auto"` a float32 scalar, that of the last call.
-        running_median: float32 scalar, with `mu="auto"` alone: the moving average of the median of
-            |d|, -1 before the first; saved and written like `acc_sum`.
+        running_median: float32 scalar, only with `mu="auto"`: the moving average of the median of
+            |d|, -1 before the first update; saved and written like `acc_sum`.
     """
 
     running_median: Tensor
@@ -50,9 +50,9 @@ class GHMRLoss(HarmonizedLoss):
         """
         Args:
             mu: width of the quadratic part of authentic smooth L1, above 0, in units of the deltas;
-                or "auto": 1.5 times the moving average (0.95) of the median of |d| over the
-                coordinates of a call, this one's included, within [0.01, 0.5]. With `sync`, the
-                processes' medians are averaged by their numbers of coordinates.
+                or "auto": 1.5 times the moving average (momentum 0.95) of the median of |d| over
+                the coordinates of a call, this call included, clamped to [0.01, 0.5]. With `sync`,
+                the processes' medians are averaged, weighted by their numbers of coordinates.
             bins, momentum: see :class:`~ghm_d2.losses.GHMCLoss`.
             loss_weight: likewise; the published code uses 10 in RetinaNet.
             normalize_by, decay_empty_bins, bias_correction, sync, density: likewise.
@@ -113,7 +113,7 @@ class GHMRLoss(HarmonizedLoss):
         if not self.follows:
             return {"mu": self.mu}, {}
         average = self.running_median
-        if not recomputed:  # which has been averaged in by the first computation
+        if not recomputed:  # else the first computation has averaged the median in
             median, count = _median_error(raw, average)
             if writes and self._processes() > 1:
                 total = torch.stack([median * count, count])
@@ -181,10 +181,10 @@ def _width(running_median: Tensor) -> Tensor:
 
 
 def _median_error(raw: Sequence[Arguments], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower median of |d| over all tensors, and how many coordinates it is of.
+    """The lower median of |d| over all tensors, and the number of coordinates that count.
 
-    Scalars of `like`'s type. By sorting, because the number of valid coordinates stays on the
-    device; the ignored ones come last, as infinities.
+    Both are scalars of `like`'s type. The errors are sorted, because the number of coordinates
+    stays on the device; ignored ones come last, as infinities.
     """
     errors, count = [], like.new_zeros(())
     for pred, target, weight in raw:

@@ -74,7 +74,7 @@ def export_run(
         raise UserError(f"{target} exists already: choose another --id.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Under another name first: a model that stands in the zoo is complete.
+        # Under a temporary name first, so that a model in the zoo is always complete.
         with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as new:
             files = _write_files(finished, Path(new, "model"))
             os.rename(Path(new, "model"), target)
@@ -120,7 +120,7 @@ def _write_files(run: FinishedRun, folder: Path) -> dict[str, Any]:
 
 
 def _for_stock(run: FinishedRun) -> tuple[dict[str, Tensor], str, CfgNode | None]:
-    """Weights, config, and a config for stock Detectron2; None where that lacks something."""
+    """Weights, config, and a config for stock Detectron2; None if that lacks something."""
     full = run.cfg.clone()
     # These two describe the machine that trained, not the model.
     full.OUTPUT_DIR, full.MODEL.DEVICE = get_cfg().OUTPUT_DIR, get_cfg().MODEL.DEVICE
@@ -133,7 +133,7 @@ def _for_stock(run: FinishedRun) -> tuple[dict[str, Tensor], str, CfgNode | None
 
 
 def _of_python_config(run: FinishedRun) -> tuple[dict[str, Tensor], str, None]:
-    """The same without building the model, because a Python config may call anything."""
+    """As `_for_stock`, but builds no model, because a Python config may call anything."""
     logger.warning("no config for stock Detectron2 is written: the training's is a Python config")
     tree = copy.deepcopy(run.settings.tree)
     if isinstance(train := tree.get("train"), dict):
@@ -149,7 +149,7 @@ def write_weights(
     Args:
         weights: name to tensor.
         folder: to write to.
-        origin: of the weights; the names of the classes travel with them.
+        origin: of the weights; its class names and data are stored with them.
 
     Returns:
         The file.

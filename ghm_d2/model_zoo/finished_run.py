@@ -78,7 +78,7 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
         )
     seconds_per_image = run.last(SECONDS_PER_IMAGE, wanted)
     if seconds_per_image is None:
-        logger.warning("%s does not tell the time per image: it stays unknown", folder)
+        logger.warning("%s does not record the time per image: the zoo leaves it empty", folder)
     for note in run.notes:
         logger.warning("%s: %s", folder, note)
     weights, origin = _read_weights(run.folder / FINAL_CHECKPOINT, wanted)

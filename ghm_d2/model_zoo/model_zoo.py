@@ -1,4 +1,4 @@
-"""get, get_config, get_config_file, get_checkpoint_url: Detectron2's, for this project's models."""
+"""The functions of Detectron2's `model_zoo`, for this project's models."""
 
 from typing import Any
 
@@ -98,7 +98,7 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
     Args:
         config_path: see :func:`get_config_file`.
         trained: see :func:`get_config`.
-        device: replaces the device of the config; None: only where there is no GPU, by "cpu".
+        device: replaces the device of the config; None: the config's, or "cpu" without a GPU.
 
     Raises:
         ZooError: see :func:`get_config`.

@@ -121,7 +121,7 @@ def add_models(index: dict[str, Any], models: list[dict[str, Any]]) -> int:
 
 def _our_row(entry: dict[str, Any]) -> dict[str, str]:
     versions = entry["versions"] or {}
-    # The columns of Detectron2's model zoo, then what it leaves to its text.
+    # The columns of Detectron2's model zoo, then facts that it gives only in its text.
     folder = weights_file(entry).rpartition("/")[0]
     memory = entry["memory_mib"]
     return {

@@ -39,7 +39,7 @@ class ZooError(RuntimeError, UserError):
 
 
 def read_index(file: str | Path) -> dict[str, Any]:
-    """Reads an index and checks what paths and hashes are made of.
+    """Reads an index and checks the fields that become paths and hashes.
 
     Raises:
         UserError: the file cannot be read or is no index.
@@ -116,7 +116,8 @@ def fetch(zoo: str, file: str, sha256: str) -> str:
         sha256: recorded hash.
 
     Raises:
-        ZooError: a folder holds other content, or none. A URL is checked when it is opened.
+        ZooError: in a folder, the file is missing or has another hash. A URL is checked when it
+            is opened.
     """
     if zoo.startswith(_SCHEMES):
         register_zoo()
@@ -166,8 +167,8 @@ class _ZooHandler(HTTPURLHandler):
             found = digest(local)
             if found == expected:
                 return local
-            # It was damaged in the cache or on the way, or the cache, which does not tell hosts
-            # apart, has it from another zoo. Deleted, it is downloaded once more.
+            # It was damaged in the cache or on the way, or it is another zoo's, because the cache
+            # does not tell hosts apart. Once deleted, it is downloaded again.
             os.unlink(local)
         raise _mismatch(path, found, expected)
 

@@ -57,7 +57,7 @@ class TorchvisionBackbone(Backbone):
     ) -> None:
         """
         Args:
-            name: of a classification network, as in `torchvision.models.list_models`, but for
+            name: a classification network of `torchvision.models.list_models`, except for
                 vision transformers (ViT, MaxViT), which take images of one size alone.
             out_features: the feature maps, high to low resolution, by Detectron2's names: "res2",
                 "res3", "res4", "res5" are the network's last maps of strides 4, 8, 16 and 32. Or
@@ -66,7 +66,7 @@ class TorchvisionBackbone(Backbone):
             norm: what becomes of the network's batch norm: "FrozenBN" fixes statistics and affine
                 parameters, "BN" leaves it as it is, "SyncBN" pools it over all processes. Other
                 norms stay as they are.
-            freeze_at: such a name, up to which no parameter is trained; "": all are trained.
+            freeze_at: a name as in `out_features`: no parameter up to it is trained; "": all are.
 
         Raises:
             ValueError: a name is unknown, or a node gives no feature map.
@@ -85,14 +85,14 @@ class TorchvisionBackbone(Backbone):
                 "which its attention is built for: a Swin or ConvNeXt of that size is the nearest"
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the way in which GoogLeNet starts
+            warnings.simplefilter("ignore", FutureWarning)  # of GoogLeNet's initialisation
             network = models.get_model(name, weights=None)
         stages = _stages(network)
         nodes = {x: _node(network, stages, "out_features", x) for x in out_features}
         if len({*nodes.values()}) < len(out_features):
             raise ValueError(f"out_features must be maps of their own, got {list(out_features)}")
         if freeze_at:
-            # It has the layers up to that node alone, and shares their parameters with the network.
+            # The extractor has only the layers up to that node, and the network's own parameters.
             last = _node(network, stages, "freeze_at", freeze_at)
             for parameter in _extractor(network, [last]).parameters():
                 parameter.requires_grad_(False)
@@ -135,7 +135,7 @@ def _extractor(network: nn.Module, nodes: Sequence[str] | dict[str, str]) -> nn.
 
 
 def _map(name: str, x: Any) -> _Map | None:
-    """What `x` is of an image of _PROBE pixels; None: no feature map."""
+    """Describes `x` as a feature map of a _PROBE image; None: it is not one."""
     if not isinstance(x, Tensor) or x.dim() != 4:
         return None
     for last, channels, sides in (
@@ -158,7 +158,7 @@ def _run(network: nn.Module) -> Any:
 
 
 def _stages(network: nn.Module) -> dict[int, str]:
-    """Of each stride the module that ends it: the last of those that lie in the fewest others."""
+    """For each stride, the module that ends it: the last of the least deeply nested ones."""
     ends: dict[int, str] = {}
     shapes = copy.deepcopy(network).to("meta")
 

@@ -40,7 +40,7 @@ _CHOSEN_BY = {
     "RPN": "MODEL.PROPOSAL_GENERATOR.NAME",
     "ROI_BOX_HEAD": "MODEL.ROI_HEADS.NAME",
 }
-# What makes or expects rotated boxes, and the parts of ours that it would exchange them with.
+# Parts that make or expect rotated boxes, and our parts that would exchange boxes with them.
 _ROTATED = {
     "MODEL.ANCHOR_GENERATOR.NAME": ("RotatedAnchorGenerator", tuple(_CHOSEN_BY)),
     "MODEL.PROPOSAL_GENERATOR.NAME": ("RRPN", ("ROI_BOX_HEAD",)),
@@ -215,7 +215,7 @@ def _check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _check_types(node: CfgNode, default: CfgNode, prefix: str) -> None:
-    """Refuses what code has put there: Detectron2 checks files and command lines alone."""
+    """Refuses wrong types set by code: Detectron2 checks only files and command lines."""
     for key, expected in default.items():
         name, value = f"{prefix}.{key}", node[key]
         if isinstance(expected, CfgNode):
@@ -243,7 +243,7 @@ def _check_boxes(cfg: CfgNode, part: str) -> None:
 
 
 def _check_cascade(cfg: CfgNode) -> None:
-    """Says in sentences what Detectron2 asserts of a cascade."""
+    """Checks, with full messages, what Detectron2 only asserts of a cascade."""
     if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
         raise UserError(
             "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG must be True with MODEL.ROI_HEADS.NAME "

@@ -22,7 +22,7 @@ def check_targets(cls_targets: str) -> str:
 
 
 def groups_of_images(total_batch_size: int, images_per_histogram: int) -> int:
-    """How many groups of images each of the present processes trains on in a step.
+    """How many groups of images each process of this run trains on in a step.
 
     Args:
         total_batch_size: images in a step over all processes, at least 1.
@@ -96,7 +96,7 @@ class DenseLoss(nn.ModuleList):
 
     @classmethod
     def of(cls, loss: GHMCLoss | GHMRLoss | None, *args: Any, **kwargs: Any) -> "DenseLoss | None":
-        """As the constructor, but None for None."""
+        """Like the constructor; None where `loss` is None."""
         return None if loss is None else cls(loss, *args, **kwargs)
 
     @torch.jit.unused
@@ -202,13 +202,13 @@ def _soft_targets(logits: Tensor, labels: Tensor, scores: Tensor) -> tuple[Tenso
     classes = logits.shape[-1]
     wrong = (labels < -1) | (labels > classes)
     column = labels.clamp(min=0).masked_fill(wrong, 0).unsqueeze(-1)
-    own = scores.masked_fill(wrong, 2.0).unsqueeze(-1)  # which the loss refuses
+    own = scores.masked_fill(wrong, 2.0).unsqueeze(-1)  # 2 is refused by the loss
     target = scores.new_zeros(*labels.shape, classes + 1).scatter_(-1, column, own)
     return target[..., :-1], labels != -1
 
 
 def _split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """`x.split`, without the copy that the gradient of a split into one would be."""
+    """`x.split`, without the copy that a split into one part costs in the backward pass."""
     return x.split(sizes) if len(sizes) > 1 else [x]
 
 

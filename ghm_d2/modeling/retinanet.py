@@ -66,7 +66,7 @@ class GHMRetinaNet(SteadyNormalizer, RetinaNet):
             cls_baseline: classification loss over all anchors at once; None: Detectron2's focal
                 loss.
             cls_targets: what a positive's own class should score: "hard", 1; "iou", the IoU of its
-                decoded box with the box matched to it (Detectron2's focal loss knows 1 alone).
+                decoded box with the box matched to it (Detectron2's focal loss allows only 1).
             reg_baseline: box regression loss, normalised as Detectron2's; None: Detectron2's own.
             clip_before_nms: clip boxes to the image before NMS, as mmdetection does, and drop
                 those that are empty then; False: after it.

@@ -59,7 +59,7 @@ def _harmonized(
         predictor = GHMFastRCNNOutputLayers(
             cfg, box_head.output_shape, box2box_transform=stock.box2box_transform
         )
-    # Not the biases, which start as constants, that of the classes perhaps at a prior.
+    # Not the biases: they start as constants, that of the classes possibly at a prior.
     predictor.cls_score.weight = stock.cls_score.weight
     predictor.bbox_pred.weight = stock.bbox_pred.weight
     return predictor

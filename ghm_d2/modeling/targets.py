@@ -56,7 +56,7 @@ def box_ious(
     boxes = transform.apply_deltas(deltas[image, index].float(), anchors[index])
     ious = matched_pairwise_iou(Boxes(boxes), Boxes(matched[image, index]))
     found = ious.new_zeros(positive.shape)
-    found[image, index] = ious.nan_to_num(0.0).clamp(0, 1)  # rounding passes 1
+    found[image, index] = ious.nan_to_num(0.0).clamp(0, 1)  # rounding may exceed 1
     return found
 
 

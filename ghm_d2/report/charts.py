@@ -30,7 +30,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "text.parse_math": False,  # a "$" in the name of a class begins no formula
-    "svg.hashsalt": "ghm_d2",  # or the same data would give another page each time
+    "svg.hashsalt": "ghm_d2",  # without it, the same data would give a different page each time
 }
 
 Rows = Mapping[int, Mapping[str, Any]]

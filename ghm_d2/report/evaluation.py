@@ -17,7 +17,7 @@ from ghm_d2.errors import UserError, cannot, reason
 
 from .run_files import TestSet
 
-_LIMIT = 100  # detections an image that are drawn
+_LIMIT = 100  # detections drawn per image, at most
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Evaluation:
             the column lies on; the last column holds objects that nothing lies on, the last row
             detections that lie on no object.
         images: by descending score, without images that have neither objects nor detections.
-        number: of images, those included.
+        number: of all images, including those without objects or detections.
     """
 
     name: str

@@ -23,7 +23,7 @@ from .run_files import RunFiles, read_run
 
 _HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _LONGEST_LINE = 2000
-# Below either, a training has hardly begun: COCO's shortest schedule passes 12 times.
+# With fewer iterations or passes, a training is called short; COCO's 1x schedule has 12 passes.
 _SHORT, _FEW_PASSES = 500, 5
 
 
@@ -87,7 +87,7 @@ def write_report(
 
 
 def _visible(value: Any) -> Any:
-    """Text without control characters; pictures pass, which `shown` would cut in the middle."""
+    """Text without control characters; pictures unchanged, as `shown` would shorten them."""
     if not isinstance(value, str) or value.startswith("data:image/"):
         return value
     return "\n".join(shown(line, _LONGEST_LINE) for line in value.split("\n"))

@@ -26,14 +26,14 @@ class TestSet:
     """A data set that was evaluated.
 
     Attributes:
-        name: in the config.
+        name: of the data set in the config.
         predictions: the evaluator's file in COCO's result format.
         annotations: COCO-format ground truth.
         images: folder that its file names are relative to.
-        detections_per_image: as many of an image count, as in the evaluation.
+        detections_per_image: at most this many count for an image, as in the evaluation.
     """
 
-    __test__ = False  # or pytest would collect it for its name
+    __test__ = False  # without it, pytest would collect this class because of its name
 
     name: str
     predictions: Path
@@ -126,7 +126,7 @@ def _test_sets(run: RunFiles, datasets: Mapping[str, tuple[Path, Path]]) -> list
 def _locate(
     run: RunFiles, name: str, datasets: Mapping[str, tuple[Path, Path]]
 ) -> tuple[Path | None, Path]:
-    """As the caller, the record of the training or else Detectron2's catalogue says."""
+    """Annotations and images by the caller, else the training's record, else MetadataCatalog."""
     if known := datasets.get(name) or run.record.datasets.get(name):
         return known
     metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None

@@ -31,14 +31,14 @@ __all__ = [
     "walk",
 ]
 
-# On the CPU, fewer examples than this are done sooner by whole-tensor operations.
+# On the CPU, whole-tensor operations are faster for fewer examples than this.
 FEWEST = 1 << 13
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 MAX_BINS = 2047  # a histogram is a power of two long, with a place for what does not count
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# torch.compile keeps the kernels where PyTorch can be told of them.
+# torch.compile can use the kernels where PyTorch lets them be registered as operators.
 compiled_loss: Any = None
 if hasattr(torch.library, "custom_op"):
     from . import compiled
@@ -145,13 +145,13 @@ def _on_device(x: Tensor) -> bool:
 
 
 def device_takes(raw: Sequence[Arguments], bins: int, logits: bool) -> bool:
-    """Whether the kernels of a CUDA device take these.
+    """Whether the CUDA kernels take these tensors.
 
     Args:
         raw: for each tensor logits (R, K), labels (R,) or (R, K), and weights of either shape, as
             they were given; or deltas, targets, and weights.
         bins: number of unit regions.
-        logits: which of the two.
+        logits: whether `raw` holds logits; False: deltas.
     """
     return bins <= MAX_BINS and all(
         _on_device(x)
@@ -170,14 +170,14 @@ def device_examples(
     ignored: int | None = None,
     mu: float | Tensor | None = None,
 ) -> FusedExamples | None:
-    """The examples of a CUDA device, which check and write by themselves, or None.
+    """The examples on a CUDA device, whose kernels check values and write buffers; or None.
 
     Args:
         raw, bins: see :func:`device_takes`.
         eager: makes the same examples of the predictions.
-        ignored: what is ignored in the labels; None: -1 in those that name classes.
-        mu: width of the quadratic part, of deltas, a number or a 0-d float32 tensor on their
-            device, which no wait for the device reads; None: these are logits.
+        ignored: the label value that is ignored; None: -1 in integer labels.
+        mu: width of the quadratic part for deltas: a number, or a 0-d float32 tensor on their
+            device, which is read there without a wait; None: `raw` holds logits.
     """
     if not device_takes(raw, bins, mu is None):
         return None

@@ -1,7 +1,7 @@
 """The CUDA kernels as operators that torch.compile leaves whole; needs PyTorch 2.4.
 
-A compiled function keeps no tensors, so that what was refused shows as a NaN loss alone, and a
-second derivative needs the loss outside of it.
+A compiled function keeps no tensors between calls: a refused value shows only as a NaN loss, and a
+second derivative needs the loss to be computed outside the compiled function.
 """
 
 from collections.abc import Sequence
@@ -61,14 +61,14 @@ def harmonized_loss(
 
     Args:
         predictions, targets: see `TritonExamples`.
-        weights: as many; one without elements stands for None, which such a list cannot hold.
-        acc_sum, num_updates: the running counts before.
+        weights: as many; an empty tensor stands for None, which a list of tensors cannot hold.
+        acc_sum, num_updates: the running counts before this pass.
         bins, ignored, mu: see `TritonExamples`.
         momentum, normalize_by, decay_empty_bins: see `Averaging`.
         scale: factor of the region weights.
         pooled: whether all tensors share a histogram.
         processes: how many of them share their counts.
-        meet: whether to add these up, or to take each for having the counts of this one.
+        meet: whether to add the counts up; else every process is taken to have this one's.
 
     Returns:
         The loss (NaN where something was refused), the scaled float32 (T, bins) weights of the

@@ -16,18 +16,19 @@ from .examples import EagerExamples, FusedExamples
 
 # Above this logit, 1 - sigmoid has lost the digits that the loss needs.
 _LARGE = 4.0
-_ROW = 512  # logits that are looked at together for a large one
+_ROW = 512  # logits that are searched together for a large one
 
 
 def _tables(weights: Tensor) -> Sequence[Tensor]:
-    """The weight of each of [0, bins], for each tensor."""
+    """The weight of each region in [0, bins], for each tensor."""
     return torch.cat([weights, weights[:, -1:]], dim=1).float().unbind()
 
 
 class _CpuExamples(FusedExamples):
-    """A float32 gradient costs next to nothing beside the loss, so both are computed together.
+    """A float32 gradient adds next to no cost to the loss, so both are computed together.
 
-    Half precision cannot hold a gradient before its factor is known, and computes it afterwards.
+    Half precision cannot hold a gradient before its factor is known; there, the backward pass
+    computes it.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class _CpuExamples(FusedExamples):
         gradient, self._gradient = self._gradient, None
         if gradient is not None:
             return gradient if factor == 1 else [x.mul_(factor) for x in gradient]
-        # Half precision, or another pass over a retained graph: the first one gave its memory away.
+        # Half precision, or a repeated backward pass: the first gave the gradient's memory away.
         _, gradient = self._weighted(weights * factor, False, True)
         assert gradient is not None
         return gradient
@@ -66,7 +67,7 @@ class _CpuExamples(FusedExamples):
         raise NotImplementedError
 
     def _count(self, bins: int, buffers: int, write: Callable[[int, Scratch], Tensor]) -> Tensor:
-        """int64 (T, bins), of the norms that `write` makes of each block."""
+        """The int64 (T, bins) counts of the norms that `write` makes of each block."""
         finder, blocks = region_finder(bins), self._blocks
 
         def work(numbers: range) -> Tensor:
@@ -87,7 +88,7 @@ class _CpuExamples(FusedExamples):
         norm_of: Callable[[int, Scratch], Tensor],
         use: Callable[[int, Scratch, Tensor], float],
     ) -> float:
-        """Adds up what `use` makes of each block: of its number, its scratch, and its weights.
+        """Adds up what `use` returns for each block, given its number, scratch and weights.
 
         The weights lie in the second buffer, which may have held the norms; the first is free.
         """
@@ -103,7 +104,7 @@ class _CpuExamples(FusedExamples):
                 weight = scratch.buffers[1]
                 try:
                     torch.index_select(tables[owners[i]], 0, region, out=weight)
-                except IndexError:  # of a NaN
+                except IndexError:  # a NaN has no region
                     return torch.nan
                 total += use(i, scratch, weight)
             return total
@@ -133,7 +134,7 @@ class SigmoidExamples(_CpuExamples):
         Args:
             logits, eager: see :class:`FusedExamples`; float32, float16 or bfloat16.
             positive: for each tensor, ascending int64 positions of the logits whose target is 1.
-            dropped: likewise of those that do not count.
+            dropped: likewise, of the logits that do not count.
         """
         super().__init__(logits, eager, dropped)
         self._x = self._blocks.split(self.data)
@@ -191,7 +192,7 @@ class SigmoidExamples(_CpuExamples):
         return self._sum(weights, 3 if norms is None else 2, norm_of, use), gradient
 
     def _negative_loss(self, number: int, norm: Tensor, loss: Tensor) -> Tensor:
-        # -softplus(z) = log(1 - sigmoid(z)), but for a large z.
+        # -softplus(z) = log(1 - sigmoid(z)); a large z loses digits there and is redone.
         x, positive, dropped = self._x[number], self._positive[number], self._dropped[number]
         torch.neg(norm, out=loss).log1p_()
         _replace_large(x, loss)
@@ -211,9 +212,10 @@ class SigmoidExamples(_CpuExamples):
 
 
 def _replace_large(x: Tensor, loss: Tensor) -> None:
-    """Writes -softplus(x) into (n,) `loss` wherever x is large, and beside it.
+    """Writes -softplus(x) into `loss`, (n,), for each row of _ROW logits that holds a large one.
 
-    A mask of single elements would take longer than all the rest: whole rows are looked for.
+    An incomplete last row is always written. Masking single elements would take longer than all
+    the rest.
     """
     n = x.numel() // _ROW * _ROW
     if n:
@@ -228,7 +230,7 @@ def _replace_large(x: Tensor, loss: Tensor) -> None:
 class RegressionExamples(_CpuExamples):
     """Authentic smooth L1 of the differences between predictions and targets.
 
-    Everything is computed twice, to count and to weight: it is cheap, and memory is not.
+    Everything is computed twice, to count and to weight: arithmetic is cheap, memory is not.
     """
 
     def __init__(

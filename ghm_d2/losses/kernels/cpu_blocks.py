@@ -1,4 +1,4 @@
-"""Long tensors in blocks that stay in the cache, dealt to one Python thread a core.
+"""Long tensors in blocks that stay in the cache, dealt to one Python thread per core.
 
 PyTorch runs each of those threads on its core alone and releases the interpreter lock during an
 operation. Every call between two operations takes the lock again, so what a block needs is cut and
@@ -20,14 +20,14 @@ from torch import Tensor
 # Measured on two cores with 2^16 to 2^21: smaller blocks spend their time in Python and wait for
 # its lock, larger ones need more scratch memory (2 MiB a buffer here).
 BLOCK = 1 << 19
-# A thread gets at least so many blocks, or their scratch memory would be a large part of the whole,
+# A thread gets at least this many blocks: longer ones would need too much scratch memory.
 _FEWEST = 8
-# but none shorter than this, or the calls would cost more than the work.
+# But no block is shorter than this: the calls would cost more than the work.
 _SHORTEST = 1 << 16
-# Fewer examples than this for each thread are not worth the waiting for its lock.
+# With fewer examples per thread, waiting for the lock costs more than a thread gains.
 _WORTHWHILE = 1 << 19
-# So few stay on the calling thread, in blocks below the 2^15 elements from which PyTorch would
-# deal each single operation to all cores, and wake these every time.
+# Up to this many stay on the calling thread, in blocks below 2^15 elements: from there on, PyTorch
+# would spread every single operation over all cores and wake them each time.
 _FEW = 1 << 17
 _SERIAL = (1 << 15) - 512
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Blocks:
-    """Tensors of `sizes` examples cut into blocks of one length, but for the last of each.
+    """Tensors of `sizes` examples cut into blocks of one length, except the last of each.
 
     Attributes:
         owners: for each block, the number of its tensor.
@@ -79,14 +79,14 @@ class Blocks:
         return blocks
 
     def map(self, work: Callable[[range], T]) -> list[T]:
-        """Calls `work` once a thread, with the numbers of that thread's blocks."""
+        """Calls `work` once per thread, with the numbers of that thread's blocks."""
         ends = list(accumulate(self.lengths))
         share = -(-sum(self.sizes) // self.threads)
         cuts = [0, *(bisect_left(ends, share * i) + 1 for i in range(1, self.threads)), len(ends)]
         shares = [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
 
         def call(numbers: range) -> T:
-            with torch.no_grad():  # a setting of each thread
+            with torch.no_grad():  # each thread starts with gradients enabled
                 return work(numbers)
 
         if self._on_calling_thread:
@@ -108,7 +108,7 @@ class Blocks:
 
 
 class Scratch:
-    """Buffers of one block, and what else their memory is used as.
+    """Buffers of one block, and other views of their memory.
 
     Attributes:
         buffers: float32 (n,) each.
@@ -135,8 +135,8 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     started = Barrier(threads + 1)
 
     def start() -> None:
-        # Its first look at this number makes a thread take over the process's, so it looks now:
-        # later, each worker would spread over all cores, which the others need.
+        # A thread adopts the process's number of threads when it first reads it, so it reads it
+        # now: later, each worker would spread over all cores, which the others need.
         torch.get_num_threads()
         torch.set_num_threads(1)  # for this thread, and for all that start after it ...
         started.wait()

@@ -32,12 +32,12 @@ class RegionFinder:
         return torch.bucketize(norm, self.edges[1:], right=True)
 
     def find(self, norm: Tensor, scratch: Scratch) -> tuple[Tensor, Corrections | None]:
-        """The region of each norm, float32 (n,), and where it is not the floor of a product."""
+        """The region of each norm, float32 (n,); corrections where it is not floor(norm * bins)."""
         product, spare = scratch.buffers[:2]
         torch.mul(norm, self.bins, out=product)
         corrections = None
         if not self.floor_is_exact:
-            # Only a product beside a whole number can be rounded across an edge.
+            # Only a product close to a whole number can be rounded across an edge.
             torch.round(product, out=spare).sub_(product).abs_()
             close = 2e-7 * self.bins
             if spare.min() < close:
@@ -51,14 +51,14 @@ class RegionFinder:
         return _floor(scratch, known)
 
     def count(self, scratch: Scratch) -> Tensor:
-        """int64 (bins + 1,), of the regions that were found in `scratch`.
+        """The int64 (bins + 1,) counts of the regions that were found in `scratch`.
 
-        A NaN is refused later, by the loss; here it must only not crash.
+        A NaN is refused later, by the loss; here it only must not cause a crash.
         """
         width = self.bins + 1
         if width > _PAIRED:
             return _bincount(scratch.region, width)
-        # Two regions make one number: half as many increments, and fewer that wait for another.
+        # Two regions make one number: half as many increments, and fewer wait for another.
         first, second = scratch.halves
         pairs = torch.add(second, first, alpha=width, out=scratch.pairs)
         table = _bincount(pairs, width * width).view(width, width)

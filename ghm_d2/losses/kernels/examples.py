@@ -34,8 +34,8 @@ class EagerPart(NamedTuple):
         loss: loss of each example, any shape, on the graph.
         gradient_norm: of the same shape, in [0, 1].
         valid: bool, broadcastable to it, False drops an example; None keeps all.
-        prediction: what they were made of. Overwriting it before the backward pass is an error, as
-            it is with the kernels, also where the gradient would not need it.
+        prediction: what they were made from. Overwriting it before the backward pass is an error,
+            as it is with the kernels, even where the gradient would not need it.
     """
 
     loss: Tensor
@@ -45,7 +45,7 @@ class EagerPart(NamedTuple):
 
     @classmethod
     def empty(cls, prediction: Tensor) -> "EagerPart":
-        """No examples; their sum is 0 on the graph of `prediction`: DDP waits for all of it."""
+        """No examples: a sum of 0 on `prediction`'s graph, as DDP waits for every parameter."""
         x = at_least_float32(prediction)
         return cls(x, x.detach(), None, prediction)
 
@@ -127,14 +127,14 @@ class _HarmonizedSum(torch.autograd.Function):
 class FusedExamples:
     """Examples of a kernel; a subclass computes loss and gradient of `predictions` at once.
 
-    The gradient is written with the incoming factor in the region weights: in half precision, a
-    loss scale that is multiplied afterwards finds zeros where the gradients were small.
+    The region weights include the incoming factor when the gradient is written: in half precision,
+    small gradients would become 0 before a loss scale could be multiplied in.
 
     Attributes:
         concludes: whether :meth:`loss` itself checks the values and writes the running counts, as
             :meth:`conclude_with` tells it to.
-        others: what else the backward pass reads; overwriting it before is an error, as for a
-            prediction.
+        others: further tensors that the backward pass reads; overwriting one before it is an error,
+            as for a prediction.
     """
 
     concludes = False
@@ -200,7 +200,7 @@ class _FusedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         examples, weights = ctx.examples, ctx.weights
-        # A saved tensor also knows whether it was overwritten since.
+        # Reading the saved tensors raises an error if one was overwritten since.
         predictions = ctx.saved_tensors[: len(examples.predictions)]
         if not torch.is_grad_enabled():
             gradients = examples.gradient(weights, grad_output)

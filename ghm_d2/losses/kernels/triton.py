@@ -1,9 +1,9 @@
 """CUDA kernels in Triton: a pass that counts and one that weights, each over all tensors at once.
 
 Almost every logit of a detector belongs to a row without an object, so the hot pass knows no
-labels: NEGATIVE reads every logit as one and skips the tiles that `flag_kernel` has marked, those
-with a positive, an ignored or a dropped row. A second launch with labels takes these alone; where a
-gradient is all that is asked for, one launch has both kinds of code and the mark of a tile chooses.
+labels: NEGATIVE treats every logit as a negative and skips the tiles that `flag_kernel` has marked,
+those with a positive, an ignored or a dropped row. A second launch with labels takes only these;
+where only a gradient is wanted, one launch has both kinds of code and a tile's mark chooses.
 Dense targets, masks of single examples and box deltas have one launch for all tiles.
 
 A tensor is cut into tiles of TILE elements and a program takes ITERATIONS of them, full ones
@@ -133,7 +133,7 @@ def _weigh_tile(
     KIND: tl.constexpr, COLUMNS: tl.constexpr, IGNORED: tl.constexpr, WEIGHTED: tl.constexpr,
     MASKED: tl.constexpr, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr,
 ):  # fmt: skip
-    """(weighted loss, weighted slope) of one tile; `negative`: whether it holds nothing else."""
+    """(weighted loss, weighted slope) of one tile; `negative`: whether it holds negatives alone."""
     if negative:
         norm, loss, slope, counts, bad = tile_examples(
             x, y_ptr, w_ptr, mu, start, i, inside, NEGATIVE, 1, None, 0, MASKED

@@ -19,7 +19,7 @@ def _decay(x):
     """exp(-|x|)."""
     if _INTERPRETED:
         return tl.exp(-tl.abs(x))
-    else:  # tl.exp looks after denormal numbers and tl.abs takes an instruction of its own
+    else:  # tl.exp also handles denormal numbers and tl.abs costs an extra instruction
         return tl.inline_asm_elementwise(
             """{
             .reg .f32 t;
@@ -53,8 +53,8 @@ def _rsqrt(x):
 
 @triton.jit
 def _log1p(e):
-    # e = exp(-|x|) in [0, 1]: a polynomial for log(1 + e) / e, right to 4e-7 of it in float32, also
-    # where e is tiny and 1 + e would keep nothing of it.
+    # e = exp(-|x|) in [0, 1]: a polynomial for log(1 + e) / e, with a relative error of 4e-7
+    # in float32, even where e is so small that 1 + e rounds to 1.
     y = -0.00853920727968216
     y = y * e + 0.04408964142203331
     y = y * e - 0.1076817512512207
@@ -85,7 +85,7 @@ def unit_region(norm, BINS: tl.constexpr, FLOOR_IS_EXACT: tl.constexpr):
         number = region.to(tl.float32)
         if _INTERPRETED:
             edge = number / BINS
-        else:  # what a division rounds to, without its subroutine
+        else:  # rounded as a division would, without its subroutine
             quotient = number * (1.0 / BINS)
             edge = tl.fma(tl.fma(quotient, -1.0 * BINS, number), 1.0 / BINS, quotient)
         region -= (norm < edge).to(tl.int32)

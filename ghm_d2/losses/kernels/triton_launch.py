@@ -36,8 +36,8 @@ def launch_options(kernel: str, kind: int | None = None, bins: int = 1) -> dict[
         bins: number of unit regions.
     """
     if kernel == "count" and kind == NEGATIVE.value and _width(bins) <= 32:
-        # Thirty-two examples a thread share the votes of a histogram; more registers would be
-        # taken, and none of them is needed.
+        # The 32 examples of a thread share the votes of a histogram. Without the limit, the
+        # compiler would take more registers, none of which is needed.
         return {"num_warps": 2, "maxnreg": 64}
     return {"num_warps": 8 if kernel in ("count", "loss") else 4}
 
@@ -77,10 +77,10 @@ class TritonExamples(FusedExamples):
                 its targets, and the weights of its rows, (R,), or of its elements, or None.
             eager: see :class:`FusedExamples`.
             bins: number of unit regions.
-            ignored: the target that drops an element; also the label that drops a row, which is -1
-                for None.
-            mu: width of the quadratic part, of deltas; a tensor is float32, on their device, and
-                read there. None: these are logits.
+            ignored: the value of a dense target that drops its element, or of a label that drops
+                its row (None: -1).
+            mu: width of the quadratic part for deltas; a tensor is 0-d float32, on their device,
+                and read there. None: the predictions are logits.
         """
         super().__init__([x.contiguous() for x, _, _ in raw], eager)
         self.bins = bins
@@ -104,7 +104,7 @@ class TritonExamples(FusedExamples):
         buffers: dict[str, Tensor] | None,
         failed: Tensor,
     ) -> None:
-        """What :meth:`loss` does at its end.
+        """Sets what :meth:`loss` does at its end.
 
         Args:
             state: the new running counts.
@@ -172,7 +172,7 @@ def _settings(raw: Raw, ignored: int | None, mu: float | Tensor | None) -> _Sett
     kind = (SOFT if y.dim() == 2 else CLASS) if mu is None else DELTA
     if kind is CLASS and ignored is None:
         ignored = -1
-    # not of a first row: a level without positives has none
+    # not taken from a first row: a level without positives has none
     columns = math.prod(x.shape[1:])
     weighted = 0 if weight is None else 1 if weight.dim() == 1 and columns > 1 else 2
     # Rows have labels or weights; without either, columns would only compile kernels anew.
@@ -181,10 +181,10 @@ def _settings(raw: Raw, ignored: int | None, mu: float | Tensor | None) -> _Sett
 
 
 class _Part:
-    """Tensors that are so alike that a launch takes all of them.
+    """Tensors similar enough for one launch to take them all.
 
     Attributes:
-        rows: their place among those of the call.
+        rows: their indices among the tensors of the call.
         programs: how many partial sums of the loss they need.
         passes: the constants of the launches that count and that weight: one, or one for the tiles
             of plain background and one for the others.
@@ -203,7 +203,7 @@ class _Part:
         self.data = tuple(x.detach().view(-1) for x, _, _ in raw)
         self.targets = tuple(_bytes(y) for _, y, _ in raw)
         self.weights = tuple(self.data[0] if w is None else _bytes(w) for _, _, w in raw)
-        # What nobody reads still needs a pointer.
+        # A kernel argument that is never read still needs a pointer.
         self.mu, width = (mu, None) if isinstance(mu, Tensor) else (self.data[0], mu or 0.0)
         sizes = [x.numel() for x in self.data]
         tiles = [-(-size // TILE) for size in sizes]
@@ -220,7 +220,7 @@ class _Part:
             "FLOOR_IS_EXACT": region_finder(bins).floor_is_exact,
         }  # fmt: skip
         self.outs: list[Tensor] | None = None
-        # A positive or dropped logit is rare, unless any single one may be dropped.
+        # Marks pay only where most tiles are plain: not if weights may drop single logits.
         self.marked = settings.kind == CLASS.value and settings.weighted != 2
         self.passes = [self.constants]
         if self.marked:
@@ -314,5 +314,5 @@ def walk(
 
 
 def _log(momentum: float) -> float:
-    """log(momentum); of 0 a number whose multiples have an exponential of 0."""
+    """log(momentum); for 0, a number so low that exp of its multiples is 0."""
     return math.log(momentum) if momentum else -1e4
