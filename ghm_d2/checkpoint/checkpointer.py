@@ -75,7 +75,8 @@ def _reset_counts(model: torch.nn.Module, path: str) -> None:
         loss.reset_parameters()
     if counted:
         logger.info(
-            "the running counts of %d losses start at 0: those in %s belong to the training it comes from",
+            "the running counts of %d losses start at 0: those in %s belong to "
+            "the training it comes from",
             len(counted),
             path,
         )
@@ -111,7 +112,9 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
             if not self._resumes:
                 if isinstance(error, RuntimeError):  # the device's, such as CUDA out of memory
                     raise
-                raise UserError(f"{path} is not a checkpoint of a detector ({reason(error)}).") from error
+                raise UserError(
+                    f"{path} is not a checkpoint of a detector ({reason(error)})."
+                ) from error
             raise UserError(
                 f"{path} cannot be resumed, its training state is damaged or of another version "
                 f"({type(error).__name__}: {reason(error)}): write the name of another checkpoint "

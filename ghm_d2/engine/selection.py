@@ -56,8 +56,8 @@ def check_selection(cfg: Config) -> None:
             raise UserError(f"{key} {metric} needs {pair(cfg, 'validation_loss', True)}.")
     elif known and metric not in known:
         raise UserError(
-            f"{key} {metric} is not a metric of these evaluations{similar_names(metric, known)}: give "
-            f"for example {pair(cfg, 'val_metric', known[0])}."
+            f"{key} {metric} is not a metric of these evaluations{similar_names(metric, known)}: "
+            f"give for example {pair(cfg, 'val_metric', known[0])}."
         )
 
 

@@ -317,7 +317,7 @@ def test_the_validation_loss_is_the_mean_over_images_and_changes_nothing(
     [
         ({"save_best": True, "eval_period": 0}, "needs evaluations during the training"),
         ({"patience": 2, "sets": 1}, "needs test data to compare models by"),
-        ({"save_best": True, "metric": "bbox/AP51"}, "is not a metric of these evaluations (similar:"),
+        ({"save_best": True, "metric": "bbox/AP51"}, "not a metric of these evaluations (similar:"),
         ({"save_best": True, "metric": "segm/AP"}, "is not a metric of these evaluations"),
         ({"patience": 1, "metric": "validation/total_loss"}, "needs "),
         ({"patience": -1}, "must be at least 0, got -1"),
