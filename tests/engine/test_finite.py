@@ -140,7 +140,7 @@ def test_a_refused_label_is_saved_too(make, capsys):
 
 def test_the_replay_is_the_same_forward_pass(make, monkeypatch, tmp_path):
     """Counts, normalizer, weights and random numbers: losses come back bit for bit."""
-    trainer = make("ghm_r_faster_rcnn_R_50")
+    trainer = make("ghm_faster_rcnn_R_50")
     seen = {}
 
     def after(model, inputs, losses):

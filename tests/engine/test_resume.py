@@ -11,7 +11,7 @@ from ghm_d2.engine import GHMTrainer, main
 from ghm_d2.engine.preemption import PREEMPTED
 from tests.tiny import RETINANET, ROOT, forget_program, tiny_pairs, write_shapes
 
-RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50.yaml")
+RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50_ghm_c.yaml")
 # A stock RetinaNet divides by a running number of positives.
 STOCK = ["MODEL.META_ARCHITECTURE", "RetinaNet", "DATALOADER.ASPECT_RATIO_GROUPING", "False"]
 STOCK += ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]

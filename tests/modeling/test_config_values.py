@@ -51,7 +51,7 @@ def _config(part):
         return small_config("ghm_retinanet_MobileNetV2")
     if part == "RETINANET":
         return small_config("ghm_retinanet_R_50")
-    cfg = small_config("ghm_faster_rcnn_R_50", "MODEL.PROPOSAL_GENERATOR.NAME", "GHMRPN")
+    cfg = small_config("ghm_faster_rcnn_R_50_ghm_c", "MODEL.PROPOSAL_GENERATOR.NAME", "GHMRPN")
     cfg.MODEL.GHM[part].CLS.ENABLED = cfg.MODEL.GHM[part].REG.ENABLED = True
     return cfg
 
