@@ -128,3 +128,11 @@ def test_mu_is_a_number_or_auto(part, tmp_path):
     cfg.merge_from_list([key, "Auto"])
     with pytest.raises(UserError, match=rf"{key} must be of type float or .auto., .*'Auto'"):
         validate_ghm_config(cfg)
+
+
+def test_given_keys_of_a_loss_that_is_off_are_named(caplog):
+    cfg = small_config("ghm_faster_rcnn_R_50")
+    node = "MODEL.GHM.ROI_BOX_HEAD"
+    given = {f"{node}.CLS.BINS", f"{node}.CLS.ENABLED", f"{node}.REG.BINS", "SOLVER.MAX_ITER"}
+    checks._name_keys_without_effect(cfg, given)
+    assert caplog.messages == [f"{node}.CLS.BINS has no effect: {node}.CLS.ENABLED is False."]

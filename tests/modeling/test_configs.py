@@ -178,11 +178,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("key", "value"), BAD, ids=[key for key, _ in BAD])
-def test_out_of_range_value_names_its_key(key, value):
+@pytest.mark.parametrize("enabled", [True, False])
+def test_out_of_range_value_names_its_key(key, value, enabled):
     name = "ghm_retinanet_R_50" if key.startswith("RETINANET") else "ghm_faster_rcnn_R_50"
     cfg = load(f"configs/{name}.yaml")
-    cfg.merge_from_list(["MODEL.GHM.RPN.CLS.ENABLED", True, "MODEL.GHM.RPN.REG.ENABLED", True])
-    cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED = True
+    for part in ("RETINANET", "RPN", "ROI_BOX_HEAD"):
+        cfg.MODEL.GHM[part].CLS.ENABLED = cfg.MODEL.GHM[part].REG.ENABLED = enabled
     cfg.merge_from_list([f"MODEL.GHM.{key}", value])
     with pytest.raises(UserError, match=f"MODEL.GHM.{key}") as error:
         validate_ghm_config(cfg)
