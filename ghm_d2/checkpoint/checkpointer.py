@@ -15,7 +15,7 @@ from fvcore.common.checkpoint import (
     get_unexpected_parameters_message,
 )
 
-from ghm_d2.errors import UserError, reason, shown
+from ghm_d2.errors import UserError, described, reason, shown
 from ghm_d2.files import whole_file
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
@@ -117,7 +117,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
                 ) from error
             raise UserError(
                 f"{path} cannot be resumed, its training state is damaged or of another version "
-                f"({type(error).__name__}: {reason(error)}): write the name of another checkpoint "
+                f"({described(error)}): write the name of another checkpoint "
                 f"into {LAST_CHECKPOINT}, or start anew with MODEL.WEIGHTS {path}."
             ) from error
         self.origin = read_origin(rest)

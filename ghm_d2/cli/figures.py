@@ -1,4 +1,4 @@
-"""The GHM paper's figures of a trained detector."""
+"""Draw the GHM paper's figures of a trained detector."""
 
 import logging
 import sys
@@ -82,8 +82,8 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
         for what, data in (("cls", part.classification), ("box", part.regression)):
             if not data.counts.sum():
                 raise UserError(
-                    f"the {name} met no {what} examples in these images: take more of them, or "
-                    "images with objects."
+                    f"the {name} has no {what} examples in these images: use more images, or some "
+                    "with objects."
                 )
     for name, part in parts.items():
         folder = output / name if len(parts) > 1 else output
@@ -107,9 +107,15 @@ def _parser() -> Parser:
     add("--output", metavar="DIR", required=True, help="folder for the figures")
     add_dataset_option(
         parser,
-        "COCO-format data to look at, DATASETS.TEST without it (repeatable)",
+        "COCO-format data to use in place of DATASETS.TEST (repeatable)",
     )
-    add("--max-images", type=int, default=200, metavar="N", help="spread over the data (200)")
+    add(
+        "--max-images",
+        type=int,
+        default=200,
+        metavar="N",
+        help="number of images, spread over the data (200)",
+    )
     parser.set_defaults(
         eval_only=True, resume=False, num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto"
     )

@@ -1,4 +1,4 @@
-"""A trained detector on images and videos."""
+"""Run a trained detector on images and videos."""
 
 import logging
 import sys
@@ -37,7 +37,7 @@ def _parser() -> Parser:
         _PROGRAM,
         "--input FILE|FOLDER|PATTERN ... --output FOLDER",
         "Run a detector on images and videos; draw what it finds (boxes, masks, keypoints) and "
-        f"write it as COCO results of the data set that is named ({_RESULTS}).",
+        f"write it as COCO results ({_RESULTS}), for the data set that --dataset names.",
     )
     add = parser.add_argument
     add(
@@ -47,13 +47,18 @@ def _parser() -> Parser:
         metavar="PATH",
         help="images, videos, folders with their subfolders, or quoted patterns ('a/**/*.jpg')",
     )
-    add("--output", required=True, metavar="FOLDER", help="folder to write to; it is made")
+    add(
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="folder for the results; created if missing",
+    )
     add(
         "--confidence-threshold",
         type=float,
         metavar="SCORE",
-        help="detections with lower scores are neither drawn nor written (that with the best F1 in "
-        "the evaluation of the training, where the weights have one, or 0.5)",
+        help="leave out detections with lower scores (the threshold with the best F1 in the "
+        "evaluation of the training, if the weights have one, else 0.5)",
     )
     add(
         "--tile",
@@ -61,10 +66,10 @@ def _parser() -> Parser:
         default=0,
         metavar="PIXELS",
         help="look at each image also in tiles of this side, which overlap by a fifth, for objects "
-        "that are small in large images (needs pip install 'ghm_d2[tiles]'; boxes alone)",
+        "that are small in large images (boxes alone; needs pip install 'ghm_d2[tiles]')",
     )
     add("--no-pictures", action="store_true", help="draw nothing")
-    add("--overwrite", action="store_true", help=f"replace a {_RESULTS} that is there")
+    add("--overwrite", action="store_true", help=f"replace an existing {_RESULTS}")
     return parser
 
 
@@ -97,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = image_ids(files, metadata, named=bool(args.dataset))
         if args.dataset and len(known) < len(files):
             logger.warning(
-                "%d of %d inputs are no images of %s: they are numbered from 1%s",
+                "%d of %d inputs are not images of %s: they are numbered from 1%s",
                 len(files) - len(known),
                 len(files),
                 metadata.get("name", "a data set with the classes of the weights"),

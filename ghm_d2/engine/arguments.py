@@ -10,8 +10,8 @@ from ghm_d2.errors import UserError, command
 
 from .python_config import NODES
 
-CONFIG_FILE_HELP = "a YAML or Python file of yours (the latter is executed: run none whose author "
-CONFIG_FILE_HELP += "you do not trust), or the name of one of configs/"
+CONFIG_FILE_HELP = "a YAML or Python file (a Python file is executed: use only files from people "
+CONFIG_FILE_HELP += "you trust), or the name of a file in configs/"
 _FLAGS = ("-h", "--help", "--eval-only", "--resume", "--overwrite", "--trust-checkpoint")
 
 
@@ -70,7 +70,7 @@ def _parser() -> Parser:
     add(
         "--trust-checkpoint",
         action="store_true",
-        help="open checkpoints that could run code (only files of people you trust)",
+        help="open checkpoints that could run code (only files from people you trust)",
     )
     add_dataset_option(
         parser,
@@ -98,7 +98,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (1)")
     add("--num-machines", type=int, default=1, metavar="N", help="number of machines (1)")
-    add("--machine-rank", type=int, default=0, metavar="R", help="number of this machine (0)")
+    add("--machine-rank", type=int, default=0, metavar="R", help="index of this machine (0)")
     add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0 (auto)")
 
 
@@ -171,8 +171,8 @@ def parse_arguments(
     args = (parser or _parser()).parse_args(options)
     if len(pairs) % 2 and not python:
         raise UserError(
-            f"the KEY VALUE pairs are {len(pairs)} words, so one key has no value: "
-            + " ".join(pairs)
+            f"the KEY VALUE pairs have an odd number of words ({len(pairs)}), so one key has no "
+            f"value: {' '.join(pairs)}"
         )
     args.opts = pairs
     return args

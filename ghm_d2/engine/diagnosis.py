@@ -184,7 +184,7 @@ def _watch_modules(model: nn.Module) -> Iterator[list[Row]]:
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             if len(rows) < 3 and not _finite(output):
-                origin = "its input was finite" if _finite(inputs) else "so was its input"
+                origin = "its input was finite" if _finite(inputs) else "nor was its input"
                 rows.append(Row("module", f"{name} ({type(module).__name__})", False, origin))
 
         return hook
