@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +22,11 @@ from ghm_d2.engine.arguments import (
     CONFIG_FILE_HELP,
     Parser,
     add_dataset_option,
+    make_output_folder,
     parse_arguments,
 )
 from ghm_d2.engine.setup import load_config
-from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             a training that was stopped or failed.
     """
     with exits_with_one_sentence(_PROGRAM):
-        words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), flags=_FLAGS, lists=("--predictions",))
+        args = parse_arguments(argv, _parser(), flags=_FLAGS, lists=("--predictions",))
         _check(args)
         setup_logger(name="ghm_d2")
         names = ("suspects", "marked", "dropped", "mended")
@@ -113,10 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = _detections(args, data, dataset.image_root)
         detections = read_predictions(found, data.content, complete=not args.predictions)
         suspects = choose(judge(data.content, detections), args.number)
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot("made", f"--output {args.output}", error) from error
+        make_output_folder(args.output)
         unreadable = draw_suspects(
             suspects, data.content, data.paths, args.output / _PICTURE, args.pictures
         )

@@ -28,8 +28,8 @@ from ghm_d2.deploy.setup import (
     list_files,
     tool_parser,
 )
-from ghm_d2.engine.arguments import Parser, parse_arguments
-from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.engine.arguments import Parser, make_output_folder, parse_arguments
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 _PROGRAM = "ghm-d2 export"
 _DIFFERENT = 1  # exit code
@@ -85,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             where the file finds something else than the model.
     """
     with exits_with_one_sentence(_PROGRAM):
-        words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), flags=_FLAGS, lists=("--check",))
+        args = parse_arguments(argv, _parser(), flags=_FLAGS, lists=("--check",))
         options = _options(args)
         _check_output(Path(args.output))
         files = list_files(args.check, IMAGE_SUFFIXES)
@@ -122,10 +121,7 @@ def _options(args: argparse.Namespace) -> Options:
 def _check_output(file: Path) -> None:
     if file.is_dir():
         raise UserError(f"--output {file} is a folder: name a file.")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot("written", f"--output {file}", error) from error
+    make_output_folder(file.parent)
 
 
 def _check_sizes(images: dict[str, Tensor], model: nn.Module, format: str) -> None:

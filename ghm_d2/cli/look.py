@@ -3,7 +3,6 @@
 import argparse
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +20,17 @@ from ghm_d2.data.look_pictures import (
     spread,
 )
 from ghm_d2.data.look_statistics import DataStatistics, count_data, summary
-from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
+from ghm_d2.engine.arguments import (
+    Parser,
+    add_dataset_option,
+    make_output_folder,
+    parse_arguments,
+)
 from ghm_d2.engine.python_config import read_anchors
 from ghm_d2.engine.settings import Config, read_settings
 from ghm_d2.engine.setup import build_config
 from ghm_d2.engine.trainer import GHMTrainer
-from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
     """
     with exits_with_one_sentence(_PROGRAM):
-        words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), flags=("-h", "--help", "--augmented"))
+        args = parse_arguments(argv, _parser(), flags=("-h", "--help", "--augmented"))
         if args.images < 1:
             raise UserError(f"--images must be at least 1, got {args.images}.")
         setup_logger(name="ghm_d2")
         cfg, names = _data_sets(args)
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot("made", f"--output {args.output}", error) from error
+        make_output_folder(args.output)
         compared = [_look(name, cfg, args) for name in names]
         compared = [data for data in compared if len(data.sides)][:MOST_COMPARED]
         if len({data.classes for data in compared}) == 1 < len(compared):

@@ -1,7 +1,6 @@
 """Run a trained detector on images and videos."""
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ from ghm_d2.deploy.setup import (
     list_files,
     tool_parser,
 )
-from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.arguments import Parser, make_output_folder, parse_arguments
 from ghm_d2.engine.settings import read_settings
-from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.errors import UserError, exits_with_one_sentence
 from ghm_d2.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -84,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             where no input could be read.
     """
     with exits_with_one_sentence(_PROGRAM):
-        words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), flags=_FLAGS, lists=("--input",))
+        args = parse_arguments(argv, _parser(), flags=_FLAGS, lists=("--input",))
         threshold = args.confidence_threshold
         if threshold is not None and not 0 <= threshold <= 1:
             raise UserError(f"--confidence-threshold must lie in [0, 1], got {threshold}.")
@@ -150,10 +148,7 @@ def _make(folder: Path, overwrite: bool) -> None:
                 f"{folder / name} exists already: name another --output, or replace it with "
                 "--overwrite."
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot("made", f"--output {folder}", error) from error
+    make_output_folder(folder)
 
 
 def _outputs(files: Mapping[Path, str], folder: Path) -> dict[Path, Path]:

@@ -1,6 +1,5 @@
 """Cut large images into tiles, with their objects, to train on objects that are too small."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
     """
     with exits_with_one_sentence(_PROGRAM):
-        args = parse_arguments(sys.argv[1:] if argv is None else argv, _parser(), flags=("--help",))
+        args = parse_arguments(argv, _parser(), flags=("--help",))
         if args.opts:
             raise UserError(f"{args.opts[0]} is not an option of this command.")
         if not args.dataset:

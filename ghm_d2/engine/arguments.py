@@ -1,12 +1,14 @@
 """The command line of train_net.py, and the parts of it that other tools share."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from detectron2.config import get_cfg
 
-from ghm_d2.errors import UserError, command
+from ghm_d2.errors import UserError, cannot, command
 
 from .python_config import NODES
 
@@ -141,8 +143,20 @@ def _is_key(word: str, python: bool) -> bool:
     return word.partition(".")[0] in known
 
 
+def make_output_folder(folder: Path) -> None:
+    """Makes the folder that `--output` names, and those above it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot("made", f"--output {folder}", error) from error
+
+
 def parse_arguments(
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     parser: Parser | None = None,
     *,
     flags: Sequence[str] = _FLAGS,
@@ -152,7 +166,7 @@ def parse_arguments(
     """Parse the command line.
 
     Args:
-        argv: the arguments without the program's name.
+        argv: the arguments without the program's name; None: `sys.argv[1:]`.
         parser: the options of another program; those of train_net.py by default.
         flags: options without a value; all others take one word.
         lists: options that take more than one; the first word that is a key ends the values.
@@ -165,6 +179,7 @@ def parse_arguments(
     Raises:
         UserError: an unknown option, a missing or wrong value, or a key without a value.
     """
+    argv = sys.argv[1:] if argv is None else argv
     if python is None:
         python = any(word.endswith(".py") for word in argv)
     options, pairs = _split(argv, flags, lists, python)
