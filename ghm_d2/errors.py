@@ -28,7 +28,7 @@ def cannot(verb: str, what: object, error: Exception) -> UserError:
     return UserError(f"{what} cannot be {verb} ({reason(error)}).")
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What an error says, on one line, without the path and number that an OSError repeats."""
     if isinstance(error, UnicodeError):
         return "it is not text in UTF-8"
@@ -38,6 +38,12 @@ def reason(error: Exception) -> str:
     elif isinstance(error, KeyError) and error.args:
         text = str(error.args[0])  # its own text is quoted
     return shown(" ".join(text.split()).rstrip(".") or type(error).__name__)
+
+
+def described(error: BaseException) -> str:
+    """The type of an error and its :func:`reason`, then those of the error that caused it."""
+    text = f"{type(error).__name__}: {reason(error)}"
+    return f"{text}; {described(error.__cause__)}" if error.__cause__ else text
 
 
 def shown(text: object, limit: int = 300) -> str:

@@ -162,8 +162,8 @@ def _check_processes(cfg: Config, processes: Processes, eval_only: bool) -> None
         )
     if not 0 <= processes.machine_rank < processes.num_machines:
         raise UserError(
-            f"--machine-rank {processes.machine_rank} is not in 0 .. "
-            f"{processes.num_machines - 1}, as --num-machines {processes.num_machines} wants."
+            f"--machine-rank must lie in [0, {processes.num_machines - 1}] with --num-machines "
+            f"{processes.num_machines}, got {processes.machine_rank}."
         )
     if processes.num_machines > 1 and processes.dist_url == "auto":
         raise UserError("--num-machines above 1 needs --dist-url tcp://HOST:PORT of machine 0.")

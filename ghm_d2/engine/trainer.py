@@ -229,9 +229,16 @@ class GHMTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg: Config) -> Iterable[list[dict]]:
         """See :func:`~ghm_d2.data.loader.build_train_loader`; over images that can be read."""
         if isinstance(cfg, CfgNode):
-            mapper = ReadableMapper(build_train_mapper(cfg), is_train=True)
+            mapper = ReadableMapper(cls.build_train_mapper(cfg), is_train=True)
             return build_train_loader(cfg, mapper)
         return python_build.build_train_loader(cfg)
+
+    @classmethod
+    def build_train_mapper(cls, cfg: Config) -> Any:
+        """From a dataset dict to what the model takes in training."""
+        if isinstance(cfg, CfgNode):
+            return build_train_mapper(cfg)
+        return python_build.build_train_mapper(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: Config, dataset_name: str) -> Iterable[list[dict]]:

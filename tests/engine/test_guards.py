@@ -298,7 +298,7 @@ def test_evaluation_refuses_other_classes(run, fails, data, tmp_path, monkeypatc
 def test_a_worker_that_hangs_is_named(fails, kind, tmp_path, monkeypatch):
     monkeypatch.setattr("ghm_d2.data.workers.TIMEOUT", 2)
     monkeypatch.setattr("ghm_d2.data.readable.ReadableMapper.__call__", hang)
-    assert "no image came from the processes" in fails("out", workers=1)
+    assert "the processes that load images delivered none" in fails("out", workers=1)
 
 
 def hang(self, record):
