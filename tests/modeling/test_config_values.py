@@ -11,6 +11,7 @@ from detectron2.modeling import build_backbone
 
 from ghm_d2.engine import checks
 from ghm_d2.engine.selection import check_selection
+from ghm_d2.engine.value_checks import check_values
 from ghm_d2.engine.writers import check_writers
 from ghm_d2.errors import UserError
 from ghm_d2.modeling import build_losses, validate_ghm_config
@@ -60,7 +61,7 @@ def check_training(cfg):
     """Of keys whose range depends on the rest of the config."""
     cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD = ("coco_2017_val",), 1
     cfg.MODEL.GHM.TRAINING.SAVE_BEST = True
-    checks._check_values(cfg, eval_only=False)
+    check_values(cfg, eval_only=False, world_size=1)
     check_selection(cfg)
     check_writers(cfg)
 
