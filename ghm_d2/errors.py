@@ -29,6 +29,28 @@ class UserError(ValueError):
     exit_code = USER_ERROR
 
 
+class NotInstalled(UserError, ImportError):
+    """A package that ghm_d2 cannot bring along is missing."""
+
+
+@contextlib.contextmanager
+def explains_missing_detectron2() -> Iterator[None]:
+    """Says how Detectron2 is installed where the block cannot import it.
+
+    Raises:
+        NotInstalled: there is no Detectron2.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        raise NotInstalled(
+            "Detectron2 is not installed: https://detectron2.readthedocs.io/tutorials/install.html "
+            "says how; with Python 3.10, pip install sal-detectron2==0.7.2 does it."
+        ) from error
+
+
 def cannot(verb: str, what: object, error: Exception) -> UserError:
     """The error "WHAT cannot be VERB (reason)." for a file that the system refuses.
 
@@ -56,9 +78,8 @@ def building(what: str) -> Iterator[None]:
     except UserError:
         raise
     except _MISFITS as error:
-        text = reason(error)
-        if not isinstance(error, AssertionError | ImportError | TypeError | ValueError):
-            text = f"{type(error).__name__}: {text}"  # such as "KeyError: res9"
+        speaks = isinstance(error, AssertionError | ImportError | TypeError | ValueError)
+        text = reason(error) if speaks else described(error)  # a KeyError says "res9" alone
         raise UserError(f"{what} cannot be built: {text}{_line(error)}.") from error
 
 
@@ -72,7 +93,7 @@ def _line(error: Exception) -> str:
     return f" ({place}, line {frame.lineno})"
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What an error says, on one line, without the path and number that an OSError repeats."""
     if isinstance(error, UnicodeError):
         return "it is not text in UTF-8"
@@ -82,6 +103,12 @@ def reason(error: Exception) -> str:
     elif isinstance(error, KeyError) and error.args:
         text = str(error.args[0])  # its own text is quoted
     return shown(" ".join(text.split()).rstrip(".") or type(error).__name__)
+
+
+def described(error: BaseException) -> str:
+    """The type of an error and its :func:`reason`, then those of the error that caused it."""
+    text = f"{type(error).__name__}: {reason(error)}"
+    return f"{text}; {described(error.__cause__)}" if error.__cause__ else text
 
 
 def shown(text: object, limit: int = 300) -> str:

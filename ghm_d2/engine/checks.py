@@ -5,6 +5,7 @@ Everything here raises `UserError` with one sentence; what only looks odd is log
 
 import logging
 import os
+import re
 from collections.abc import Set
 
 import torch
@@ -60,6 +61,7 @@ def check_all(
         UserError: one sentence with the way out.
     """
     _check_config(cfg)
+    _name_keys_without_effect(cfg, given)
     check_values(cfg, eval_only, processes.world_size)
     _check_processes(cfg, processes, eval_only)
     check_datasets(cfg, eval_only)
@@ -121,6 +123,17 @@ def _check_config(cfg: Config) -> None:
         )
 
 
+def _name_keys_without_effect(cfg: Config, given: Set[str]) -> None:
+    if not isinstance(cfg, CfgNode):
+        return
+    for key in sorted(given):
+        loss, _, name = key.rpartition(".")
+        if name != "ENABLED" and re.fullmatch(r"MODEL\.GHM\.\w+\.(CLS|REG)", loss):
+            part, kind = loss.split(".")[2:]
+            if not cfg.MODEL.GHM[part][kind].ENABLED:
+                logger.warning("%s has no effect: %s.ENABLED is False.", key, loss)
+
+
 def _check_processes(cfg: Config, processes: Processes, eval_only: bool) -> None:
     settings, here = read_settings(cfg), processes.num_gpus
     if here < 1 or processes.num_machines < 1:
@@ -130,8 +143,8 @@ def _check_processes(cfg: Config, processes: Processes, eval_only: bool) -> None
         )
     if not 0 <= processes.machine_rank < processes.num_machines:
         raise UserError(
-            f"--machine-rank {processes.machine_rank} is not in 0 .. "
-            f"{processes.num_machines - 1}, as --num-machines {processes.num_machines} wants."
+            f"--machine-rank must lie in [0, {processes.num_machines - 1}] with --num-machines "
+            f"{processes.num_machines}, got {processes.machine_rank}."
         )
     if processes.num_machines > 1 and processes.dist_url == "auto":
         raise UserError("--num-machines above 1 needs --dist-url tcp://HOST:PORT of machine 0.")

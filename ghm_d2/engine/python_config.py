@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from detectron2.config import LazyConfig
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import (
     DatasetMapper,
     build_detection_test_loader,
@@ -21,7 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ghm_d2.data.anchor_check import AnchorSettings
 from ghm_d2.data.anchors import Anchors, InputSize
 from ghm_d2.data.annotations import Uses
-from ghm_d2.errors import UserError, similar_names
+from ghm_d2.errors import UserError, described, similar_names
+
+from .settings import Config
 
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 _LOADERS = {"train": build_detection_train_loader, "test": build_detection_test_loader}
@@ -43,7 +45,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
     try:
         cfg = LazyConfig.load(file)
     except (Exception, SystemExit) as error:  # it is a program: anything may happen
-        raise UserError(f"{file} cannot be run ({_where(error)}{_describe(error)}).") from error
+        raise UserError(f"{file} cannot be run ({_where(error)}{described(error)}).") from error
     if missing := [name for name in NODES if name not in cfg]:
         raise UserError(
             f"{file} lacks {', '.join(missing)}: a Python config of a training has "
@@ -64,7 +66,7 @@ def _check_parts(cfg: DictConfig, file: str) -> None:
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{file} cannot be read ({_describe(error)}).") from error
+        raise UserError(f"{file} cannot be read ({described(error)}).") from error
     needed = [*NODES, "dataloader.train", "dataloader.test"]
     for split, build in _LOADERS.items():
         if target_of(OmegaConf.select(cfg, f"dataloader.{split}")) is build:
@@ -74,8 +76,13 @@ def _check_parts(cfg: DictConfig, file: str) -> None:
             raise UserError(f"{key} must hold keys of its own, got {OmegaConf.select(cfg, key)!r}.")
 
 
-def read_uses(cfg: DictConfig) -> Uses:
-    """The annotation kinds that the mapper may read; all of them unless it is Detectron2's."""
+def read_uses(cfg: Config) -> Uses:
+    """What the mapper of a config of either kind reads of annotations.
+
+    In a Python config with a mapper other than Detectron2's that is everything.
+    """
+    if isinstance(cfg, CfgNode):
+        return Uses.of(cfg)
     mapper = _dataset_mapper(cfg)
     if mapper is None:
         return Uses()
@@ -83,8 +90,14 @@ def read_uses(cfg: DictConfig) -> Uses:
     return Uses(masks, bool(mapper.get("use_keypoint")))
 
 
-def read_anchors(cfg: DictConfig) -> AnchorSettings | None:
-    """Anchor and resize settings; None unless both are Detectron2's own classes."""
+def read_anchors(cfg: Config) -> AnchorSettings | None:
+    """Anchor and resize settings of a config of either kind.
+
+    None for a Python config, unless both are Detectron2's own classes; see also
+    :meth:`~ghm_d2.data.anchor_check.AnchorSettings.of`.
+    """
+    if isinstance(cfg, CfgNode):
+        return AnchorSettings.of(cfg)
     keys = ("model.anchor_generator", "model.proposal_generator.anchor_generator")
     key = next(
         (k for k in keys if target_of(OmegaConf.select(cfg, k)) is DefaultAnchorGenerator), ""
@@ -147,12 +160,6 @@ def _where(error: BaseException) -> str:
     return f"{outside[-1].filename}, line {outside[-1].lineno}: " if outside else ""
 
 
-def _describe(error: BaseException) -> str:
-    """Type and message on one line, and those of the error behind it."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{text}; {_describe(error.__cause__)}" if error.__cause__ else text
-
-
 def _override(cfg: DictConfig, text: str) -> None:
     key, separator, _ = text.partition("=")
     if not separator or not key:
@@ -162,7 +169,7 @@ def _override(cfg: DictConfig, text: str) -> None:
         LazyConfig.apply_overrides(cfg, [text])
     except (HydraException, OmegaConfBaseException, KeyError, NotImplementedError) as error:
         raise UserError(
-            f"{text} cannot be understood ({_describe(error)}); quote what the shell or YAML would "
+            f"{text} cannot be understood ({described(error)}); quote what the shell or YAML would "
             "take for something else."
         ) from error
     after = OmegaConf.select(cfg, key)

@@ -270,8 +270,8 @@ def _check_same_data(
     check_datasets(origin, settings.train)
     if changes := changed_data(origin, data):
         raise UserError(
-            f"--resume: the data is not that of the checkpoint ({'; '.join(changes)}): take the "
-            "same data, or start anew from these weights in another output folder."
+            f"--resume: the data is not what the checkpoint was trained on ({'; '.join(changes)}): "
+            "give the same data, or start anew from these weights in another output folder."
         )
 
 

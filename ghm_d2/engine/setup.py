@@ -16,7 +16,6 @@ from ghm_d2 import data, model_zoo, modeling  # noqa: F401  (they register what 
 from ghm_d2.config import add_ghm_config
 from ghm_d2.config_files import find_config, similar_configs
 from ghm_d2.data import CocoDataset, register_datasets
-from ghm_d2.data.annotations import Uses
 from ghm_d2.data.class_weights import set_class_weights
 from ghm_d2.errors import UserError, cannot, counted, reason, similar_names
 
@@ -109,7 +108,7 @@ def build_config(
         raise cannot("written", folder, error) from error
     choose_device(cfg)
 
-    uses = Uses.of(cfg) if isinstance(cfg, CfgNode) else read_uses(cfg)
+    uses = read_uses(cfg)
     checked = register_datasets(datasets, labelled=not eval_only, uses=uses)
     if checked:
         given = given_keys(config_file, overrides)

@@ -233,9 +233,16 @@ class GHMTrainer(DefaultTrainer):
         """See :func:`~ghm_d2.data.loader.build_train_loader`; over images that can be read."""
         if isinstance(cfg, CfgNode):
             with building("the training images that DATALOADER and INPUT describe"):
-                mapper = ReadableMapper(build_train_mapper(cfg), is_train=True)
+                mapper = ReadableMapper(cls.build_train_mapper(cfg), is_train=True)
                 return build_train_loader(cfg, mapper)
         return python_build.build_train_loader(cfg)
+
+    @classmethod
+    def build_train_mapper(cls, cfg: Config) -> Any:
+        """From a dataset dict to what the model takes in training."""
+        if isinstance(cfg, CfgNode):
+            return build_train_mapper(cfg)
+        return python_build.build_train_mapper(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: Config, dataset_name: str) -> Iterable[list[dict]]:

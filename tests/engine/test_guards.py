@@ -144,7 +144,7 @@ def test_images_that_cannot_be_read_are_counted(run, data, tmp_path, monkeypatch
     image.write_bytes(image.read_bytes()[:80])  # the header alone, which is what is checked
     run("out")
     text = capsys.readouterr().out
-    assert re.search(r"/2\.png cannot be used .*; 1 of \d images so far", text)
+    assert re.search(r"/2\.png cannot be used .*\(1 of \d images so far", text)
 
 
 def test_weights_run_no_code_unless_trusted(fails, tmp_path):
@@ -360,7 +360,7 @@ def test_evaluation_refuses_other_classes(run, fails, data, tmp_path, monkeypatc
 def test_a_worker_that_hangs_is_named(fails, kind, tmp_path, monkeypatch):
     monkeypatch.setattr("ghm_d2.data.workers.TIMEOUT", 2)
     monkeypatch.setattr("ghm_d2.data.readable.ReadableMapper.__call__", hang)
-    assert "no image came from the processes" in fails("out", workers=1)
+    assert "the processes that load images delivered none" in fails("out", workers=1)
 
 
 def hang(self, record):

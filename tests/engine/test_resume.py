@@ -143,8 +143,8 @@ def test_checkpoints_of_detectron2_and_of_other_runs(train, tmp_path, capsys):
     torch.save(checkpoint, tmp_path / "out" / "model_final.pth")
     train(tmp_path / "out", "--resume", "SOLVER.MAX_ITER", 2)
     text = capsys.readouterr().out
-    assert "the checkpoint is of 2 process(es) and this run has 1" in text
-    assert "2 process(es) with 1 image(s) each, this run has 1 with 2" in text
+    assert "the checkpoint was written by 2 processes, and this run has 1" in text
+    assert "2 processes with 1 image each, this run has 1 process with 2 images each" in text
     checkpoint = final(tmp_path / "out")
     del checkpoint["trainer"]["hooks"]["ProcessStates"]
     torch.save(checkpoint, tmp_path / "out" / "model_final.pth")
