@@ -45,8 +45,8 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
     parser.add_argument("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
     add_dataset_option(
         parser,
-        "COCO-format data: gives the images and the classes their ids, and the classes their "
-        "names where the weights have none; of more than one, the first",
+        "COCO-format data from which the results take the ids of images and classes, and the names "
+        "of classes where the weights have none (the first, if given repeatedly)",
     )
     return parser
 
