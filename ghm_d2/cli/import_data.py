@@ -68,9 +68,8 @@ def _parser() -> Parser:
         "--difficult",
         choices=DIFFICULT,
         default="crowd",
-        help="treat objects that are marked difficult as crowd (iscrowd 1: training leaves them out "
-        "and evaluation ignores them, as VOC's does), keep them like the others, or drop them "
-        "(crowd)",
+        help="treat objects marked difficult as crowd (iscrowd 1: training leaves them out and "
+        "evaluation ignores them, as VOC's does), keep them like the others, or drop them (crowd)",
     )
     add(
         "--zero-based",
