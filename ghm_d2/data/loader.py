@@ -294,8 +294,9 @@ class _Samples(Dataset):
         every = "all" if refusals == len(self) else "too many"
         last = getattr(self._mapper, "last_failure", "") or self._records[index].get("file_name")
         raise UnusableData(
-            f"{every} of the {len(self)} images cannot be used, the last {last}: "
-            f"{command('check-data')} lists every image that cannot be read."
+            f"{every} of the {len(self)} images cannot be used, the last {last}: if "
+            f"{command('check-data')} can read them all, look at the sizes and augmentations of "
+            "the config."
         )
 
 

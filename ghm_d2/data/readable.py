@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import UserError, reason, shown
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class ReadableMapper:
         return True
 
     def _count(self, record: dict[str, Any], error: Exception) -> None:
-        name = str(record.get("file_name"))
+        name = shown(record.get("file_name"))
         self._failed[name] = self._failed.get(name, 0) + 1
         self.last_failure = f"{name} ({reason(error)})"
         self._in_a_row += 1

@@ -26,6 +26,7 @@ from .settings import (
     change,
     class_counts,
     class_keys,
+    fill_nulls,
     key_of,
     read_settings,
     set_key,
@@ -103,7 +104,7 @@ def build_config(
         if log_to_file:
             setup_ghm_logger(read_settings(cfg).output_dir, comm.get_rank())
     except OSError as error:
-        folder = f"{key_of(cfg, 'output_dir')} {read_settings(cfg).output_dir}"
+        folder = f"{key_of(cfg, 'output_dir')} {read_settings(cfg).output_dir!r}"
         raise cannot("written", folder, error) from error
     choose_device(cfg)
 
@@ -131,7 +132,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
     """
     file = locate_config_file(config_file)
     if is_python(file):
-        return load_python_config(file, overrides)
+        cfg = load_python_config(file, overrides)
+        fill_nulls(cfg)
+        return cfg
     cfg = get_cfg()
     add_ghm_config(cfg)
     merge_config_file(cfg, file)

@@ -162,5 +162,6 @@ class ReadableImages(DatasetEvaluator):
         if images and len(failures) == images:
             raise UserError(
                 f"none of the {images} images of {self._name} could be read, the first "
-                f"{failures[0]}: check the disk, or list all of them with ghm-d2 check-data."
+                f"{failures[0]}: check the disk and what the config does to test images, or list "
+                "all that are damaged with ghm-d2 check-data."
             )
