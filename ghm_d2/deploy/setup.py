@@ -38,8 +38,8 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
     parser = Parser(
         prog=program,
         usage=f"%(prog)s --config-file FILE {usage} [KEY VALUE ...]",
-        description=f"{description} KEY VALUE pairs override the config, MODEL.WEIGHTS first of "
-        "all, and may stand before or after the options.",
+        description=f"{description} KEY VALUE pairs, such as MODEL.WEIGHTS FILE, override the "
+        "config and may stand before or after the options.",
         allow_abbrev=False,
     )
     parser.add_argument("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
@@ -162,7 +162,7 @@ def list_files(
             )
         if others := [f for f in there if f.suffix.lower() not in suffixes]:
             logger.warning(
-                "%s: %d files are left out, whose names do not end in %s; the first: %s",
+                "%s: %d files are left out because their names do not end in %s; the first: %s",
                 text, len(others), _either(suffixes), others[0],
             )  # fmt: skip
         for file in found:
