@@ -62,7 +62,7 @@ PYTHON_CONFIG = _PYTHON_CONFIG.replace("NAME", "ghm_retinanet_RegNetX_4GF").repl
 )
 
 # A two-stage detector, and what it finds besides boxes.
-RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50.yaml")
+RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50_ghm_c.yaml")
 _TINY_RCNN = {
     "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
@@ -84,7 +84,7 @@ TINY_HEADS = {
     "masks": _TINY_RCNN | _TINY_MASKS,
     "keypoints": _TINY_RCNN | _TINY_KEYPOINTS,
 }
-PYTHON_RCNN = _PYTHON_CONFIG.replace("NAME", "ghm_faster_rcnn_R_50").replace(
+PYTHON_RCNN = _PYTHON_CONFIG.replace("NAME", "ghm_faster_rcnn_R_50_ghm_c").replace(
     "MODEL",
     """
 model.backbone.bottom_up.out_features = ["s1", "s2", "s3", "s4"]
