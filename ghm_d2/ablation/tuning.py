@@ -19,6 +19,7 @@ from ghm_d2.data.annotations import Uses
 from ghm_d2.data.split import split_coco
 from ghm_d2.errors import UserError
 from ghm_d2.files import write_json
+from ghm_d2.markdown import markdown_table
 
 from .grid import Grid, Row, Tuning
 from .plan import Run
@@ -210,7 +211,7 @@ def _as_row(search: _Search, point: Point, tuning: Tuning) -> Row:
     if not any(point):  # as it is: its values are known from its config
         return replace(row, name=f"{row.name}, as configured")
     values = _values(search, point, tuning)
-    told = ", ".join(f"{'.'.join(key.split('.')[-2:])} {value:g}" for key, value in values.items())
+    told = ", ".join(f"{_short(key)} {value:g}" for key, value in values.items())
     return replace(row, name=f"{row.name}, {told}", overrides={**row.overrides, **values})
 
 
@@ -231,3 +232,50 @@ def _start(name: str, run: Run, keys: Sequence[str]) -> dict[str, float]:
                 "the row uses is needed (LOSS_TYPE focal and smooth_l1 have a LOSS_WEIGHT too)."
             )
     return {key: run.config[key] for key in keys}
+
+
+def _short(key: str) -> str:
+    return ".".join(key.split(".")[-2:])
+
+
+def tuning_text(record: Mapping[str, Any]) -> str:
+    """The tries and what they chose, as Markdown.
+
+    Args:
+        record: of a :class:`Tuned`.
+    """
+    keys, column = list(record["keys"]), record["column"]
+    header = ["", "tries", f"{column} as configured", f"best {column}", *map(_short, keys)]
+    lines = []
+    for name, row in record["rows"].items():
+        tries = row["tries"]
+        count = f"{len(tries)}" if row["complete"] else f"{len(tries)} of {record['tries']}"
+        scores = [one["score"] for one in tries]
+        best = [max((s for s in scores if s is not None), default=None)]
+        figures = ["failed" if s is None else f"{s:.1f}" for s in scores[:1] + best * bool(scores)]
+        lines.append([name, count, *figures, *(_told(row, key) for key in keys)])
+    lines = [line + [""] * (len(header) - len(line)) for line in lines]
+    factors = ", ".join(f"{_short(key)} by {f:g}" for key, f in record["keys"].items())
+    seeds = ", ".join(map(str, record["seeds"]))
+    told = (
+        f"Every row gets {record['tries']} tries ({factors}), seed {seeds}, trained on "
+        f"{record['images']['rest']} of the training images and compared on the other "
+        f"{record['images']['held_out']}. The images and seeds of the tables above chose nothing. "
+        "(highest), (lowest): of the values tried, so that a better one may lie beyond."
+    )
+    if not all(row["complete"] for row in record["rows"].values()):
+        told += (
+            " Rows with fewer tries are not tuned yet: they are not in the tables above, and what "
+            "they have chosen may change."
+        )
+    return f"## Tuning\n\n{markdown_table(header, lines)}\n\n{told}"
+
+
+def _told(row: Mapping[str, Any], key: str) -> str:
+    """The value chosen, and whether none beyond it was tried."""
+    if key not in row["chosen"]:
+        return ""
+    chosen, values = row["chosen"][key], {one["values"][key] for one in row["tries"]}
+    if len(values) > 1 and chosen in (min(values), max(values)):
+        return f"{chosen:g} ({'highest' if chosen == max(values) else 'lowest'})"
+    return f"{chosen:g}"
