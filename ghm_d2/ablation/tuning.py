@@ -133,6 +133,9 @@ def tune(
         for run in runs:  # in the first round, a try is a row as it is
             search = next(searches[name] for (name, _), row in tries.items() if row.name == run.row)
             search.start = search.start or _start(search.row.name, run, keys)
+        first = 1 + min(len(searches[name].tries) for name in wanted)
+        last = max(len(searches[name].tries) + len(points) for name, points in wanted.items())
+        logger.info("tuning, tries %d to %d of %d: %d runs", first, last, tuning.tries, len(runs))
         failed = bring(runs)
         for (name, point), row in tries.items():
             search, own = searches[name], [run for run in runs if run.row == row.name]
@@ -162,6 +165,9 @@ def tune(
     for search in searches.values():
         if search.complete:
             rows.append(_chosen(search, tuning))
+            best = search.best()
+            name, score = _as_row(search, best, tuning).name, search.score(best)
+            logger.info("tuned: %s, %s %.2f", name, grid.columns[0], score)
         else:
             logger.warning("%s has not had all its tries yet", search.row.name)
     record = {
