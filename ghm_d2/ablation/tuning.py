@@ -135,7 +135,8 @@ def tune(
             search.start = search.start or _start(search.row.name, run, keys)
         first = 1 + min(len(searches[name].tries) for name in wanted)
         last = max(len(searches[name].tries) + len(points) for name, points in wanted.items())
-        logger.info("tuning, tries %d to %d of %d: %d runs", first, last, tuning.tries, len(runs))
+        which = f"tries {first} to {last}" if last > first else f"try {first}"
+        logger.info("tuning, %s of %d: %d runs", which, tuning.tries, len(runs))
         failed = bring(runs)
         for (name, point), row in tries.items():
             search, own = searches[name], [run for run in runs if run.row == row.name]
