@@ -144,7 +144,7 @@ def test_images_that_cannot_be_read_are_counted(run, data, tmp_path, monkeypatch
     image.write_bytes(image.read_bytes()[:80])  # the header alone, which is what is checked
     run("out")
     text = capsys.readouterr().out
-    assert re.search(r"/2\.png cannot be used .*; 1 of \d images so far", text)
+    assert re.search(r"/2\.png cannot be used .*\(1 of \d images so far", text)
 
 
 def test_weights_run_no_code_unless_trusted(fails, tmp_path):
