@@ -209,7 +209,7 @@ def test_any_loss_of_the_training_gives_the_same_figures(records):
 def test_collecting_from_two_stages(records, sigmoid, agnostic):
     torch.manual_seed(0)
     cfg = small_config(
-        "ghm_faster_rcnn_R_50",
+        "ghm_faster_rcnn_R_50_ghm_c",
         *SMALL,
         *("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", sigmoid),
         *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic),
@@ -315,7 +315,7 @@ def test_figures_and_tables(trained, tmp_path):
 def test_two_stages_have_a_folder_each(trained, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(report, "write_figures", lambda *args: drawn.update([args[1:]]) or [])
-    config = str(ROOT / "configs" / "ghm_faster_rcnn_R_50.yaml")
+    config = str(ROOT / "configs" / "ghm_faster_rcnn_R_50_ghm_c.yaml")
     pairs = tiny_pairs(MODEL__ROI_BOX_HEAD__FC_DIM=16)
     cfg = get_cfg()
     add_ghm_config(cfg)

@@ -199,7 +199,7 @@ def test_weights_of_another_architecture_are_named(tmp_path, caplog, monkeypatch
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
         caplog.set_level(logging.INFO, name)
     path = tmp_path / "x.pth"
-    torch.save(small_model("ghm_r_faster_rcnn_R_50", seed=5).state_dict(), path)
+    torch.save(small_model("ghm_faster_rcnn_R_50", seed=5).state_dict(), path)
     RestrictedCheckpointer(small_model(RETINANET)).load(str(path))
     assert "head.cls_score" in caplog.text and "roi_heads.box_predictor" in caplog.text
     assert "12 tensors of the model are not in" in caplog.text
