@@ -2,8 +2,7 @@
 
 make quickstart
 ghm-d2 figures --config-file output/config.yaml --output output/figures MODEL.WEIGHTS output
-cp output/figures/{example_counts,gradient_contribution,regression_fraction}.csv \
-    benchmarks/results/gradients_quickstart
+cp output/figures/{example_counts,gradient_contribution}.csv benchmarks/results/gradients_quickstart
 python benchmarks/gradient_picture.py
 """
 
@@ -37,12 +36,13 @@ def draw(records: Path, stem: Path) -> list[Path]:
     first, *others = figure.subplots(1, 4)
     _bars(first, counts["examples"], EXAMPLES, "all")
     _bars(first, counts["positives"], OBJECTS, "on objects")
-    first.set(yscale="log", ylabel="examples", title="What there is")
+    first.set(yscale="log", ylabel="examples", title="Examples")
     first.legend(frameon=False, fontsize="small")
     titles = {"CE": "Cross entropy", "focal": "Focal loss", "GHM-C": "GHM-C"}
     for axes, (name, title) in zip(others, titles.items(), strict=True):
-        _bars(axes, 100 * shares[name], SHARES)
-        axes.set(title=title, ylim=(0, 70))
+        axes.set(title=title, ylim=(0, 100))
+        easiest = _bars(axes, 100 * shares[name], SHARES)[0]
+        axes.annotate(f"{easiest:.0f} % from the easiest", (0.5, 60), ha="center", fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
     others[0].set_ylabel("share of the gradient (%)")
     first.spines[["top", "right"]].set_visible(False)
@@ -56,11 +56,12 @@ def _read(file: Path) -> np.ndarray:
     return np.genfromtxt(file, delimiter=",", names=True, deletechars="", encoding="utf-8")
 
 
-def _bars(axes: Axes, values: np.ndarray, colour: str, label: str | None = None) -> None:
+def _bars(axes: Axes, values: np.ndarray, colour: str, label: str | None = None) -> np.ndarray:
     heights = values.reshape(RANGES, -1).sum(axis=1)
     centres = (np.arange(RANGES) + 0.5) / RANGES
     axes.bar(centres, heights, width=0.85 / RANGES, color=colour, label=label)
     axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
+    return heights
 
 
 if __name__ == "__main__":

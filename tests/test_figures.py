@@ -108,6 +108,8 @@ def rows_of_reports() -> Iterator[tuple[str, str, list[str]]]:
     for page in PAGES:
         for section in sections(page):
             for record in set(RECORD.findall(section)):
+                if not (ROOT / record).is_file():
+                    continue  # the test above fails on it
                 names = {name for name, *_ in rows((ROOT / record).read_text("utf-8"))}
                 for name, *cells in rows(section):
                     if record.endswith(".md") and name in names - {"", "---"}:
