@@ -78,9 +78,8 @@ def building(what: str) -> Iterator[None]:
     except UserError:
         raise
     except _MISFITS as error:
-        text = reason(error)
-        if not isinstance(error, AssertionError | ImportError | TypeError | ValueError):
-            text = f"{type(error).__name__}: {text}"  # such as "KeyError: res9"
+        speaks = isinstance(error, AssertionError | ImportError | TypeError | ValueError)
+        text = reason(error) if speaks else described(error)  # a KeyError says "res9" alone
         raise UserError(f"{what} cannot be built: {text}{_line(error)}.") from error
 
 

@@ -75,6 +75,8 @@ _TINY_MASKS = {
 }
 _TINY_KEYPOINTS = {
     "MODEL.KEYPOINT_ON": True,
+    "MODEL.RESNETS.NORM": "BN",  # frozen random norms can give heat maps that are not finite
+    "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (8,),
     "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 3,
     "TEST.KEYPOINT_OKS_SIGMAS": [0.05] * 3,

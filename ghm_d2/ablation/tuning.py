@@ -143,8 +143,8 @@ def tune(
                 continue
             if same := {run.id for run in own} & {run.id for run in search.runs}:
                 raise UserError(
-                    f"row {name!r}: {row.name!r} is no other config than a try before it: a tuned "
-                    f"key has no influence ({same.pop()})."
+                    f"row {name!r}: {row.name!r} has the config of an earlier try, so a tuned key "
+                    f"has no effect ({same.pop()})."
                 )
             search.runs += own
             scores = [
@@ -187,7 +187,7 @@ def _hold_out(
 ) -> tuple[list[str], dict[str, int]]:
     """The training images in two parts, as --dataset has them, and the size of each."""
     if not datasets:
-        raise UserError("tuning holds images out of the first --dataset, and there is none.")
+        raise UserError("tuning holds out images of the first --dataset: give one.")
     first = check_coco_dataset(parse_dataset(datasets[0]), uses=Uses(keypoints=False))
     parts = split_coco(first.data.content, tuning.fraction, tuning.split_seed)
     texts, images = [], {}

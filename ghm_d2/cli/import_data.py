@@ -68,10 +68,14 @@ def _parser() -> Parser:
         "--difficult",
         choices=DIFFICULT,
         default="crowd",
-        help="objects marked difficult: iscrowd 1, so that training leaves them out and evaluation "
-        "ignores them as VOC's does; keep: like the others; drop: left out (crowd)",
+        help="treat objects marked difficult as crowd (iscrowd 1: training leaves them out and "
+        "evaluation ignores them, as VOC's does), keep them like the others, or drop them (crowd)",
     )
-    add("--zero-based", action="store_true", help="VOC's corners count from 0; xmax is outside")
+    add(
+        "--zero-based",
+        action="store_true",
+        help="VOC's corners count from 0; xmax, ymax lie outside",
+    )
     return parser
 
 

@@ -22,7 +22,7 @@ def _parser() -> Parser:
         description=f"{__doc__} Writes DIR/NAME.json and the tiles to DIR/NAME.",
         allow_abbrev=False,
     )
-    add_dataset_option(parser, "COCO-format data, or a folder of any tool's labels (repeatable)")
+    add_dataset_option(parser, "COCO-format data, or a folder with labels of any tool (repeatable)")
     add = parser.add_argument
     add(
         "--output-dir",

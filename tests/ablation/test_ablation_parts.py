@@ -263,7 +263,7 @@ def test_plan_of_a_python_config(tmp_path):
     others.append(ident("train.max_iter=50", row={"name": "a"}))
     assert len({base, *others}) == 5
     for changes, sentence in (
-        ({"row": row | {"config_file": RETINANET}}, "is of another kind than"),
+        ({"row": row | {"config_file": RETINANET}}, "are not both YAML"),
         ({"overrides": {"train.seed": 3}}, "use --seeds instead"),
         ({"overrides": {"SEED": 3}}, "unknown key SEED"),
     ):

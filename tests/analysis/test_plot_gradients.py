@@ -387,7 +387,7 @@ def test_unreadable_images_are_counted(records, caplog, monkeypatch):
     model = build_model(cfg)
     broken = [{**records[0], "file_name": "none.png"}]
     collect(cfg, model, [*broken, *records])
-    assert "1 images were left out" in caplog.text and "none.png" in caplog.text
+    assert "1 images cannot be read and were left out" in caplog.text and "none.png" in caplog.text
     with pytest.raises(UserError, match="none of the images"):
         collect(cfg, model, broken)
 
