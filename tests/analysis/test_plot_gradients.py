@@ -334,7 +334,7 @@ def test_two_stages_have_a_folder_each(trained, tmp_path, monkeypatch):
 MISTAKES = {
     "no weights": (["MODEL.WEIGHTS", ""], "give MODEL.WEIGHTS FILE"),
     "weights that are not there": (["MODEL.WEIGHTS", "none.pth"], "none.pth does not exist"),
-    "no image": (["--max-images", "0"], "--max-images must be at least 1, got 0"),
+    "no image": (["--images", "0"], "--images must be at least 1, got 0"),
     "an unknown key": (["MODEL.GHM.BINS", "3"], "unknown key MODEL.GHM.BINS"),
     "an unknown option": (["--resume"], "unrecognized arguments: --resume"),
     "another network": (["MODEL.FPN.OUT_CHANNELS", "8"], "the weights do not fit the model"),
