@@ -13,6 +13,7 @@ Shape shorthand:
     M: number of unit regions (`bins`)
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -128,6 +129,85 @@ def softmax_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     log_p = torch.log_softmax(at_least_float32(logits), dim=1)
     loss = -log_p.gather(1, labels.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
     return loss, -torch.expm1(-loss.detach())
+
+
+def focal_gradient(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Size of the gradient that focal loss sends to each logit.
+
+    `|d/dx a g^gamma BCE(x, t)| = a (g^(gamma + 1) + gamma g^(gamma - 1) p (1 - p) BCE(x, t))` with
+    p = sigmoid(x), g = |p - t| and a = alpha t + (1 - alpha) (1 - t).
+
+    Args:
+        logits: any shape.
+        targets: of the same shape and float32 at least, in [0, 1].
+        alpha: in [0, 1]; negative: a = 1.
+        gamma: at least 0; 0: cross entropy.
+
+    Returns:
+        Of the logits' shape, float32 at least, without a gradient.
+    """
+    x = at_least_float32(logits.detach())
+    p = x.sigmoid()
+    size = g = (p - targets).abs()
+    if gamma:
+        loss = F.binary_cross_entropy_with_logits(x, targets, reduction="none")
+        # the power of 0 is infinite where gamma is below 1
+        power = g.clamp(min=1e-12).pow(gamma - 1)
+        size = power * (g * g + gamma * p * (1 - p) * loss)
+    return size if alpha < 0 else size * (alpha * targets + (1 - alpha) * (1 - targets))
+
+
+def focal_gradient_norm(
+    logits: Tensor,
+    labels: Tensor,
+    keep: Tensor | None,
+    alpha: float,
+    gamma: float,
+    share: float = 1.0,
+) -> Tensor:
+    """L1 norm of the gradient of the sum of focal loss, and what it may be divided by.
+
+    Args:
+        logits: (R, K).
+        labels: int64 (R,), class in [0, K), K = background, less = ignored; or dense (R, K).
+        keep: bool (R, 1) or (R, K), False drops a logit; None keeps all.
+        alpha, gamma: see :func:`focal_gradient`.
+        share: below 1, the logits other than the positives' own are those of about this share of
+            the rows, spread evenly and always the same; their sum is scaled up.
+
+    Returns:
+        float (3,): the norm, the number of positive rows, the number of rows that count.
+    """
+    rows, columns = logits.shape
+    if not logits.numel():
+        return logits.new_zeros(3, dtype=torch.float32)
+    if labels.dim() == 1:
+        own, target = labels.clamp(0, columns - 1), None
+        positive, counted = (labels >= 0) & (labels < columns), (labels >= 0).unsqueeze(1)
+    else:
+        target, own = labels.to(at_least_float32(logits[:0]).dtype).max(1)
+        positive, counted = target > 0, torch.ones_like(labels[:, :1], dtype=torch.bool)
+    own = own.unsqueeze(1)
+    if keep is not None:
+        counted = counted & keep
+        positive = positive & counted.expand(-1, columns).gather(1, own).squeeze(1)
+    picked = torch.arange(rows, device=logits.device)
+    index = picked
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(logits):
+        index = positive.nonzero().flatten()  # a CUDA device would make the host wait
+    if (sample := math.ceil(rows * share)) < rows:
+        # Multiples of the golden ratio: steps of equal length might meet one anchor of each cell.
+        spread = picked[:sample].double() * ((5**0.5 - 1) / 2)
+        picked = (spread.frac() * rows).long()
+    x = logits[index].gather(1, own[index]).squeeze(1)
+    t = torch.ones_like(x, dtype=torch.float32) if target is None else target[index]
+    exact = torch.where(positive[index], focal_gradient(x, t, alpha, gamma), 0.0).sum()
+    x = logits[picked]
+    t = torch.zeros_like(x, dtype=torch.float32) if target is None else labels[picked].to(t.dtype)
+    column = torch.arange(columns, device=logits.device)
+    others = counted[picked] & ~((column == own[picked]) & positive[picked].unsqueeze(1))
+    rest = torch.where(others, focal_gradient(x, t, alpha, gamma), 0.0).sum() * (rows / len(picked))
+    return torch.stack([exact + rest, positive.sum(), counted.any(1).sum()])
 
 
 def unit_region_edges(bins: int, device: torch.device | str = "cpu") -> Tensor:

@@ -88,12 +88,11 @@ class GHMRPN(RPN):
                 gt_boxes,
                 labels == 1,
             )
+            normalizer = self.batch_size_per_image * len(gt_labels)
             if self.ghm_r is not None:
-                loss = self.ghm_r(pred, target)
+                loss = self.ghm_r(pred, target, divisor=normalizer)
             else:
-                loss = self.reg_baseline(pred, target) / (
-                    self.batch_size_per_image * len(gt_labels)
-                )
+                loss = self.reg_baseline(pred, target) / normalizer
             losses["loss_rpn_loc"] = loss * self.loss_weight.get("loss_rpn_loc", 1.0)
         raise_deferred_errors(self)
         return losses
