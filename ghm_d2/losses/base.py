@@ -107,7 +107,9 @@ class HarmonizedLoss(RunningCounts):
         """The settings, as `print(model)` shows them."""
         names = ["bins", "momentum", "loss_weight", "normalize_by", "decay_empty_bins"]
         names += ["bias_correction", "sync", "density"]
-        values = {name: getattr(self, name) for name in names} | {"loss_weight": self.weight_setting}
+        values = {name: getattr(self, name) for name in names} | {
+            "loss_weight": self.weight_setting
+        }
         return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
     def raise_deferred_errors(self) -> None:
@@ -297,9 +299,7 @@ class HarmonizedLoss(RunningCounts):
         """What each bit that a CUDA kernel sets means; see `conclude_with` of the kernels."""
         return {2: WEIGHT_MESSAGE, 4: self.not_finite_message}
 
-    def _loss(
-        self, raw: Sequence[Arguments], pooled: bool, divisor: float | None = None
-    ) -> Tensor:
+    def _loss(self, raw: Sequence[Arguments], pooled: bool, divisor: float | None = None) -> Tensor:
         """The loss over one or more histograms, and one update of the buffers.
 
         Args:

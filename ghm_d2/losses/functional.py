@@ -139,7 +139,7 @@ def focal_gradient(logits: Tensor, targets: Tensor, alpha: float, gamma: float) 
 
     Args:
         logits: any shape.
-        targets: of the same shape and float32 at least, in [0, 1].
+        targets: of the same shape, in [0, 1].
         alpha: in [0, 1]; negative: a = 1.
         gamma: at least 0; 0: cross entropy.
 
@@ -147,14 +147,14 @@ def focal_gradient(logits: Tensor, targets: Tensor, alpha: float, gamma: float) 
         Of the logits' shape, float32 at least, without a gradient.
     """
     x = at_least_float32(logits.detach())
+    t = targets.to(x.dtype)
     p = x.sigmoid()
-    size = g = (p - targets).abs()
+    size = g = (p - t).abs()
     if gamma:
-        loss = F.binary_cross_entropy_with_logits(x, targets, reduction="none")
-        # the power of 0 is infinite where gamma is below 1
+        # The power of 0 is infinite where gamma is below 1. Softplus(x) - t x is BCE(x, t).
         power = g.clamp(min=1e-12).pow(gamma - 1)
-        size = power * (g * g + gamma * p * (1 - p) * loss)
-    return size if alpha < 0 else size * (alpha * targets + (1 - alpha) * (1 - targets))
+        size = power * (g * g + gamma * p * (1 - p) * (F.softplus(x) - t * x))
+    return size if alpha < 0 else size * (alpha * t + (1 - alpha) * (1 - t))
 
 
 def focal_gradient_norm(
@@ -172,42 +172,46 @@ def focal_gradient_norm(
         labels: int64 (R,), class in [0, K), K = background, less = ignored; or dense (R, K).
         keep: bool (R, 1) or (R, K), False drops a logit; None keeps all.
         alpha, gamma: see :func:`focal_gradient`.
-        share: below 1, the logits other than the positives' own are those of about this share of
-            the rows, spread evenly and always the same; their sum is scaled up.
+        share: below 1, all but the positives' own logits is estimated from about this share of the
+            rows, spread evenly and always the same.
 
     Returns:
         float (3,): the norm, the number of positive rows, the number of rows that count.
     """
     rows, columns = logits.shape
     if not logits.numel():
-        return logits.new_zeros(3, dtype=torch.float32)
-    if labels.dim() == 1:
-        own, target = labels.clamp(0, columns - 1), None
-        positive, counted = (labels >= 0) & (labels < columns), (labels >= 0).unsqueeze(1)
-    else:
-        target, own = labels.to(at_least_float32(logits[:0]).dtype).max(1)
-        positive, counted = target > 0, torch.ones_like(labels[:, :1], dtype=torch.bool)
-    own = own.unsqueeze(1)
-    if keep is not None:
-        counted = counted & keep
-        positive = positive & counted.expand(-1, columns).gather(1, own).squeeze(1)
+        return torch.zeros(3, device=logits.device)
+    dense, classes = labels.dim() == 2, labels
+    if dense:
+        highest, classes = labels.max(1)
+        classes = torch.where(highest > 0, classes, columns)
+    positive = (classes >= 0) & (classes < columns)
     picked = torch.arange(rows, device=logits.device)
     index = picked
     if logits.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(logits):
         index = positive.nonzero().flatten()  # a CUDA device would make the host wait
+
+    def total(x: Tensor, t: Tensor, counted: Tensor) -> Tensor:
+        # 0 times the NaN of an ignored example would still be NaN
+        return torch.where(counted, focal_gradient(x, t, alpha, gamma), 0.0).sum()
+
+    own = classes[index].clamp(0, columns - 1).unsqueeze(1)
+    x = logits[index].gather(1, own)
+    counted = positive[index].unsqueeze(1)
+    if keep is not None:
+        counted = counted & keep[index].expand(-1, columns).gather(1, own)
+    positives = counted.sum()
+    exact = total(x, labels[index].gather(1, own) if dense else torch.ones_like(x), counted)
+
     if (sample := math.ceil(rows * share)) < rows:
         # Multiples of the golden ratio: steps of equal length might meet one anchor of each cell.
-        spread = picked[:sample].double() * ((5**0.5 - 1) / 2)
-        picked = (spread.frac() * rows).long()
-    x = logits[index].gather(1, own[index]).squeeze(1)
-    t = torch.ones_like(x, dtype=torch.float32) if target is None else target[index]
-    exact = torch.where(positive[index], focal_gradient(x, t, alpha, gamma), 0.0).sum()
-    x = logits[picked]
-    t = torch.zeros_like(x, dtype=torch.float32) if target is None else labels[picked].to(t.dtype)
-    column = torch.arange(columns, device=logits.device)
-    others = counted[picked] & ~((column == own[picked]) & positive[picked].unsqueeze(1))
-    rest = torch.where(others, focal_gradient(x, t, alpha, gamma), 0.0).sum() * (rows / len(picked))
-    return torch.stack([exact + rest, positive.sum(), counted.any(1).sum()])
+        picked = ((picked[:sample].double() * ((5**0.5 - 1) / 2)).frac() * rows).long()
+    x, scale = logits[picked], rows / len(picked)
+    own = classes[picked].unsqueeze(1)
+    counted = own >= 0 if keep is None else (own >= 0) & keep[picked]
+    others = counted & (own != torch.arange(columns, device=logits.device))
+    rest = total(x, labels[picked] if dense else torch.zeros_like(x), others)
+    return torch.stack([exact + scale * rest, positives, scale * counted.any(1).sum()])
 
 
 def unit_region_edges(bins: int, device: torch.device | str = "cpu") -> Tensor:

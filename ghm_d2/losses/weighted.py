@@ -124,8 +124,8 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight = weight.to(loss.dtype)
-        return loss * ctx.weight
+        weight = ctx.weight = weight.to(loss.dtype)
+        return loss * weight
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
