@@ -65,7 +65,7 @@ def last_ap(output: Path) -> dict[str, float | None]:
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Half of the training, the other half resumed, and an evaluation of the result."""
+    """Trains for half of the steps, resumes for the other half, and evaluates the result."""
     config, pairs = MODELS[name]
     output, log = folder / name, folder / f"{name}.log"
     base = [sys.executable, "train_net.py", "--config-file", config]

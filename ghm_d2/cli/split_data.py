@@ -29,18 +29,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("annotations", type=Path, metavar="ANNOTATIONS.json", help="the file to split")
-    add("--fraction", type=float, default=0.25, metavar="F", help="images for val.json (0.25)")
-    add("--seed", type=int, default=1, metavar="N", help="another one, another split (1)")
-    add("--output-dir", type=Path, required=True, metavar="DIR", help="is made")
+    add(
+        "--fraction",
+        type=float,
+        default=0.25,
+        metavar="F",
+        help="share of the images in val.json (0.25)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="a different seed gives a different split (1)",
+    )
+    add(
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for both files; created if missing",
+    )
     logging.basicConfig(format="%(levelname)s: %(message)s")
     with exits_with_one_sentence(parser.prog):
         args = parser.parse_args(argv)
         file = str(args.annotations)
         if is_foreign(args.annotations):
             raise UserError(
-                f"{file} is no annotation file in COCO format: {command('import-data')} {file} "
-                f"--val-fraction {args.fraction:g} --output-dir {args.output_dir} splits labels of "
-                "other kinds."
+                f"{file} is not an annotation file in COCO format: split labels of other tools by "
+                f"{command('import-data')} {file} --val-fraction {args.fraction:g} --output-dir "
+                f"{args.output_dir}."
             )
         # What training would refuse is worth knowing before there are two such files.
         data = check_content(read_annotations(file), uses=Uses(keypoints=False))

@@ -81,8 +81,8 @@ class Replay:
             return cfg
         if not trusted:
             raise UserError(
-                "the batch is of a Python config, which can run any code: give --trust-checkpoint "
-                "if you trust whoever made the file."
+                "the batch is of a training with a Python config, which can run any code: give "
+                "--trust-checkpoint if you trust the author of the file."
             )
         return OmegaConf.create(yaml.unsafe_load(self.config), flags={"allow_objects": True})
 

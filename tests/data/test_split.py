@@ -92,7 +92,7 @@ def test_stray_annotations_are_counted(tmp_path, caplog, monkeypatch):
         ('{"images": [{"id": 1}]}', [], "holds no categories"),
         (json.dumps({**coco_content(4), "images": [{"id": 1}]}), [], 'images has no "file_name"'),
         (json.dumps(coco_content(4)), ["--fraction", "1.5"], "between 0 and 1, got 1.5"),
-        (json.dumps(coco_content(1)), [], "two images or more are needed"),
+        (json.dumps(coco_content(1)), [], "a split needs at least two images"),
     ],
 )
 def test_mistakes(text, options, message, tmp_path, capsys):
