@@ -45,6 +45,7 @@ SWITCHES = pytest.mark.parametrize(
         {"bias_correction": True},
         {"decay_empty_bins": True},
         {"decay_empty_bins": True, "bias_correction": True, "normalize_by": "all_bins"},
+        {"loss_weight": "auto"},
     ],
     ids=lambda s: "-".join(s) or "default",
 )
