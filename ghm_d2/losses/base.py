@@ -305,7 +305,7 @@ class HarmonizedLoss(RunningCounts):
         Args:
             raw: what :meth:`_layout` made of each prediction, its target and its weight.
             pooled: whether all tensors share one histogram; else each has its own.
-            divisor: see :meth:`_reference_gradient`.
+            divisor: see :meth:`_measure`.
 
         Returns:
             A scalar, float32 at least.
@@ -370,26 +370,24 @@ class HarmonizedLoss(RunningCounts):
 
         Args:
             raw: see :meth:`_loss`.
-            divisor: see :meth:`_reference_gradient`.
+            divisor: what the caller divides the reference loss by; None: its own.
             counts, region_weights: (L, bins), R_j over all processes and w_j of each histogram.
             meet: whether to add up the other figures over the processes as well.
         """
-        figures = self._reference_gradient(self._all_values(raw, ValueChecks()), divisor)
+        figures = self._reference_gradient(self._all_values(raw, ValueChecks()))
+        if divisor is not None:
+            figures[1] = divisor
         if meet and self._processes() > 1:
             dist.all_reduce(figures)
         middles = (torch.arange(self.bins, device=counts.device) + 0.5) / self.bins
         own = (counts * region_weights * middles).sum()
         return torch.stack([figures[0], figures[1].clamp(min=1), own])
 
-    def _reference_gradient(self, arguments: Sequence[Arguments], divisor: float | None) -> Tensor:
-        """L1 norm of the gradient of the reference loss, and what that is divided by.
+    def _reference_gradient(self, arguments: Sequence[Arguments]) -> Tensor:
+        """float (2,): L1 norm of the gradient of the reference's sum, and what divides that.
 
         Args:
             arguments: what :meth:`_values` made of the tensors of this call.
-            divisor: what the caller divides the reference loss by; None: its own.
-
-        Returns:
-            float (2,), the sum over this process's examples and its divisor.
         """
         raise NotImplementedError
 

@@ -121,7 +121,14 @@ class GHMCLoss(HarmonizedLoss):
         return text
 
     @torch.jit.unused
-    def forward(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None = None,
+        *,
+        divisor: float | None = None,
+    ) -> Tensor:
         """
         Args:
             logits: (R, K) for sigmoid, (R, K + 1) for softmax, or any shape with the classes along
@@ -132,6 +139,8 @@ class GHMCLoss(HarmonizedLoss):
                 quality) have the gradient norm `|sigmoid(x) - t|` too.
             weight: of the shape of the labels that name classes or, for sigmoid, of the logits; 0
                 drops an example, a positive value keeps it. None keeps all.
+            divisor: with `loss_weight="auto"`, what the reference loss is divided by in place of
+                its own number of positives or rows, above 0.
 
         Returns:
             A scalar on the graph, float32 (float64 for float64 logits); 0 without examples. It can
@@ -141,7 +150,7 @@ class GHMCLoss(HarmonizedLoss):
             ValueError: a shape, type or value is wrong; see :meth:`raise_deferred_errors` for
                 when values are checked on CUDA.
         """
-        return self.forward_pooled([logits], [labels], [weight])
+        return self._forward([logits], [labels], [weight], True, divisor)
 
     def _layout(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Arguments:
         """Logits (R, K), labels (R,) or dense (R, K), weight (R,) or (R, K)."""
@@ -221,7 +230,7 @@ class GHMCLoss(HarmonizedLoss):
             allowed = f"lie in [0, {k}] ({k} = background) or be {self._ignored} (ignored)"
         return f"labels must {allowed}; they hold a value outside"
 
-    def _reference_gradient(self, arguments: Sequence[Arguments], divisor: float | None) -> Tensor:
+    def _reference_gradient(self, arguments: Sequence[Arguments]) -> Tensor:
         if self.activation == "sigmoid":
             return self.reference.gradient_norm(arguments)
         figures = []

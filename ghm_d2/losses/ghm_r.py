@@ -164,9 +164,8 @@ class GHMRLoss(HarmonizedLoss):
             keep = keep.view(*keep.shape, *[1] * (pred.dim() - keep.dim()))
         return pred, target, keep
 
-    def _reference_gradient(self, arguments: Sequence[Arguments], divisor: float | None) -> Tensor:
-        norm, positives = self.reference.gradient_norm(arguments).unbind()
-        return torch.stack([norm, positives if divisor is None else norm.new_full((), divisor)])
+    def _reference_gradient(self, arguments: Sequence[Arguments]) -> Tensor:
+        return self.reference.gradient_norm(arguments)
 
     def _device_arguments(self) -> dict[str, Any] | None:
         return {} if self.density == "unit_region" else None

@@ -57,6 +57,8 @@ class WeightedLoss(nn.Module):
         weight, state = self._follow(measure, recomputed)
         if self.training and torch.is_grad_enabled() and not recomputed:
             self._write(state, torch.isfinite(loss.detach()))
+        if torch.compiler.is_compiling():
+            return loss * weight
         weighted: Tensor = _Scaled.apply(loss, weight)  # type: ignore[no-untyped-call]
         return weighted
 

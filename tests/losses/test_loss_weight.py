@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
+from detectron2.utils.events import EventStorage
 
 from ghm_d2.losses import (
     ASL1Loss,
@@ -22,6 +23,7 @@ from ghm_d2.losses import (
 )
 from ghm_d2.losses.functional import focal_gradient, focal_gradient_norm
 from tests import reference as ref
+from tests.detectors import NUM_CLASSES, TWO_IMAGES, batch, small_model
 
 K = 3
 
@@ -259,3 +261,79 @@ def test_a_weight_that_is_none_is_refused(make, value):
 def test_the_exact_density_is_refused():
     with pytest.raises(ValueError, match="loss_weight must be a number with density='exact'"):
         GHMCLoss(momentum=0, density="exact", loss_weight="auto")
+
+
+CLS, REG = "MODEL.GHM.RETINANET.CLS", "MODEL.GHM.RETINANET.REG"
+AUTO = (f"{CLS}.LOSS_WEIGHT", "auto", f"{REG}.LOSS_WEIGHT", "auto")
+AUTO += (f"{CLS}.BIAS_CORRECTION", True, f"{REG}.BIAS_CORRECTION", True)
+
+
+def captured(module, inputs, model=None):
+    """What `module.losses` was called with in a forward pass of `model`, and what it returned."""
+    calls, original = [], module.losses
+    module.losses = lambda *args: calls.append((args, original(*args))) or calls[-1][1]
+    with EventStorage():
+        (model or module)(inputs)
+    del module.losses
+    return calls[0]
+
+
+def size_of(loss, predictions):
+    grads = torch.autograd.grad(loss, predictions, retain_graph=True, allow_unused=True)
+    return sum(g.abs().sum().item() for g in grads if g is not None)
+
+
+@pytest.mark.parametrize(
+    ("cls", "reg", "scope"),
+    [
+        ("ghm_c", "ghm_r", "level"),
+        ("ghm_c", "ghm_r", "batch"),
+        ("cross_entropy", "asl1", "level"),
+        ("ohem", "smooth_l1", "level"),
+        ("focal", "ghm_r", "level"),
+    ],
+)
+def test_retinanet_has_the_gradients_of_its_references(cls, reg, scope):
+    pairs = f"{CLS}.LOSS_TYPE", cls, f"{REG}.LOSS_TYPE", reg, "MODEL.GHM.RETINANET.SCOPE", scope
+    model = small_model("ghm_retinanet_R_50", *AUTO, *pairs)
+    plain = small_model("ghm_retinanet_R_50", f"{CLS}.ENABLED", False, f"{REG}.ENABLED", False)
+    args, losses = captured(model, batch(*TWO_IMAGES))
+    _, logits, labels, deltas, _ = args
+    with EventStorage():
+        expected = plain.losses(*args)
+    positives = sum(((y >= 0) & (y < NUM_CLASSES)).sum().item() for y in labels)
+    # Detectron2 divides by a running number, which begins at 100.
+    running = plain.loss_normalizer / positives
+    found = size_of(losses["loss_cls"], logits) / size_of(expected["loss_cls"], logits)
+    factor = 4 if cls == "focal" else 4 * running
+    assert found == pytest.approx(factor, rel=0.05 if cls == "ghm_c" else 1e-4)
+    found = size_of(losses["loss_box_reg"], deltas) / size_of(expected["loss_box_reg"], deltas)
+    factor = {"ghm_r": 2 * running, "asl1": 1, "smooth_l1": 1}[reg]
+    assert found == pytest.approx(factor, rel=0.05)
+
+
+def test_groups_of_images_follow_by_themselves():
+    pairs = "MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM", 1, "SOLVER.IMS_PER_BATCH", 2
+    model = small_model("ghm_retinanet_R_50", *AUTO, *pairs)
+    captured(model, batch(*TWO_IMAGES))
+    first, second = (loss.running_gradients for loss in model.ghm_c)
+    assert first[1] != second[1] and first.all() and second.all()
+
+
+def test_two_stage_parts_have_the_gradients_of_detectron2s_losses():
+    """But for GHM's: every g is taken to be in the middle of its region."""
+    pairs = []
+    for node in ("RPN.CLS", "RPN.REG", "ROI_BOX_HEAD.CLS", "ROI_BOX_HEAD.REG"):
+        pairs += [f"MODEL.GHM.{node}.ENABLED", True, f"MODEL.GHM.{node}.LOSS_WEIGHT", "auto"]
+        pairs += [f"MODEL.GHM.{node}.BIAS_CORRECTION", True]
+    model = small_model("ghm_faster_rcnn_R_50", *pairs)
+    for module in (model.proposal_generator, model.roi_heads.box_predictor):
+        args, losses = captured(module, batch(*TWO_IMAGES), model)
+        module.ghm_c = module.ghm_r = None
+        with EventStorage():
+            expected = module.losses(*args)
+        predictions = [x for arg in args for x in arg if isinstance(x, torch.Tensor)]
+        predictions = [x for x in predictions if x.requires_grad]
+        for name, loss in losses.items():
+            ratio = size_of(loss, predictions) / size_of(expected[name], predictions)
+            assert ratio == pytest.approx(1, rel=0.1), name
