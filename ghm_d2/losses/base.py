@@ -332,7 +332,8 @@ class HarmonizedLoss(RunningCounts):
             processes = self._pool(counts, writes)
             region_weights, walked = self._walk(counts)
             if self.follows_weight:
-                found = partial(self._measure, raw, divisor, counts, region_weights, writes)
+                values = arguments or self._all_values(raw, ValueChecks())
+                found = partial(self._measure, values, divisor, counts, region_weights, writes)
                 weight, average = self._follow(found, recomputed)
                 state |= average
                 weights = region_weights * (weight * processes)
@@ -360,7 +361,7 @@ class HarmonizedLoss(RunningCounts):
 
     def _measure(
         self,
-        raw: Sequence[Arguments],
+        arguments: Sequence[Arguments],
         divisor: float | None,
         counts: Tensor,
         region_weights: Tensor,
@@ -369,12 +370,12 @@ class HarmonizedLoss(RunningCounts):
         """What :meth:`_follow` averages; the own gradient with every g in the middle of its region.
 
         Args:
-            raw: see :meth:`_loss`.
+            arguments: what :meth:`_values` made of the tensors of this call.
             divisor: what the caller divides the reference loss by; None: its own.
             counts, region_weights: (L, bins), R_j over all processes and w_j of each histogram.
             meet: whether to add up the other figures over the processes as well.
         """
-        figures = self._reference_gradient(self._all_values(raw, ValueChecks()))
+        figures = self._reference_gradient(arguments)
         if divisor is not None:
             figures[1] = divisor
         if meet and self._processes() > 1:
@@ -384,11 +385,7 @@ class HarmonizedLoss(RunningCounts):
         return torch.stack([figures[0], figures[1].clamp(min=1), own])
 
     def _reference_gradient(self, arguments: Sequence[Arguments]) -> Tensor:
-        """float (2,): L1 norm of the gradient of the reference's sum, and what divides that.
-
-        Args:
-            arguments: what :meth:`_values` made of the tensors of this call.
-        """
+        """float (2,): L1 norm of the gradient of the reference's sum, and what divides that."""
         raise NotImplementedError
 
     def _bits_of(self, device: FusedExamples, raw: Sequence[Arguments]) -> Tensor:

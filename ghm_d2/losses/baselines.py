@@ -32,12 +32,18 @@ from .weighted import WeightedLoss
 Examples = tuple[Tensor, Tensor, Tensor | None]
 
 # Of more logits in a call, the gradient of negatives is estimated from about as many.
-_SAMPLE = 1 << 14
+_SAMPLE = 1 << 13
+# As many are copied into one tensor for less than it costs to go through several.
+_FEW = 1 << 20
 
 
 def _gradient_norms(examples: Sequence[Examples], alpha: float, gamma: float) -> Tensor:
     """:func:`focal_gradient_norm` of all tensors of a call."""
-    share = min(1.0, _SAMPLE / max(sum(x.numel() for x, _, _ in examples), 1))
+    xs, ys, keeps = zip(*examples, strict=True)
+    size = sum(x.numel() for x in xs)
+    share = min(1.0, _SAMPLE / max(size, 1))
+    if size <= _FEW and len({y.dim() for y in ys}) == 1 and all(keep is None for keep in keeps):
+        examples = [(torch.cat(xs), torch.cat(ys), None)]
     found = [focal_gradient_norm(*each, alpha, gamma, share) for each in examples]
     return torch.stack(found).sum(0)
 
@@ -201,7 +207,7 @@ class FocalLoss(nn.Module):
     def gradient_norm(self, examples: Sequence[Examples]) -> Tensor:
         """L1 norm of the gradient at the logits, and the number of positives: float (2,).
 
-        Of more than 2^14 logits, most negatives are estimated from a sample of the rows.
+        Of more than 2^13 logits, most negatives are estimated from a sample of the rows.
         """
         norm, positives, _ = _gradient_norms(examples, self.alpha, self.gamma)
         return torch.stack([self.loss_weight * norm, positives])
