@@ -37,7 +37,7 @@ CLASSES = 80
 MODELS = {
     "retinanet": ("ghm_retinanet_R_50", ["MODEL.META_ARCHITECTURE", "RetinaNet"]),
     "faster_rcnn": (
-        "ghm_faster_rcnn_R_50",
+        "ghm_faster_rcnn_R_50_ghm_c",
         ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"],
     ),
 }

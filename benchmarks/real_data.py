@@ -39,8 +39,9 @@ MODELS = {
         MODEL.GHM.RETINANET.REG.MU 0.1 MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM 0
         """,
     ),
+    # In results/bccd.json under its former name, ghm_faster_rcnn_R_50.yaml.
     "ghm_faster_rcnn": (
-        "configs/ghm_faster_rcnn_R_50.yaml",
+        "configs/ghm_faster_rcnn_R_50_ghm_c.yaml",
         """
         MODEL.ROI_BOX_HEAD.FC_DIM 256 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 128 SOLVER.BASE_LR 0.03
         MODEL.GHM.ROI_BOX_HEAD.CLS.BIAS_CORRECTION True

@@ -29,6 +29,28 @@ class UserError(ValueError):
     exit_code = USER_ERROR
 
 
+class NotInstalled(UserError, ImportError):
+    """A package that ghm_d2 cannot bring along is missing."""
+
+
+@contextlib.contextmanager
+def explains_missing_detectron2() -> Iterator[None]:
+    """Says how Detectron2 is installed where the block cannot import it.
+
+    Raises:
+        NotInstalled: there is no Detectron2.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        raise NotInstalled(
+            "Detectron2 is not installed: https://detectron2.readthedocs.io/tutorials/install.html "
+            "says how; with Python 3.10, pip install sal-detectron2==0.7.2 does it."
+        ) from error
+
+
 def cannot(verb: str, what: object, error: Exception) -> UserError:
     """The error "WHAT cannot be VERB (reason)." for a file that the system refuses.
 
@@ -56,9 +78,8 @@ def building(what: str) -> Iterator[None]:
     except UserError:
         raise
     except _MISFITS as error:
-        text = reason(error)
-        if not isinstance(error, AssertionError | ImportError | TypeError | ValueError):
-            text = f"{type(error).__name__}: {text}"  # such as "KeyError: res9"
+        speaks = isinstance(error, AssertionError | ImportError | TypeError | ValueError)
+        text = reason(error) if speaks else described(error)  # a KeyError says "res9" alone
         raise UserError(f"{what} cannot be built: {text}{_line(error)}.") from error
 
 

@@ -44,7 +44,6 @@ _KEYS = {
     "steps": ("SOLVER.STEPS", "lr_multiplier.scheduler.milestones"),
     "warmup_factor": ("SOLVER.WARMUP_FACTOR", "lr_multiplier.warmup_factor"),
     "warmup_method": ("SOLVER.WARMUP_METHOD", "lr_multiplier.warmup_method"),
-    "momentum": ("SOLVER.MOMENTUM", "optimizer.momentum"),
     "clip": ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "train.clip_gradients.max_norm"),
     "clip_norm": ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", "train.clip_gradients.norm_type"),
     "largest_size": (
@@ -61,11 +60,9 @@ _KEYS = {
     "norm": ("MODEL.FPN.NORM", "model.backbone.norm"),
     "offset": ("MODEL.ANCHOR_GENERATOR.OFFSET", "model.anchor_generator.offset"),
     "prior": ("MODEL.RETINANET.PRIOR_PROB", "model.head.prior_prob"),
-    "levels": ("MODEL.RETINANET.IN_FEATURES", "model.head_in_features"),
     "channels": ("MODEL.FPN.OUT_CHANNELS", "model.backbone.out_channels"),
     "classes": ("MODEL.RETINANET.NUM_CLASSES", "model.num_classes"),
     "score": ("MODEL.RETINANET.SCORE_THRESH_TEST", "model.test_score_thresh"),
-    "amp": ("SOLVER.AMP.ENABLED", "train.amp.enabled"),
     "writers": ("MODEL.GHM.TRAINING.WRITERS", "train.writers"),
 }
 KINDS = ("yaml", "python")

@@ -62,7 +62,7 @@ PYTHON_CONFIG = _PYTHON_CONFIG.replace("NAME", "ghm_retinanet_RegNetX_4GF").repl
 )
 
 # A two-stage detector, and what it finds besides boxes.
-RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50.yaml")
+RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50_ghm_c.yaml")
 _TINY_RCNN = {
     "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
@@ -75,6 +75,8 @@ _TINY_MASKS = {
 }
 _TINY_KEYPOINTS = {
     "MODEL.KEYPOINT_ON": True,
+    "MODEL.RESNETS.NORM": "BN",  # frozen random norms can give heat maps that are not finite
+    "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (8,),
     "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 3,
     "TEST.KEYPOINT_OKS_SIGMAS": [0.05] * 3,
@@ -84,7 +86,7 @@ TINY_HEADS = {
     "masks": _TINY_RCNN | _TINY_MASKS,
     "keypoints": _TINY_RCNN | _TINY_KEYPOINTS,
 }
-PYTHON_RCNN = _PYTHON_CONFIG.replace("NAME", "ghm_faster_rcnn_R_50").replace(
+PYTHON_RCNN = _PYTHON_CONFIG.replace("NAME", "ghm_faster_rcnn_R_50_ghm_c").replace(
     "MODEL",
     """
 model.backbone.bottom_up.out_features = ["s1", "s2", "s3", "s4"]

@@ -148,8 +148,8 @@ def _train(words: Sequence[str], what: str) -> None:
             signal.signal(number, handler)
     if code:
         error = UserError(
-            f"{what} ended with exit code {code}, for the reason above; the same command goes on "
-            "from its last checkpoint."
+            f"{what} ended with exit code {code}, for the reason above; the same command "
+            "continues from its last checkpoint."
         )
         error.exit_code = code if code > 0 else 1
         raise error

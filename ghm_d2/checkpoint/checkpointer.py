@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _DAMAGED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _WAY_OUT = (
-    "where it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
+    "if it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
     "or ghm-d2 convert-mmdet."
 )
 
@@ -116,8 +116,8 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
                     f"{path} is not a checkpoint of a detector ({reason(error)})."
                 ) from error
             raise UserError(
-                f"{path} cannot be resumed, its training state is damaged or of another version "
-                f"({described(error)}): write the name of another checkpoint "
+                f"{path} cannot be resumed: its training state is damaged or of another version "
+                f"({described(error)}). Write the name of another checkpoint "
                 f"into {LAST_CHECKPOINT}, or start anew with MODEL.WEIGHTS {path}."
             ) from error
         self.origin = read_origin(rest)
@@ -252,7 +252,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         here = name is None or os.path.isfile(os.path.join(self.save_dir, name))
         if not all(comm.all_gather(here)):
             raise UserError(
-                f"--resume: {name} in {self.save_dir} is not there for every process: OUTPUT_DIR "
+                f"--resume: {name} in {self.save_dir} cannot be seen by every process: OUTPUT_DIR "
                 "must be a folder that all machines share."
             )
         return name
@@ -289,14 +289,15 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         parameters = {name for name, _ in self.model.named_parameters()}
         if not incompatible.incorrect_shapes and parameters <= set(incompatible.missing_keys):
             raise UserError(
-                f"none of the tensors of {self._filename} has a name of this model: {_WAY_OUT}"
+                f"no tensor in {self._filename} has the name of one in this model: {_WAY_OUT}"
             )
         if self._resumes and (wrong := incompatible.incorrect_shapes):
             name, found, expected = wrong[0]
             raise UserError(
-                f"{self._filename} is not of this model: {name} has the shape {found} instead of "
-                f"{expected} ({len(wrong)} such tensors): resume with the config, and the number "
-                f"of classes, of the training, or start anew with MODEL.WEIGHTS {self._filename}."
+                f"{self._filename} does not fit this model: {name} has the shape {found} instead "
+                f"of {expected} ({len(wrong)} such tensors): resume with the config, and the "
+                "number of classes, of the training, or start anew with MODEL.WEIGHTS "
+                f"{self._filename}."
             )
         if self._starts and not self._resumes:
             incompatible = self._log_what_starts_anew(incompatible)

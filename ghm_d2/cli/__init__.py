@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ghm_d2 import __version__
-from ghm_d2.errors import UserError, exits_with_one_sentence, similar_names
+from ghm_d2.errors import (
+    UserError,
+    exits_with_one_sentence,
+    explains_missing_detectron2,
+    similar_names,
+)
 
 __all__ = ["COMMANDS", "main"]
 
@@ -58,4 +63,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         with exits_with_one_sentence("ghm-d2"):
             similar = similar_names(name, COMMANDS)
             raise UserError(f"there is no command {name!r}{similar}: --help lists them.")
-    import_module(f"{__name__}.{name.replace('-', '_')}").main(words[1:])
+    with exits_with_one_sentence(f"ghm-d2 {name}"), explains_missing_detectron2():
+        import_module(f"{__name__}.{name.replace('-', '_')}").main(words[1:])

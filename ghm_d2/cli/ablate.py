@@ -127,6 +127,8 @@ def _run(grid: Grid, args: argparse.Namespace) -> None:
         tuned = tune(grid, grid.tuning, args.dataset, store, plan, bring)
     runs = plan(tuned.grid if tuned else grid, args.seeds, args.dataset)
     _warn_of_equal_rows(runs)
+    if tuned:
+        logger.info("the rows as tuned: %d runs", len(runs))
     bring(runs)
     text, files = write_report(grid, runs, store, outcome.failed, tuned)
     print(f"\n{text}")

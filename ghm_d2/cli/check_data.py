@@ -1,4 +1,4 @@
-"""Lists everything that is wrong with a data set; opens every image."""
+"""List everything that is wrong with a data set, after opening every image."""
 
 import argparse
 import logging
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print every kind of problem; exit code 0 without any, 1 with some, 2 for misuse."""
     parser = Parser(prog="ghm-d2 check-data", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("annotations", help="the annotation file, or a folder or file of any tool's labels")
-    add("images", nargs="?", help="the folder that its file names are relative to")
-    add("--unlabelled", action="store_true", help="a test set without annotations")
+    add("annotations", help="the annotation file, or a folder or file with labels of any tool")
+    add("images", nargs="?", help="the folder of the images")
+    add("--unlabelled", action="store_true", help="expect no annotations, as in a test set")
     add("--examples", type=int, default=5, metavar="N", help="examples of each kind (5)")
     add("--headers-only", action="store_true", help="do not decode the images")
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stdout)

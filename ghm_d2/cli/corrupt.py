@@ -1,10 +1,10 @@
-"""Write a COCO-format file with errors in it, for measuring what they do and who finds them.
+"""Write a COCO-format file with errors in it, to measure what they do and how well they are found.
 
     ghm-d2 corrupt data/train.json --output data/noisy.json --wrong-class 0.1 --missing 0.05
 
-A share counts objects, each of which gets one error at most; spurious boxes come on top. The same
-file, shares and seed give the same errors everywhere. Beside noisy.json lies noisy.changes.json, a
-list of what was changed; nothing is overwritten.
+Shares are of the number of objects. Each object gets one error at most; spurious boxes come on top.
+The same file, shares and seed give the same errors everywhere. noisy.changes.json beside noisy.json
+lists what was changed; nothing is overwritten.
 """
 
 import argparse

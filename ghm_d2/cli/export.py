@@ -62,7 +62,11 @@ def _parser() -> Parser:
         help="pad the outputs to TEST.DETECTIONS_PER_IMAGE rows and add their count, as OpenVINO, "
         "TensorRT and quantisers need it (implied by --batch, --half and torch_export)",
     )
-    add("--half", action="store_true", help="layers in float16; images and boxes stay float32")
+    add(
+        "--half",
+        action="store_true",
+        help="run the layers in float16; images and boxes stay float32",
+    )
     add("--opset", type=int, metavar="N", help=f"operator set of ONNX ({Options.opset})")
     add(
         "--check",

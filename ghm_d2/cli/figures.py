@@ -55,8 +55,8 @@ def plot_gradients(argv: Sequence[str] | None) -> list[Path]:
         UserError: a mistake in the command line, the config or the data.
     """
     args = parse_arguments(argv, _parser())
-    if args.max_images < 1:
-        raise UserError(f"--max-images must be at least 1, got {args.max_images}.")
+    if args.images < 1:
+        raise UserError(f"--images must be at least 1, got {args.images}.")
     output = Path(args.output)
     make_output_folder(output)
     # The overrides may name the OUTPUT_DIR of a training, where its log must not be written to.
@@ -72,7 +72,7 @@ def plot_gradients(argv: Sequence[str] | None) -> list[Path]:
     check_all(cfg, given, eval_only=True)
     setup_logger(str(output), name="fvcore")
     setup_logger(str(output))
-    records, caption = _records(settings.test, args.max_images)
+    records, caption = _records(settings.test, args.images)
     model = GHMTrainer.build_model(cfg)
     check_datasets(load_trained_weights(model, settings.weights), settings.test)
     detector_parts(model)
@@ -111,6 +111,7 @@ def _parser() -> Parser:
         "COCO-format data to use in place of DATASETS.TEST (repeatable)",
     )
     add(
+        "--images",
         "--max-images",
         type=int,
         default=200,
@@ -133,5 +134,5 @@ def _records(names: Sequence[str], limit: int) -> tuple[list[dict[str, Any]], st
     number = min(limit, len(records))
     picked = [records[i * len(records) // number] for i in range(number)]
     caption = f"{', '.join(names)}, {number} of {len(records)} images with objects"
-    logger.info("%s (--max-images %d)", caption, limit)
+    logger.info("%s (--images %d)", caption, limit)
     return picked, caption

@@ -37,13 +37,20 @@ def _parser() -> Parser:
         help="one folder, several of one kind together, or a file that holds all labels",
     )
     add(
+        "--output",
         "--output-dir",
         type=Path,
         required=True,
         metavar="DIR",
         help="for SPLIT.json; created if missing",
     )
-    add("--images", type=Path, metavar="DIR", help="where the images are, if not in FOLDER")
+    add(
+        "--image-dir",
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="where the images are, if not in FOLDER",
+    )
     add(
         "--split",
         nargs="+",
@@ -68,10 +75,14 @@ def _parser() -> Parser:
         "--difficult",
         choices=DIFFICULT,
         default="crowd",
-        help="objects marked difficult: iscrowd 1, so that training leaves them out and evaluation "
-        "ignores them as VOC's does; keep: like the others; drop: left out (crowd)",
+        help="treat objects marked difficult as crowd (iscrowd 1: training leaves them out and "
+        "evaluation ignores them, as VOC's does), keep them like the others, or drop them (crowd)",
     )
-    add("--zero-based", action="store_true", help="VOC's corners count from 0; xmax is outside")
+    add(
+        "--zero-based",
+        action="store_true",
+        help="VOC's corners count from 0; xmax, ymax lie outside",
+    )
     return parser
 
 
@@ -90,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = _parser().parse_args(argv)
         if args.split and args.val_fraction is not None:
             raise UserError("--split and --val-fraction exclude each other.")
-        folders = [find_folder(path, args.images) for path in args.folders]
+        folders = [find_folder(path, args.image_dir) for path in args.folders]
         for path, folder in zip(args.folders, folders, strict=True):
             if folder.kind == COCO:
                 raise UserError(
@@ -104,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--classes names a class twice: {' '.join(classes)}.")
         contents, notes = {}, Counter()
         for name, members in splits.items():
-            contents[args.output_dir / f"{name}.json"], noted = to_coco(
+            contents[args.output / f"{name}.json"], noted = to_coco(
                 members,
                 classes,
                 labels.root,

@@ -42,8 +42,8 @@ def _parser() -> Parser:
         prog=_PROGRAM,
         usage="%(prog)s --output DIR (--dataset NAME=annotations.json,image_dir|NAME=FOLDER ... | "
         "--config-file FILE) [options] [KEY VALUE ...]",
-        description="A first look at data: images with their boxes, histograms of classes and box "
-        "sizes, and a summary. With --config-file also how well its anchors fit.",
+        description="Take a first look at data: images with their boxes, histograms of classes and "
+        "box sizes, and a summary. With --config-file, also see how well its anchors fit.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -56,9 +56,13 @@ def _parser() -> Parser:
     )
     add_dataset_option(
         parser,
-        "COCO-format data, or a folder of any tool's labels (repeatable)",
+        "COCO-format data, or a folder with labels of any tool (repeatable)",
     )
-    add("--config-file", metavar="FILE", help="look at its DATASETS where no --dataset is given")
+    add(
+        "--config-file",
+        metavar="FILE",
+        help="look at its anchors, and at its DATASETS where no --dataset is given",
+    )
     add("--images", type=int, default=12, metavar="N", help="number of images to draw (12)")
     add(
         "--augmented",

@@ -22,16 +22,17 @@ def _parser() -> Parser:
         description=f"{__doc__} Writes DIR/NAME.json and the tiles to DIR/NAME.",
         allow_abbrev=False,
     )
-    add_dataset_option(parser, "COCO-format data, or a folder of any tool's labels (repeatable)")
+    add_dataset_option(parser, "COCO-format data, or a folder with labels of any tool (repeatable)")
     add = parser.add_argument
     add(
+        "--output",
         "--output-dir",
         type=Path,
         required=True,
         metavar="DIR",
         help="for the tiles; created if missing",
     )
-    add("--side", type=int, default=640, metavar="PIXELS", help="side of a tile (640)")
+    add("--tile", "--side", type=int, default=640, metavar="PIXELS", help="side of a tile (640)")
     add(
         "--overlap",
         type=float,
@@ -57,18 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{args.opts[0]} is not an option of this command.")
         if not args.dataset:
             raise UserError("nothing to cut: give --dataset.")
-        check_tiling(args.side, args.overlap)
+        check_tiling(args.tile, args.overlap)
         import_sahi()
         setup_logger(name="ghm_d2")
         for dataset in resolve([parse_dataset(text) for text in args.dataset]):
-            file, folder = (args.output_dir / f"{dataset.name}{end}" for end in (".json", ""))
+            file, folder = (args.output / f"{dataset.name}{end}" for end in (".json", ""))
             if file.exists() or folder.exists():
-                raise UserError(
-                    f"{folder} exists already: delete it, or name another --output-dir."
-                )
+                raise UserError(f"{folder} exists already: delete it, or name another --output.")
             data = check_coco_dataset(dataset).data
             content, counts = tile_coco(
-                data.content, data.paths, folder, side=args.side, overlap=args.overlap
+                data.content, data.paths, folder, side=args.tile, overlap=args.overlap
             )
             write_coco({file: content})
             print(describe(str(file), content))

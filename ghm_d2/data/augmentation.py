@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 
-from ghm_d2.errors import UserError, described, shown, similar_names
+from ghm_d2.errors import UserError, building, described, shown, similar_names
 from ghm_d2.randomness import preserved
 
 # Only augmentations that need nothing but the image: Detectron2's mapper passes them no boxes or
@@ -38,9 +38,10 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     given = build_augmentations(cfg.MODEL.GHM.AUGMENTATIONS, "MODEL.GHM.AUGMENTATIONS")
     replaced: tuple[type, ...] = (T.RandomFlip,) if any(map(_is_flip, given)) else ()
     replaced += _SIZES if _set_size(given) else ()
-    own = [a for a in build_augmentation(cfg, is_train=True) if not isinstance(a, replaced)]
-    if cfg.INPUT.CROP.ENABLED:
-        own.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+    with building("the augmentation that INPUT describes"):
+        own = [a for a in build_augmentation(cfg, is_train=True) if not isinstance(a, replaced)]
+        if cfg.INPUT.CROP.ENABLED:
+            own.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
     return [*given, *own]
 
 

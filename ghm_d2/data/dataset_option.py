@@ -21,7 +21,7 @@ class CocoDataset:
 
     Attributes:
         name: the name for `DATASETS.TRAIN` and `DATASETS.TEST`.
-        json_file: path of the annotation file, or of a file or folder of any tool's labels.
+        json_file: path of the annotation file, or of a file or folder with labels of any tool.
         image_root: folder that the file names in it are relative to, or below which images lie.
         split: the part of a folder that is meant; empty: all of it.
         uses: what the config takes of the annotations.

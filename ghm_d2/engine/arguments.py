@@ -67,8 +67,8 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
-    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
-    add("--overwrite", action="store_true", help="train anew where a finished training lies")
+    add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    add("--overwrite", action="store_true", help="replace a finished training in OUTPUT_DIR")
     add(
         "--trust-checkpoint",
         action="store_true",
@@ -76,8 +76,8 @@ def _parser() -> Parser:
     )
     add_dataset_option(
         parser,
-        "register COCO-format data, or a folder of any tool's labels; the first is trained on and "
-        "the others are tested on, unless DATASETS.TRAIN and DATASETS.TEST say otherwise "
+        "register COCO-format data, or a folder with labels of any tool; the first is trained on "
+        "and the others are tested on, unless DATASETS.TRAIN and DATASETS.TEST say otherwise "
         "(repeatable)",
     )
     add_process_options(parser)

@@ -5,6 +5,7 @@ Everything here raises `UserError` with one sentence; what only looks odd is log
 
 import logging
 import os
+import re
 from collections.abc import Set
 
 import torch
@@ -60,6 +61,7 @@ def check_all(
         UserError: one sentence with the way out.
     """
     _check_config(cfg)
+    _name_keys_without_effect(cfg, given)
     check_values(cfg, eval_only, processes.world_size)
     _check_processes(cfg, processes, eval_only)
     check_datasets(cfg, eval_only)
@@ -119,6 +121,17 @@ def _check_config(cfg: Config) -> None:
             f"TEST.PRECISE_BN.ENABLED and {key_of(cfg, 'ema_decay')} exclude each other: the batch "
             "statistics would be those of weights that are not the average."
         )
+
+
+def _name_keys_without_effect(cfg: Config, given: Set[str]) -> None:
+    if not isinstance(cfg, CfgNode):
+        return
+    for key in sorted(given):
+        loss, _, name = key.rpartition(".")
+        if name != "ENABLED" and re.fullmatch(r"MODEL\.GHM\.\w+\.(CLS|REG)", loss):
+            part, kind = loss.split(".")[2:]
+            if not cfg.MODEL.GHM[part][kind].ENABLED:
+                logger.warning("%s has no effect: %s.ENABLED is False.", key, loss)
 
 
 def _check_processes(cfg: Config, processes: Processes, eval_only: bool) -> None:

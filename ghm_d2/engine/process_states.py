@@ -95,7 +95,7 @@ class ProcessStates(HookBase):
         if isinstance(loader, TrainLoader) and "data" in state:
             loader.load_state_dict(state["data"])
         else:
-            logger.warning("the order of images starts anew: the data loader keeps no place in it")
+            logger.warning("the order of images starts anew: the data loader cannot resume")
 
 
 def _model(trainer: Any) -> nn.Module:

@@ -113,7 +113,7 @@ class Replay:
         with torch.device("meta"):
             expected = {name: x.shape for name, x in build_model(cfg).state_dict().items()}
         if expected != {name: x.shape for name, x in self.weights.items()}:
-            raise ValueError("its config is of another model than its weights")
+            raise ValueError("its config and its weights are of different models")
 
 
 def save_replay(path: str | os.PathLike, replay: Replay) -> None:

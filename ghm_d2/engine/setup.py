@@ -104,7 +104,7 @@ def build_config(
         if log_to_file:
             setup_ghm_logger(read_settings(cfg).output_dir, comm.get_rank())
     except OSError as error:
-        folder = f"{key_of(cfg, 'output_dir')} {read_settings(cfg).output_dir!r}"
+        folder = f"{key_of(cfg, 'output_dir')} {read_settings(cfg).output_dir or repr('')}"
         raise cannot("written", folder, error) from error
     choose_device(cfg)
 

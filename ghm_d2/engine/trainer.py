@@ -195,7 +195,7 @@ class GHMTrainer(DefaultTrainer):
         if AveragedWeights.__qualname__ in saved and not self.averaging:
             raise UserError(
                 "--resume: the checkpoint is of a training with averaged weights: give "
-                f"{key_of(self.cfg, 'ema_decay')} as it was."
+                f"{key_of(self.cfg, 'ema_decay')} the value that it had."
             )
         super().load_state_dict(state_dict)
         if ProcessStates.__qualname__ not in saved:

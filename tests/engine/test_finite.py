@@ -17,6 +17,7 @@ from ghm_d2.engine.finite import NotFiniteError
 from ghm_d2.engine.preemption import Preempted, StopOnSignal
 from ghm_d2.engine.process_end import end_process
 from ghm_d2.engine.replay import load_replay
+from ghm_d2.engine.settings import change
 from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import exits_with_one_sentence
 from tests.detectors import small_config
@@ -43,10 +44,11 @@ def make(kind, tmp_path):
     """A trainer on six small images."""
     data = f"finite={write_coco(tmp_path)}"
 
-    def run(heads="", **values):
+    def run(heads="", amp=False, **values):
         config = Kind(kind, tmp_path, heads)
         values = {"output": tmp_path / "out", "max_iter": 4, "period": 1} | values
         cfg, _ = build_config(config.file, config.overrides(**values), [data], log_to_file=False)
+        change(cfg, "amp", amp)  # which a config cannot ask for without a GPU
         return GHMTrainer(cfg)
 
     return run
@@ -124,7 +126,8 @@ def test_one_spoiled_level_is_named(make, capsys):
 
     level.register_forward_hook(spoil_p5)
     message = stops(trainer)
-    assert "predictions at P5 not finite" in message and "P3" not in message
+    levels = message.split("predictions at ")[1].split(" not finite")[0].split(", ")
+    assert levels in (["P5"], ["P5", "P6", "P7"])  # where P6 is made of P5
     assert "backbone.fpn_output5" in message
 
 

@@ -144,7 +144,7 @@ def test_images_that_cannot_be_read_are_counted(run, data, tmp_path, monkeypatch
     image.write_bytes(image.read_bytes()[:80])  # the header alone, which is what is checked
     run("out")
     text = capsys.readouterr().out
-    assert re.search(r"/2\.png cannot be used .*; 1 of \d images so far", text)
+    assert re.search(r"/2\.png cannot be used .*\(1 of \d images so far", text)
 
 
 def test_weights_run_no_code_unless_trusted(fails, tmp_path):
@@ -242,7 +242,7 @@ BAD_VALUES = [
     ("lr", -0.01, "finite and at least 0"),
     ("lr", "1e999", "finite and at least 0"),
     ("warmup_factor", -1.0, "finite and at least 0"),
-    ("steps", "[-1,2,3]", "each larger than the one before"),
+    ("steps", "[-1,2,3]", "finite and at least 0"),
     ("steps", "[2,1,3]", "each larger than the one before"),
     ("steps", "['a']", "each larger than the one before"),
     ("clip", 0.0, "above 0"),
@@ -279,13 +279,11 @@ def test_values_that_make_no_training(fails, kind, name, value, words):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("momentum", -1.0, "Invalid momentum value: -1"),
         ("warmup_method", "nonsense", "Unknown warmup method: nonsense"),
         ("style", "nonsense", "nonsense"),
         ("norm", "XX", "KeyError: XX"),
         ("offset", 3.0, "3.0 (detectron2/modeling/anchor_generator.py, line "),
         ("prior", 0.0, "ZeroDivisionError"),
-        ("levels", "['p9']", "KeyError: p9"),
         ("channels", -3, "negative dimension -3"),
     ],
 )
