@@ -39,7 +39,7 @@ class WeightedLoss(nn.Module):
             self.register_buffer("running_gradients", torch.zeros(4))
 
     @property
-    def weight_setting(self) -> float | str:
+    def _weight_setting(self) -> float | str:
         """`loss_weight` as it was given."""
         return "auto" if self.follows_weight else float(self.loss_weight)
 
