@@ -127,6 +127,8 @@ class HarmonizedLoss(RunningCounts):
         predictions: Sequence[Tensor],
         targets: Sequence[Tensor],
         weights: Sequence[Tensor | None] | None = None,
+        *,
+        divisor: float | None = None,
     ) -> Tensor:
         """:meth:`forward` of several tensors (such as FPN levels) that share one histogram.
 
@@ -134,6 +136,7 @@ class HarmonizedLoss(RunningCounts):
             predictions: tensors as the first argument of :meth:`forward`.
             targets: one tensor for each of them, as the second argument.
             weights: likewise, a tensor or None for each; or None.
+            divisor: see :meth:`forward`.
 
         Returns:
             One scalar; the running counts are updated once.
@@ -141,7 +144,7 @@ class HarmonizedLoss(RunningCounts):
         Raises:
             ValueError: as :meth:`forward`, or the sequences differ in length.
         """
-        return self._forward(predictions, targets, weights, True)
+        return self._forward(predictions, targets, weights, True, divisor)
 
     def forward_levels(
         self,

@@ -150,7 +150,7 @@ class GHMCLoss(HarmonizedLoss):
             ValueError: a shape, type or value is wrong; see :meth:`raise_deferred_errors` for
                 when values are checked on CUDA.
         """
-        return self._forward([logits], [labels], [weight], True, divisor)
+        return self.forward_pooled([logits], [labels], [weight], divisor=divisor)
 
     def _layout(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Arguments:
         """Logits (R, K), labels (R,) or dense (R, K), weight (R,) or (R, K)."""

@@ -119,7 +119,7 @@ class GHMRLoss(HarmonizedLoss):
             ValueError: a shape, type or value is wrong; see :meth:`raise_deferred_errors` for
                 when values are checked on CUDA.
         """
-        return self._forward([pred], [target], [weight], True, divisor)
+        return self.forward_pooled([pred], [target], [weight], divisor=divisor)
 
     @torch.no_grad()
     def _constants(

@@ -11,6 +11,8 @@ import torch.utils.checkpoint
 from detectron2.utils.events import EventStorage
 
 from ghm_d2.analysis.hook import LossWeights
+from ghm_d2.checkpoint import checkpointer
+from ghm_d2.engine.forward_state import ForwardState
 from ghm_d2.losses import (
     ASL1Loss,
     CrossEntropyLoss,
@@ -361,3 +363,18 @@ def test_the_logs_have_the_weights():
     found = storage.latest()["ghm_r/loss_weight"][0]
     assert found == pytest.approx(sum(values) / 2) and values[0] != values[1]
     assert not LossWeights(small_model("ghm_retinanet_R_50"), 20).losses
+
+
+def test_baselines_belong_to_what_a_forward_pass_changes():
+    pairs = f"{CLS}.LOSS_TYPE", "ohem", f"{REG}.LOSS_TYPE", "asl1"
+    model = small_model("ghm_retinanet_R_50", *AUTO, *pairs)
+    names = {"cls_baseline.running_gradients", "reg_baseline.running_gradients"}
+    state = ForwardState.of(model)
+    assert names <= state.buffers.keys()
+    captured(model, batch(*TWO_IMAGES))
+    assert all(model.get_buffer(name).all() for name in names)
+    state.restore(model)
+    assert not any(model.get_buffer(name).any() for name in names)
+    captured(model, batch(*TWO_IMAGES))
+    checkpointer._reset_counts(model, "a.pth")
+    assert not any(model.get_buffer(name).any() for name in names)
