@@ -25,7 +25,7 @@ class GHMRLoss(HarmonizedLoss):
     Attributes:
         mu: the width; with `mu="auto"` a float32 scalar, that of the last call.
         running_median: float32 scalar, only with `mu="auto"`: the moving average of the median of
-            |d|, -1 before the first update; saved and written like `acc_sum`.
+            `|d|`, -1 before the first update; saved and written like `acc_sum`.
     """
 
     running_median: Tensor
@@ -52,7 +52,7 @@ class GHMRLoss(HarmonizedLoss):
         """
         Args:
             mu: width of the quadratic part of authentic smooth L1, above 0, in units of the deltas;
-                or "auto": 1.5 times the moving average (momentum 0.95) of the median of |d| over
+                or "auto": 1.5 times the moving average (momentum 0.95) of the median of `|d|` over
                 the coordinates of a call, this call included, clamped to [0.01, 0.5]. With `sync`,
                 the processes' medians are averaged, weighted by their numbers of coordinates.
             bins, momentum: see :class:`~ghm_d2.losses.GHMCLoss`.
@@ -199,7 +199,7 @@ def _width(running_median: Tensor) -> Tensor:
 
 
 def _median_error(raw: Sequence[Arguments], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower median of |d| over all tensors, and the number of coordinates that count.
+    """The lower median of `|d|` over all tensors, and the number of coordinates that count.
 
     Both are scalars of `like`'s type. The errors are sorted, because the number of coordinates
     stays on the device; ignored ones come last, as infinities.
