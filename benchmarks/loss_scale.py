@@ -204,9 +204,7 @@ def main() -> None:
         "ratio": "L2 norm of the GHM loss's gradient / of Detectron2's, at the predictions",
         "dataset": args.dataset.split("=")[0] if args.dataset else "the config's",
         "iterations": args.iterations,
-        "options": [*RETINANET_OPTIONS, *args.opts]
-        if args.config_file
-        else [str(x) for x in OPTIONS],
+        "options": [str(x) for x in pairs],
         **describe(),
     }
     if args.config_file:
