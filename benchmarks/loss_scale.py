@@ -199,11 +199,12 @@ def main() -> None:
     args = parser.parse_args()
     if not args.dataset and not args.config_file:
         raise UserError("--dataset is needed without --config-file.")
+    pairs = [*RETINANET_OPTIONS, *args.opts] if args.config_file else OPTIONS
     result = {
         "ratio": "L2 norm of the GHM loss's gradient / of Detectron2's, at the predictions",
         "dataset": args.dataset.split("=")[0] if args.dataset else "the config's",
         "iterations": args.iterations,
-        "options": RETINANET_OPTIONS if args.config_file else [str(x) for x in OPTIONS],
+        "options": [str(x) for x in pairs],
         **describe(),
     }
     if args.config_file:
