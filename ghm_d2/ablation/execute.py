@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 CLUSTERS = ("local", "slurm", "debug")  # debug: in this process, one after the other
 _POLL = 1.0  # seconds
 _GRACE = 60.0  # seconds that cancelled runs get to end
+_ONCE_A_MINUTE = {"mininterval": 60.0, "maxinterval": 60.0}
 _TIME_LIMITS = {"local": 30 * 24 * 60}  # minutes; submitit knows no job without a limit
 _TIME_LIMIT = 24 * 60
 
@@ -90,7 +91,7 @@ def execute(
     submitter.executor(waiting[0])  # a wrong option is reported once, before anything starts
     total, steps = len(waiting), sum(run.iterations for run in waiting)
     done = {run.id: store.progress(run)[0] for run in waiting}
-    quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "file": _Lines()}
+    quiet = {} if sys.stderr.isatty() else {**_ONCE_A_MINUTE, "file": _Lines()}
     stops = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
     with (
         logging_redirect_tqdm([logging.getLogger("ghm_d2")]),
