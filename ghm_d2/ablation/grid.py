@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ghm_d2.config_files import find_config, similar_configs
 from ghm_d2.errors import UserError, cannot, reason, similar_names
 
 # The paper's tables that come with the package: name -> file.
@@ -94,7 +95,8 @@ def load_grid(file: str | Path) -> Grid:
 
     Args:
         file: YAML with the fields of :class:`Grid` (without `name`), its `rows` with those of
-            :class:`Row`; every `config_file` is relative to this file.
+            :class:`Row`; every `config_file` is relative to this file,
+            or a name in `configs/`.
 
     Raises:
         UserError: the file cannot be read, or what it holds is not a grid.
@@ -222,6 +224,11 @@ def _names(file: Path, field: str, content: Any) -> tuple[str, ...]:
 
 def _config_file(grid: Path, name: str) -> Path:
     path = (grid.parent / name).resolve()
-    if not path.is_file():
-        raise UserError(f"{grid}: the config file {name} does not exist beside it ({path}).")
-    return path
+    if path.is_file():
+        return path
+    if found := find_config(name):
+        return Path(found).resolve()
+    raise UserError(
+        f"{grid}: the config file {name} does not exist, neither beside it ({path}) nor in "
+        f"configs/{similar_configs(name)}."
+    )

@@ -114,6 +114,8 @@ def run_python(code, folder=ROOT, **environment):
 # A config by its name from anywhere, and what the installed program says to a missing image.
 COMMANDS = """
 import importlib.metadata, sys
+from ghm_d2.ablation import TABLES, load_grid
+assert [load_grid(file) for file in TABLES.values()]  # their config files are found
 from ghm_d2.engine.setup import locate_config_file
 print(locate_config_file("configs/ghm_faster_rcnn_R_50.yaml"))
 sys.stderr = sys.stdout
