@@ -95,7 +95,8 @@ def corrupt_coco(
     return {**content, "annotations": rows}, changes
 
 
-def _check(content: Mapping[str, Any], shares: Mapping[str, float]) -> None:
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Raises UserError unless they are shares of `KINDS`, of one error for each object."""
     for kind, share in shares.items():
         if kind not in KINDS:
             raise UserError(f"there is no kind {kind!r}: {', '.join(KINDS)} are known.")
@@ -107,6 +108,10 @@ def _check(content: Mapping[str, Any], shares: Mapping[str, float]) -> None:
             f"wrong classes, missing and moved boxes are {whole:g} of the objects together, and "
             "each object has one error: give shares that are at most 1 together."
         )
+
+
+def _check(content: Mapping[str, Any], shares: Mapping[str, float]) -> None:
+    check_shares(shares)
     if shares.get("wrong class") and len(content["categories"]) < 2:
         raise UserError("with one class there is no wrong one: give no share of wrong classes.")
     if shares.get("moved") or shares.get("spurious"):
