@@ -174,3 +174,7 @@ def add_ghm_config(cfg: CN) -> None:
     cfg.MODEL.GHM.TORCHVISION.NORM = "FrozenBN"
     # "res2" to "res5" or graph node up to which nothing is trained; "": all is trained.
     cfg.MODEL.GHM.TORCHVISION.FREEZE_AT = ""
+    # Memory, in units of 10^6 bytes, in which each process keeps the feature maps of images that it
+    # has seen, for a network that is frozen as a whole (FREEZE_AT its last stage, NORM "FrozenBN"):
+    # an image that comes back unchanged or flipped costs nothing. 0: none is kept.
+    cfg.MODEL.GHM.TORCHVISION.CACHE_MB = 0

@@ -23,6 +23,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from ghm_d2.errors import UserError, similar_names
 
+from .feature_cache import cache_for
+
 NORMS = ("FrozenBN", "BN", "SyncBN")
 
 _PROBE = (256, 384)  # height and width of the image that strides are measured on
@@ -54,6 +56,7 @@ class TorchvisionBackbone(Backbone):
         *,
         norm: str = "FrozenBN",
         freeze_at: str = "",
+        cache_mb: int = 0,
     ) -> None:
         """
         Args:
@@ -67,9 +70,13 @@ class TorchvisionBackbone(Backbone):
                 parameters, "BN" leaves it as it is, "SyncBN" pools it over all processes. Other
                 norms stay as they are.
             freeze_at: a name as in `out_features`: no parameter up to it is trained; "": all are.
+            cache_mb: memory (10^6 bytes) for the feature maps of images, so that an image that
+                comes back costs nothing; 0: none. The network must be frozen as a whole, and is in
+                eval mode throughout: one that drops blocks at random in training drops none.
 
         Raises:
-            ValueError: a name is unknown, or a node gives no feature map.
+            ValueError: a name is unknown, or a node gives no feature map; `cache_mb` is negative,
+                or something of the network is trained.
         """
         super().__init__()
         known = models.list_models(module=models)
@@ -104,6 +111,7 @@ class TorchvisionBackbone(Backbone):
         elif norm == "SyncBN":
             body = nn.SyncBatchNorm.convert_sync_batchnorm(body)
         self.body = body
+        self._cache = cache_for(body, cache_mb)
         self._out_features = list(out_features)
         self._out_feature_channels = {x.name: x.channels for x in self._maps}
         self._out_feature_strides = {x.name: x.stride for x in self._maps}
@@ -118,7 +126,7 @@ class TorchvisionBackbone(Backbone):
             pad (AlexNet, SqueezeNet, Inception v3) have fewer cells: their outermost are repeated
             on all sides alike, so that the others lie where they are in the image.
         """
-        features = self.body(x)
+        features = self.body(x) if self._cache is None else self._cache(self.body, x)
         for name, _, stride, channels_last, unpadded in self._maps:
             if channels_last:
                 features[name] = features[name].permute(0, 3, 1, 2)
@@ -128,6 +136,13 @@ class TorchvisionBackbone(Backbone):
                 edges = (right // 2, right - right // 2, down // 2, down - down // 2)
                 features[name] = F.pad(features[name], edges, mode="replicate")
         return features
+
+    def train(self, mode: bool = True) -> "TorchvisionBackbone":
+        """As of any module, but a network whose maps are kept stays in eval mode."""
+        super().train(mode)
+        if self._cache is not None:
+            self.body.eval()
+        return self
 
 
 def _extractor(network: nn.Module, nodes: Sequence[str] | dict[str, str]) -> nn.Module:
@@ -216,7 +231,11 @@ def _bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> TorchvisionBackbone:
     node = cfg.MODEL.GHM.TORCHVISION
     try:
         return TorchvisionBackbone(
-            node.NAME, cfg.MODEL.FPN.IN_FEATURES, norm=node.NORM, freeze_at=node.FREEZE_AT
+            node.NAME,
+            cfg.MODEL.FPN.IN_FEATURES,
+            norm=node.NORM,
+            freeze_at=node.FREEZE_AT,
+            cache_mb=node.CACHE_MB,
         )
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
