@@ -24,6 +24,7 @@ model.backbone.bottom_up = L(TorchvisionBackbone)(
     out_features=["res3", "res4", "res5"],
     norm="FrozenBN",
     freeze_at="res5",
+    cache_mb=1000,
 )
 model.backbone.update(in_features="${.bottom_up.out_features}", out_channels=64, norm="GN")
 model.backbone.top_block = L(LastLevelP6P7)(
