@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ghm_d2.data import check_coco_dataset, parse_dataset
 from ghm_d2.data.annotations import Uses
-from ghm_d2.data.corrupt import corrupt_coco
+from ghm_d2.data.corrupt import KINDS, corrupt_coco
 from ghm_d2.errors import UserError
 from ghm_d2.files import write_json
 
@@ -60,8 +60,8 @@ def _corrupted(
         raise UserError("corrupt makes copies of the first --dataset, and there is none.")
     first = check_coco_dataset(parse_dataset(datasets[0]), uses=Uses(keypoints=False))
     noisy, changes = corrupt_coco(first.data.content, shares, seed)
-    told = "_".join(f"{kind.replace(' ', '_')}_{100 * s:g}" for kind, s in shares.items())
-    name = f"{first.name}_{told}_seed_{seed}"
+    told = [f"{kind.replace(' ', '_')}_{100 * shares[kind]:g}" for kind in KINDS if kind in shares]
+    name = "_".join([first.name, *told, "seed", str(seed)])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     write_json(file, noisy)
