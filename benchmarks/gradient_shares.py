@@ -217,15 +217,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True, help="NAME=annotations.json,image_dir")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 30, 100, 300])
     parser.add_argument("--batches", type=int, default=8, help="batches to measure on")
-    parser.add_argument("--noise", type=float, default=0.2, help="share of wrong labels, above 0")
+    parser.add_argument(
+        "--noise", type=float, nargs="+", default=[0.0, 0.2], help="shares of wrong labels"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of record and tables")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE pairs of the config")
     args = parser.parse_args(arguments)
-    if args.batches < 1 or min(args.steps) < 0 or not 0 < args.noise < 1:
-        raise UserError("--batches must be at least 1, --steps at least 0, --noise in (0, 1).")
+    if args.batches < 1 or min(args.steps) < 0 or not all(0 <= x < 1 for x in args.noise):
+        raise UserError("--batches must be at least 1, --steps at least 0, --noise in [0, 1).")
     name = args.dataset.split("=")[0]
     words = ["--dataset", f"{name}=annotations.json,images", "--steps", *map(str, args.steps)]
-    words += ["--batches", str(args.batches), "--noise", str(args.noise)]
+    words += ["--batches", str(args.batches), "--noise", *map(str, args.noise)]
     words += ["--opts", *args.opts] if args.opts else []
     result: dict[str, Any] = {
         "dataset": name,
@@ -236,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     result["trainings"] = [
         train(args.dataset, loss, noise, args.steps, args.batches, args.opts)
-        for noise in (0.0, args.noise)
+        for noise in args.noise
         for loss in TRAINED_BY
     ]
     args.output.mkdir(parents=True, exist_ok=True)
