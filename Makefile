@@ -13,7 +13,7 @@ BOOTSTRAP = $(PYTHON) tools/bootstrap.py --detectron2 "$(DETECTRON2)" \
 	$(if $(filter file,$(origin PYTHON)),,--python-was-chosen)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-reference test-slow coverage lint bench soak docs clean
+.PHONY: help setup quickstart test test-reference test-slow coverage lint bench soak docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -52,9 +52,16 @@ soak: setup ## kill 50 short trainings at random moments and resume them (about 
 	@$(VENV_PYTHON) benchmarks/soak.py $(ARGS)
 
 docs: ## build the documentation into docs/_build/html, every warning an error
-	@$(BOOTSTRAP) --docs
+	@$(BOOTSTRAP) --target docs
 	@$(VENV_PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "Documentation: docs/_build/html/index.html"
+
+# The wheel is built from the source distribution, which shows that nothing is missing there.
+dist: ## build wheel and source distribution into dist/, and check them
+	@$(BOOTSTRAP) --target dist
+	@rm -rf dist build
+	@$(VENV_PYTHON) -m build --no-isolation
+	@$(VENV_PYTHON) -m twine check --strict dist/*
 
 clean: ## delete .venv and caches; data sets and trained models stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/_build

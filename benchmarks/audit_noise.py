@@ -1,4 +1,4 @@
-"""Measures how well `ghm-d2 audit` finds errors that `ghm-d2 corrupt` made, and cleanlab does.
+"""Measures how well `ghm-d2 audit` and cleanlab find errors that `ghm-d2 corrupt` made.
 
     ghm-d2 corrupt data/train.json --output data/noisy.json --wrong-class 0.1
     ghm-d2 audit --dataset noisy=data/noisy.json,data/images --output output/audit --folds 3 ...
@@ -8,9 +8,9 @@
         --output benchmarks/results/audit_bccd.json
 
 Every scorer ranks the same annotations by the same detections. With n errors of a kind in the data,
-its precision among its n first is also its recall there. cleanlab's scores look at detections above
-a probability alone: its default is in the table, and the threshold that is best for it when the
-errors are known, which no user knows.
+the precision among the n first is also the recall. cleanlab's scores use only detections above a
+threshold. The table has its default threshold and the best one, which no user can choose, because
+it depends on the errors.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def precision(scores: Sequence[float], hits: Sequence[bool], number: int) -> flo
 
 
 def regression_norm(suspect: Suspect, mu: float) -> float:
-    """Confidence x the mean gradient norm of GHM-R of the annotated box at the believed one."""
+    """Confidence x the mean gradient norm of GHM-R between the annotated and the detected box."""
     boxes = [tensor([box]) for box in (suspect.believed_bbox, suspect.bbox)]
     corners = [box_convert(box, "xywh", "xyxy").double() for box in boxes]
     deltas: Tensor = Box2BoxTransform((1.0, 1.0, 1.0, 1.0)).get_deltas(*corners)
@@ -176,8 +176,8 @@ def main() -> None:
     add = parser.add_argument
     add("--dataset", required=True, help="NAME=annotations.json,image_dir, with the errors")
     add("--changes", type=Path, required=True, help="the list of the errors")
-    add("--predictions", nargs="+", required=True, help="of detectors that did not see the image")
-    add("--note", default="", help="how these came about, for the record")
+    add("--predictions", nargs="+", required=True, help="of detectors not trained on the images")
+    add("--note", default="", help="how the predictions were made, for the record")
     add("--output", type=Path, required=True)
     args = parser.parse_args()
     data = load_checked(check_coco_dataset(parse_dataset(args.dataset)))

@@ -3,9 +3,9 @@
     python benchmarks/bench_losses.py                  # the CPU, then a GPU where there is one
     python benchmarks/bench_losses.py --device cpu --suites sizes --sizes 1e5 1e6
 
-Every figure is for forward and backward together. Implementations of one input are timed in turns,
-and peak memory is measured in separate calls. The floor reads the predictions, reads them again
-and writes as many: what a harmonised loss cannot do without.
+Every figure is for forward and backward together. The implementations take turns on the same
+input, and peak memory is measured in separate calls. The floor reads the predictions twice and
+writes as many values: no harmonised loss can do less.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--images", nargs="+", type=int, default=[1, 2], help="of 800 x 1333, suite levels")
     add("--coordinates", nargs="+", type=float, default=[1e3, 1e4, 1e5, 1e6], help="suite ghm_r")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    add("--limit-s", type=float, default=10, help="skip what is predicted to take longer a call")
+    add("--limit-s", type=float, default=10, help="skip calls that are predicted to take longer")
     add("--budget-s", type=float, default=2, help="time for the repeats of one cell")
     add("--min-repeats", type=int, default=3)
     add("--max-repeats", type=int, default=50)
@@ -115,7 +115,7 @@ def run_case(
         mmdet: mmdetection's losses, None: without them.
         history: the measured records of each (suite, row), small to large; appended to.
         args: limits and repeats.
-        show: is told each row before it is measured.
+        show: called with the name of each row before it is measured.
 
     Returns:
         A record for each row, the floor first.
@@ -136,7 +136,7 @@ def run_case(
                 continue
             except torch.cuda.OutOfMemoryError:
                 calls.pop(name, None)
-                reason = "the device's memory does not suffice"
+                reason = "the device has too little memory"
         records.append({"row": name, "status": "skipped", "reason": reason} | predicted)
     show("timing")
     seconds = measure.time_interleaved(
@@ -171,10 +171,10 @@ def _why_skip(
     device: torch.device,
     limit_s: float,
 ) -> tuple[str | None, Record]:
-    """Why a row is not measured, or None; and the prediction that forbids it.
+    """The reason to skip a row, None if there is none, and the prediction behind the reason.
 
     Time is predicted by the line through the last two smaller cases, or through the origin and
-    the only one: what hardly depends on the number of regions is then not skipped.
+    the only one. A proportional prediction would skip what hardly depends on the number of regions.
     """
     if not smaller:
         return None, {}
@@ -236,7 +236,7 @@ def measure_bandwidth(size: int, device: torch.device, args: argparse.Namespace)
 
 
 def run(device: torch.device, args: argparse.Namespace) -> Record:
-    """Everything on one device, as it is written to the file."""
+    """Runs all suites on one device; returns the content of the file."""
     result: Record = describe(device)
     result["measured"] = "forward and backward of one call; times are medians with quartiles"
     result["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

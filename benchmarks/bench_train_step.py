@@ -4,7 +4,7 @@
     python benchmarks/bench_train_step.py --device cuda --size 800 1333 --batch 2
 
 The two models have the same weights, images and optimiser (plain SGD: gradient clipping belongs to
-a recipe, not to a loss) and take turns, so that drift of the machine meets both. The images are
+a recipe, not to a loss) and take turns, so that drift of the machine affects both. The images are
 random; the class logits are scaled to the spread of a model that has begun to learn.
 """
 
@@ -37,7 +37,7 @@ CLASSES = 80
 MODELS = {
     "retinanet": ("ghm_retinanet_R_50", ["MODEL.META_ARCHITECTURE", "RetinaNet"]),
     "faster_rcnn": (
-        "ghm_faster_rcnn_R_50",
+        "ghm_faster_rcnn_R_50_ghm_c",
         ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"],
     ),
 }
@@ -144,7 +144,7 @@ def train_step(model: nn.Module, batch: list[Record]) -> Callable[[], None]:
     def step() -> None:
         sum(model(batch).values()).backward()
         optimizer.step()
-        # Last, so that a step frees what it took and its peak memory is its own.
+        # Gradients kept until the next step would not count in its peak memory.
         optimizer.zero_grad(set_to_none=True)
 
     return step

@@ -59,7 +59,7 @@ class Logits:
         self.device = device
 
     def floor(self) -> Call:
-        """Reads the logits, reads them again, writes as many."""
+        """Reads the logits twice and writes as many values."""
         xs = [x.detach() for x in self.x]
         outs = [torch.empty_like(x) for x in xs]
 
@@ -71,7 +71,7 @@ class Logits:
         return call
 
     def calls(self, bins: int, mmdet: types.ModuleType | None) -> dict[str, Callable[[], Call]]:
-        """Name to what prepares its call, cheapest loss first."""
+        """For each name a function that prepares its call; the cheapest loss comes first."""
         makers: dict[str, Callable[[], Call]] = {
             FUSED: lambda: self._ghm(GHMCLoss(bins, 0.75)),
             EAGER: lambda: _eagerly(self._ghm(GHMCLoss(bins, 0.75))),
@@ -97,7 +97,7 @@ class Logits:
 
     def _mmdet(self, module: torch.nn.Module) -> Call:
         module.to(self.device)
-        # Its assigner labels what is ignored as background and gives it weight 0.
+        # mmdetection's assigner labels ignored anchors as background and gives them weight 0.
         weights = [(y >= 0).float() for y in self.labels]
         labels = [torch.where(y >= 0, y, CLASSES) for y in self.labels]
         return lambda: self._gradients(
@@ -148,7 +148,7 @@ class Deltas:
         self.device = device
 
     def floor(self) -> Call:
-        """Reads predictions and targets, reads them again, writes as many as predictions."""
+        """Reads predictions and targets twice and writes as many values as predictions."""
         x, out = self.x.detach(), torch.empty_like(self.target)
 
         def call() -> None:
@@ -159,7 +159,7 @@ class Deltas:
         return call
 
     def calls(self, bins: int, mmdet: types.ModuleType | None) -> dict[str, Callable[[], Call]]:
-        """Name to what prepares its call."""
+        """For each name a function that prepares its call."""
         makers: dict[str, Callable[[], Call]] = {
             FUSED: lambda: self._call(GHMRLoss(0.02, bins, 0.7)),
             EAGER: lambda: _eagerly(self._call(GHMRLoss(0.02, bins, 0.7))),
@@ -184,7 +184,7 @@ def _focal(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _eagerly(call: Call) -> Call:
-    """`call` with the kernels of both losses out of reach."""
+    """`call` without the kernels of either loss."""
 
     def none(*_: object, **__: object) -> None:
         return None

@@ -1,9 +1,9 @@
 """Compares the losses with the tests' float64 oracle on random inputs of a fresh seed.
 
-python benchmarks/check_oracle.py --device cuda --output oracle_cuda.json
+    python benchmarks/check_oracle.py --device cuda --output oracle_cuda.json
 
-What lies within a rounding step of a region's edge may fall on either side of it, so inputs are
-drawn anew until none does.
+A gradient norm within a rounding step of a region's edge may fall on either side of it, so inputs
+are drawn anew until no norm is that close.
 """
 
 import argparse

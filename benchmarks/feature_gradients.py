@@ -6,9 +6,9 @@
 
 One RetinaNet is trained with Detectron2's focal loss and smooth L1. Every other loss sees the same
 predictions: at each training step it is called without a backward pass, so that its running counts
-are those of a training. At the given steps the detector stands still, and on the same batches each
-loss is asked for the gradient that the next step would have, before any clipping; its running
-counts are put back after each batch. Label noise: one box in ten has a wrong class, always the
+are those of a training. At the given steps the training pauses, and on the same batches the
+gradient that each loss would give the next step is measured, before any clipping; its running
+counts are restored after each batch. Label noise: one box in ten has a wrong class, always the
 same; only the losses called "noise" see it, and the detector is trained without it.
 """
 
@@ -118,7 +118,8 @@ def train_step(model: nn.Module, inputs: Inputs, variants: Sequence[Variant]) ->
     """The training loss; every variant counts the same predictions."""
     p = predict(model, inputs, extract_features(model, inputs))
     losses = model.losses(p.anchors, p.logits, list(p.labels), p.deltas, list(p.boxes))
-    # Counts move where gradients are enabled; detached predictions keep these graphs small.
+    # Running counts change only where gradients are enabled; detached predictions keep the
+    # graphs small.
     seen = replace(p, logits=[x.detach() for x in p.logits], deltas=[x.detach() for x in p.deltas])
     for variant in variants:
         variant(seen)
@@ -128,7 +129,7 @@ def train_step(model: nn.Module, inputs: Inputs, variants: Sequence[Variant]) ->
 def snapshot(
     model: nn.Module, batches: list[Inputs], cls: dict[str, Variant], box: dict[str, Variant]
 ) -> dict[str, Any]:
-    """Every loss on every batch, the detector standing still."""
+    """Measures every loss on every batch, without a training step in between."""
     cls_head = nn.ModuleList([model.head.cls_subnet, model.head.cls_score])
     box_head = nn.ModuleList([model.head.bbox_subnet, model.head.bbox_pred])
     rows: dict[str, dict[str, list]] = {"cls": {n: [] for n in cls}, "box": {n: [] for n in box}}
@@ -197,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 10, 30, 100, 250])
     parser.add_argument("--batches", type=int, default=8, help="batches to measure on, at least 2")
     parser.add_argument(
-        "--output", type=Path, required=True, help="a .json; tables stand beside it"
+        "--output", type=Path, required=True, help="a .json file; the tables go to a .md beside it"
     )
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE pairs of the config")
     args = parser.parse_args(arguments)

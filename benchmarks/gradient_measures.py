@@ -16,13 +16,13 @@ from ghm_d2.losses.base import observed
 def measure_gradient(
     variant: Variant, p: Predictions, outputs: list[Tensor], features: list[Tensor], head: nn.Module
 ) -> dict[str, Any]:
-    """One loss on one batch; `outputs` are the logits or deltas of `p`, `head` made them.
+    """One loss on one batch; `outputs` are the logits or deltas of `p`, made by `head`.
 
     Returns:
-        Scalars and lists with one number a level or a call of the loss; `direction` is the
+        Scalars and lists with one number per level or per call of the loss; `direction` is the
         gradient of the last convolution's weights.
     """
-    trial = copy.deepcopy(variant)  # its counts end with this batch
+    trial = copy.deepcopy(variant)  # so that the variant's own counts stay as they are
     seen: list[tuple[Tensor, Tensor]] = []
     with observed(lambda *call: seen.append((call[4], call[5] * call[0].loss_weight))):
         value = trial(p)

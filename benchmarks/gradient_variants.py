@@ -75,7 +75,7 @@ class Predictions:
 
 
 class Variant(nn.Module):
-    """A loss as a detector would use it; what it averages from call to call are its buffers."""
+    """A loss as a detector would use it; its running averages are buffers."""
 
     noisy = False
 

@@ -4,9 +4,9 @@
     python benchmarks/importers.py --library globox
     python benchmarks/importers.py      # the table of docs/labels.md
 
-One library a call, whose column of benchmarks/results/importers.json is replaced. Each is called as
-its documentation says for this kind of labels, with the folder of the labels and that of the images
-where it wants both, and with the names of classes told where it knows numbers alone.
+Each run is for one library and replaces its column of benchmarks/results/importers.json. A library
+is called as its documentation says for this kind of labels, with the folders of labels and images
+where it takes both; where it reads classes as numbers alone, they are translated to names.
 """
 
 import argparse
@@ -31,7 +31,7 @@ _NUMBERS = {"0": "disc", "1": "bar"}
 
 
 def folders_of(root: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Folders with labels, and the images' of each."""
+    """Each folder with labels, and the folder of its images."""
     found = sorted({f.parent for f in root.rglob(f"*{suffix}") if f.name != "via.json"})
     pairs = []
     for labels in found:
@@ -105,7 +105,7 @@ def supervision(case: ToolCase, root: Path) -> Objects:
 
 
 def datumaro(case: ToolCase, root: Path) -> Objects:
-    """https://github.com/open-edge-platform/datumaro; it finds the format out itself"""
+    """https://github.com/open-edge-platform/datumaro; it recognises the format itself"""
     from datumaro import Dataset
 
     found = Dataset.import_from(str(root))
@@ -135,7 +135,7 @@ def outcome(case: ToolCase, read: Callable[[ToolCase, Path], Objects]) -> str:
                 rows = list(read(case, root / case.source if case.source else root))
         except NotImplementedError:
             return "not supported"
-        except Exception as error:  # whatever a library does with the file of a tool
+        except Exception as error:  # a library may raise anything on such a file
             if case.objects is None:
                 return "right"
             text = " ".join(f"{type(error).__name__}: {error}".replace(folder, "").split())

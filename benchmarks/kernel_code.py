@@ -2,10 +2,10 @@
 
     python benchmarks/kernel_code.py --arch 80 90 100 --json kernels.json --cubin kernels/
 
-All figures are read from what cuobjdump and nvdisasm, which come with Triton, say of the compiled
-kernel. The main loop is the longest backward jump: one tile of examples. The predicted time is the
-larger of what the memory needs and what the processor needs to issue the loop's instructions, or
-those of its special function units.
+All figures come from the output of cuobjdump and nvdisasm, which are part of Triton, for the
+compiled kernel. The main loop is the longest backward jump: one tile of examples. The predicted
+time is the larger of what the memory needs and what the processor needs to issue the loop's
+instructions, or those of its special function units.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DTYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 _BYTES = {"*fp32": 4, "*fp16": 2, "*bf16": 2}
 
 # name: (architecture, multiprocessors, clock in GHz, memory in TB/s), from the makers' data sheets;
-# the clock is the one of a long load.
+# the clock is that of a sustained load.
 GPUS = {
     "A100": (80, 108, 1.41, 2.04),
     "H100": (90, 132, 1.755, 3.35),
@@ -51,7 +51,7 @@ class Specialisation:
         types: for each argument a type, or a tuple of types.
         constants: the compile-time arguments.
         options: of the launch.
-        bytes: what an example reads and writes.
+        bytes: number of bytes that an example reads and writes.
     """
 
     name: str
@@ -275,7 +275,7 @@ def tool_path(name: str) -> Path:
     try:
         import triton
     except ImportError as error:
-        raise UserError("The kernels need Triton to be compiled: pip install triton.") from error
+        raise UserError("Compiling the kernels needs Triton: pip install triton.") from error
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.is_file():
         raise UserError(f"This Triton has no {name} in {path.parent}: install another version.")
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         chosen = [spec for spec in specialisations() if re.match(args.only, spec.name)]
     except re.error as error:
-        raise UserError(f"--only {args.only} is no regular expression: {error}.") from error
+        raise UserError(f"--only {args.only} is not a regular expression: {error}.") from error
     if not chosen:
         raise UserError(f"--only {args.only} matches no kernel.")
     import triton

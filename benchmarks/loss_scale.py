@@ -32,7 +32,7 @@ from ghm_d2.errors import exits_with_one_sentence
 from ghm_d2.files import write_json
 from ghm_d2.provenance import describe
 
-CONFIG = "configs/ghm_faster_rcnn_R_50.yaml"
+CONFIG = "configs/ghm_faster_rcnn_R_50_ghm_c.yaml"
 OPTIONS = [
     "MODEL.DEVICE", "cpu",
     "MODEL.WEIGHTS", "",

@@ -28,7 +28,7 @@ def time_interleaved(
     max_repeats: int = 50,
     warmups: int = 3,
 ) -> dict[str, list[float]]:
-    """Seconds of each repeat of each call, in rounds A B C, B C A, ...: drift meets all alike.
+    """Seconds of each repeat of each call, in rounds A B C, B C A, ..., to share drift equally.
 
     Args:
         calls: name to function.
@@ -92,8 +92,8 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int:
     """The most memory that was held at one time during `call` beyond what was held before it.
 
     On the CPU this adds up what PyTorch's allocator reports to the profiler, to the byte. The
-    profiler hears the calling thread alone, so the call runs on one thread; a loss that deals
-    blocks to several threads needs the scratch memory of each of them.
+    profiler sees the calling thread alone, so the call runs on one thread; on several threads a
+    loss needs the scratch memory of each of them.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -144,7 +144,7 @@ def host_sync(call: Call) -> str | None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on `device`, with what PyTorch has cached there."""
+    """Memory that is free on `device`, including what PyTorch has cached there."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -163,5 +163,5 @@ def choose_device(name: str | None) -> torch.device:
     """
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
-        raise UserError("PyTorch sees no CUDA device here: leave --device away, or give cpu.")
+        raise UserError("PyTorch sees no CUDA device here: leave out --device, or give cpu.")
     return torch.device(name or ("cuda" if has_cuda else "cpu"))

@@ -39,8 +39,9 @@ MODELS = {
         MODEL.GHM.RETINANET.REG.MU 0.1 MODEL.GHM.RETINANET.IMAGES_PER_HISTOGRAM 0
         """,
     ),
+    # In results/bccd.json under its former name, ghm_faster_rcnn_R_50.yaml.
     "ghm_faster_rcnn": (
-        "configs/ghm_faster_rcnn_R_50.yaml",
+        "configs/ghm_faster_rcnn_R_50_ghm_c.yaml",
         """
         MODEL.ROI_BOX_HEAD.FC_DIM 256 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 128 SOLVER.BASE_LR 0.03
         MODEL.GHM.ROI_BOX_HEAD.CLS.BIAS_CORRECTION True
@@ -65,7 +66,7 @@ def last_ap(output: Path) -> dict[str, float | None]:
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Half of the training, the other half resumed, and an evaluation of the result."""
+    """Trains for half of the steps, resumes for the other half, and evaluates the result."""
     config, pairs = MODELS[name]
     output, log = folder / name, folder / f"{name}.log"
     base = [sys.executable, "train_net.py", "--config-file", config]

@@ -17,7 +17,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export GHM_DEVICE=${GHM_DEVICE:-cuda}
 
 failed=0
-step() { # NAME LIMIT_S COMMAND...: runs it, keeps its output, goes on after a failure
+step() { # NAME LIMIT_S COMMAND...: runs it, keeps its output, continues after a failure
     local name=$1 limit=$2 start=$SECONDS
     shift 2
     if timeout "$limit" "$@" >"$out/$name.txt" 2>"$out/$name.log"; then
@@ -39,7 +39,7 @@ step bench_losses 165 "$python" benchmarks/bench_losses.py --device "$GHM_DEVICE
 step bench_train_step 150 "$python" benchmarks/bench_train_step.py --device "$GHM_DEVICE" \
     ${GHM_TRAIN_OPTIONS:-} --output "$out/bench_train_step.json"
 
-# One file to keep: what a step did not write is null in it.
+# One file to keep; the result of a step that wrote none is null.
 "$python" - "$out" "$GHM_DEVICE" >"$out/gpu.log" 2>&1 <<'PY' || failed=1
 import json
 import sys

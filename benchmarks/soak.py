@@ -1,9 +1,9 @@
 """Kill trainings at random moments, resume them, and compare each with the undisturbed one.
 
 Every trial is a short training of a tiny detector on the CPU, disturbed once in one of four ways
-and resumed to its end, whose checkpoint must be equal, bit for bit, to that of a training which
-nobody disturbed. The results go to OUTPUT/soak.json and OUTPUT/soak.md after each trial; started
-again with the same options, the campaign goes on where it was.
+and resumed to its end. Its final checkpoint must be equal, bit for bit, to that of an undisturbed
+training. The results go to OUTPUT/soak.json and OUTPUT/soak.md after each trial; started again with
+the same options, the campaign continues where it stopped.
 """
 
 import argparse
@@ -92,7 +92,7 @@ class Campaign:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rng = folder, random.Random()
-        self.hit = False  # whether the last trial met a training at work
+        self.hit = False  # whether the last trial disturbed a running training
         self.data = f"soak={write_coco(folder, 'soak')}"
         self.whole: dict[str, tuple[Path, float]] = {}
 
@@ -169,7 +169,7 @@ class Campaign:
 
 
 def mount(*words: str) -> None:
-    """Needs root."""
+    """Runs mount, which needs root."""
     subprocess.run(["mount", *words], check=True)
 
 
@@ -223,7 +223,7 @@ def main() -> None:
     """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="number of trials (50)")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and order (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and order (0)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     order = plan(args.kills, args.seed)
@@ -249,7 +249,7 @@ def main() -> None:
     for number, kind in enumerate(bar):
         if number < len(results["trials"]):
             continue
-        campaign.rng = random.Random(f"{args.seed}/{number}")  # so also in a resumed campaign
+        campaign.rng = random.Random(f"{args.seed}/{number}")  # the same in a resumed campaign
         output = folder / f"{number}_{kind}"
         can = kind != "disk" or os.geteuid() == 0
         result = getattr(campaign, kind)(output) if can else "left out: not root"

@@ -23,8 +23,9 @@ def write_all(folder: Path) -> None:
     parts = {
         "configuration": configuration(),
         "performance": performance(RESULTS),
-        "small_data": small_data(RESULTS),
         "audit": audit(RESULTS),
+        "studies": list_of_studies(RESULTS),
+        **{f"study_{file.parent.name}": study(file) for file in reports(RESULTS)},
     }
     for name, text in parts.items():
         write_text(folder / f"{name}.md", text)
@@ -240,22 +241,50 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
-# --- small data ---------------------------------------------------------------------------------
+# --- studies ------------------------------------------------------------------------------------
 
 
-def small_data(folder: Path) -> str:
-    """The report of every `small_data_*` ablation in `folder`, with its picture."""
-    text = ""
-    for report in sorted(folder.glob("small_data*/*.md")):
-        title, _, rest = report.read_text(encoding="utf-8").partition("\n")
-        name = report.parent.name.removeprefix("small_data_")
-        text += f"## {title.lstrip('# ')}: {name}\n\nFrom `{report.relative_to(ROOT)}`.\n\n"
-        # One level down, below the heading of this page.
-        text += re.sub(r"^#(?=#)", "##", rest.strip(), flags=re.M) + "\n\n"
-        picture = report.with_suffix(".png")
-        if picture.exists():
-            text += f"![{title.lstrip('# ')}: {name}]({relative(picture)})\n\n"
-    return text
+def reports(folder: Path) -> list[Path]:
+    """The reports of `ghm-d2 ablate` in `folder`."""
+    found = (file for file in sorted(folder.glob("*/*.md")) if file.with_suffix(".json").exists())
+    return [file for file in found if "\n## Compared with " in file.read_text(encoding="utf-8")]
+
+
+def study(report: Path) -> str:
+    """A report as its page in docs/studies shows it: comparison, picture, and a fold with the rest.
+
+    Args:
+        report: a Markdown file that `ghm-d2 ablate` has written.
+    """
+    title, note, *blocks = report.read_text(encoding="utf-8").strip().split("\n\n")
+    start = next(i for i, block in enumerate(blocks) if block.startswith("## Compared with "))
+    # Heading, table, and the sentence on the intervals.
+    compared, others = blocks[start : start + 3], blocks[:start] + blocks[start + 3 :]
+    picture = report.with_suffix(".png")
+    parts = [*compared, f"From `{report.relative_to(ROOT)}`. {note}"]
+    if picture.exists():
+        parts.append(f"![{title.lstrip('# ')}](../{relative(picture)})")
+    summary = "Every row: figures with their spread, time, memory, and how they were measured"
+    others = [re.sub(r"^##", "###", block) for block in others]
+    parts += ["<details>", f"<summary>{summary}</summary>", *others, "</details>"]
+    return "\n\n".join(parts) + "\n"
+
+
+def list_of_studies(folder: Path) -> str:
+    """What every report came to, a row each, the names of its rows sorted by their verdicts."""
+    rows = []
+    for report in reports(folder):
+        text = report.read_text(encoding="utf-8")
+        compared = text.partition("\n## Compared with ")[2].split("\n\n", 2)
+        verdicts: dict[str, list[str]] = {}
+        for line in compared[1].splitlines()[2:]:
+            name, _, _, verdict, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+            verdicts.setdefault(verdict, []).append(name)
+        page = ROOT / "docs" / "studies" / f"{report.parent.name}.md"
+        title = f"[]({page.name})" if page.exists() else page.stem  # the title of the page
+        cells = ("; ".join(verdicts.get(key, [])) for key in ("better", "worse", "undecided"))
+        rows.append((title, compared[0], *cells))
+    return markdown_table(("report", "compared with", "better", "worse", "undecided"), rows) + "\n"
 
 
 # --- audit --------------------------------------------------------------------------------------

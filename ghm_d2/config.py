@@ -16,8 +16,12 @@ AUTO_KEYS = tuple(
 class _Config(CN):
     """A config whose `AUTO_KEYS` take a number and "auto".
 
-    yacs accepts only a value of the old one's type, but any value in place of None. A value that is
-    neither a number nor "auto" is refused when the config is checked.
+    yacs gives a value only to a key whose old value has the same type, or is None. A default of
+    0.02 refuses "auto"; "0.02" refuses `MU 0.05`, which yacs reads as a number; None takes either,
+    but then no command line could replace the one of a file by the other. So each of these keys is
+    set to None just before it is merged; here, because a user's `cfg.merge_from_file` does not
+    pass through any function of this package. A value that is neither a number nor "auto" is
+    refused when the config is checked.
     """
 
     def __new__(cls, *content: Any, **options: Any) -> CN:

@@ -4,17 +4,51 @@ import contextlib
 import difflib
 import shutil
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 USER_ERROR = 2  # exit code, as argparse's
 _LONGEST_SENTENCE = 4000
+# What code raises for values that it does not know or that do not fit together.
+_MISFITS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class UserError(ValueError):
     """A mistake in a command, config or data set; its message is one sentence with the way out."""
 
     exit_code = USER_ERROR
+
+
+class NotInstalled(UserError, ImportError):
+    """A package that ghm_d2 cannot bring along is missing."""
+
+
+@contextlib.contextmanager
+def explains_missing_detectron2() -> Iterator[None]:
+    """Says how Detectron2 is installed where the block cannot import it.
+
+    Raises:
+        NotInstalled: there is no Detectron2.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        raise NotInstalled(
+            "Detectron2 is not installed: https://detectron2.readthedocs.io/tutorials/install.html "
+            "says how; with Python 3.10, pip install sal-detectron2==0.7.2 does it."
+        ) from error
 
 
 def cannot(verb: str, what: object, error: Exception) -> UserError:
@@ -28,7 +62,38 @@ def cannot(verb: str, what: object, error: Exception) -> UserError:
     return UserError(f"{what} cannot be {verb} ({reason(error)}).")
 
 
-def reason(error: Exception) -> str:
+@contextlib.contextmanager
+def building(what: str) -> Iterator[None]:
+    """Wraps code that builds something from values of a config, to name them where it fails.
+
+    Args:
+        what: is built, in the words of the config.
+
+    Raises:
+        UserError: the code failed. Unless this project's own code did, whose messages name the
+            argument, the sentence says at which line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except _MISFITS as error:
+        speaks = isinstance(error, AssertionError | ImportError | TypeError | ValueError)
+        text = reason(error) if speaks else described(error)  # a KeyError says "res9" alone
+        raise UserError(f"{what} cannot be built: {text}{_line(error)}.") from error
+
+
+def _line(error: Exception) -> str:
+    """ " (PACKAGE/FILE, line N)" of the code that raised an error; "" for this project's."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(frame.filename)
+    if Path(__file__).parent in path.parents:
+        return ""
+    place = path.as_posix().rpartition("/site-packages/")[2]
+    return f" ({place}, line {frame.lineno})"
+
+
+def reason(error: BaseException) -> str:
     """What an error says, on one line, without the path and number that an OSError repeats."""
     if isinstance(error, UnicodeError):
         return "it is not text in UTF-8"
@@ -38,6 +103,12 @@ def reason(error: Exception) -> str:
     elif isinstance(error, KeyError) and error.args:
         text = str(error.args[0])  # its own text is quoted
     return shown(" ".join(text.split()).rstrip(".") or type(error).__name__)
+
+
+def described(error: BaseException) -> str:
+    """The type of an error and its :func:`reason`, then those of the error that caused it."""
+    text = f"{type(error).__name__}: {reason(error)}"
+    return f"{text}; {described(error.__cause__)}" if error.__cause__ else text
 
 
 def shown(text: object, limit: int = 300) -> str:

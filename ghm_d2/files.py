@@ -89,7 +89,7 @@ def open_regular(path: str | Path) -> IO[bytes]:
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path} cannot be read (it is no regular file).")
+        raise UserError(f"{path} cannot be read (it is not a regular file).")
     return file
 
 

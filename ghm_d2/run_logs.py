@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ghm_d2.errors import cannot
+from ghm_d2.errors import cannot, counted
 
 logger = logging.getLogger(__name__)
 
@@ -40,5 +40,5 @@ def cut_rows(file: Path, is_undone: Callable[[dict[str, Any]], bool]) -> None:
     except OSError as error:
         raise cannot("cut", file, error) from error
     if removed:
-        message = "%s: removed %d row(s) of iterations after the checkpoint; they are done again"
-        logger.info(message, file, removed)
+        message = "%s: removed %s of iterations after the checkpoint, which are done again"
+        logger.info(message, file, counted(removed, "row"))

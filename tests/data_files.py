@@ -170,7 +170,7 @@ SIZE = "image 1 (0.png)"
 CASES = {
     "clean": Case(),
     # area: what pycocotools compares with 32^2 and 96^2
-    "area null": Case(every(area=None), words='12 annotations have an "area" that cannot be'),
+    "area null": Case(every(area=None), words='12 annotations have an impossible "area"'),
     "area text": Case(every(area="big"), words="12 annotations have an"),
     "area number as text": Case(every(area="720"), words="12 values are text"),
     "area minus one": Case(every(area=-1), words="12 annotations have an"),
@@ -179,12 +179,12 @@ CASES = {
     "area fraction": Case(every(area=0.17), words="12 annotations have an"),
     "area missing": Case(without("area")),
     # iscrowd
-    "crowd null": Case(every(iscrowd=None), words='12 annotations give "iscrowd" as null'),
-    "crowd zero as text": Case(every(iscrowd="0"), words='12 annotations give "iscrowd"'),
-    "crowd one as text": Case(one(iscrowd="1"), 11, words='1 annotations give "iscrowd"'),
-    "crowd false": Case(every(iscrowd=False), words='12 annotations give "iscrowd"'),
-    "crowd true": Case(one(iscrowd=True), 11, words='1 annotations give "iscrowd"'),
-    "crowd float": Case(every(iscrowd=0.0), words='12 annotations give "iscrowd"'),
+    "crowd null": Case(every(iscrowd=None), words='12 annotations have "iscrowd" as null'),
+    "crowd zero as text": Case(every(iscrowd="0"), words='12 annotations have "iscrowd"'),
+    "crowd one as text": Case(one(iscrowd="1"), 11, words='1 annotations have "iscrowd"'),
+    "crowd false": Case(every(iscrowd=False), words='12 annotations have "iscrowd"'),
+    "crowd true": Case(one(iscrowd=True), 11, words='1 annotations have "iscrowd"'),
+    "crowd float": Case(every(iscrowd=0.0), words='12 annotations have "iscrowd"'),
     "crowd missing": Case(without("iscrowd")),
     "crowd two": Case(one(iscrowd=2), None, '"iscrowd" 2 instead of 0'),
     "crowd a word": Case(one(iscrowd="maybe"), None, "'maybe' instead of 0"),
@@ -214,13 +214,13 @@ CASES = {
     "id true": Case(one(image_id=True), None, '"image_id" True instead of'),
     "unknown category": Case(one(category_id=9), None, "category_id 9.*add the category"),
     "some strays": Case(one(3, image_id=99), 11, "1 annotations belong to no listed image"),
-    "all strays": Case(every(image_id="x"), None, "12 belong to no listed image.*names the image"),
+    "all strays": Case(every(image_id="x"), None, "12 belong to no listed image.*refers to image"),
     # boxes
     "box as text": Case(every(bbox=lambda row: list(map(str, row["bbox"]))), words="12 values are"),
     "box missing": Case(without("bbox"), None, 'has no "bbox"'),
     "box missing, polygon there": Case(
         together(every(segmentation=lambda row: [polygon(row)]), without("bbox")),
-        words="12 annotations have no box: it is drawn around",
+        words="12 annotations have no box: computed from their masks",
     ),
     "box empty list, mask there": Case(
         together(every(segmentation=rle), every(bbox=[])), words="12 annotations have no box"
@@ -237,7 +237,7 @@ CASES = {
     "all boxes outside": Case(
         every(bbox=lambda row: [100, 100 + row["id"], 9, 9]), None, "12 lie outside their image"
     ),
-    "box clipped": Case(one(bbox=[-9, 5, 30, 30]), words="1 boxes reach more than a pixel out"),
+    "box clipped": Case(one(bbox=[-9, 5, 30, 30]), words="1 boxes reach more than a pixel beyond"),
     "boxes as fractions": Case(
         every(bbox=lambda row: [v / 64 for v in row["bbox"]]), None, "multiply x and width"
     ),
@@ -247,7 +247,7 @@ CASES = {
     "boxes as corners": Case(every(bbox=corners), None, "write width = x1 - x0"),
     "boxes repeated": Case(repeated, words="12 annotations repeat the class and box"),
     "ignore as text": Case(every(ignore="0")),
-    "ignore": Case(one(ignore=1), None, 'write "iscrowd": 1'),
+    "ignore": Case(one(ignore=1), None, 'set "iscrowd": 1'),
     # fields that a detector of boxes does not use
     "polygon flat": Case(every(segmentation=polygon)),
     "polygon of points": Case(
@@ -268,7 +268,7 @@ CASES = {
     # images
     "sizes missing": Case(
         together(without("width", "images"), without("height", "images")),
-        words="6 images have no whole number of pixels",
+        words="6 images have no whole numbers",
     ),
     "sizes null": Case(every("images", width=None), words="6 images have no whole number"),
     "sizes zero": Case(every("images", width=0, height=0), words="6 images have no whole number"),
@@ -276,9 +276,9 @@ CASES = {
     "sizes text": Case(every("images", width="64", height="64"), words="6 values are text"),
     "sizes float": Case(every("images", width=64.0, height=64.0)),
     "sizes wrong": Case(one(0, "images", width=60), None, "64 x 64 pixels, but", split=True),
-    "image twice": Case(listed_twice, words="1 entries are for an image that is listed already"),
+    "image twice": Case(listed_twice, words="1 entries repeat an image that is listed already"),
     "image twice with its id": Case(
-        lambda c: c["images"].append(c["images"][0]), words="1 entries are for an image"
+        lambda c: c["images"].append(c["images"][0]), words="1 entries repeat an image"
     ),
     "image id twice": Case(one(1, "images", id=1), None, "id 1 occurs more than once in images"),
     "image name a number": Case(one(1, "images", file_name=7), None, '"file_name" 7 instead of'),
@@ -325,7 +325,7 @@ CASES = {
     # classes
     "two classes of one name": Case(same_name, words="1 categories have the name of another one"),
     "classes in two cases": Case(
-        one(1, "categories", name="Disc "), words="1 names of classes differ in case or spaces"
+        one(1, "categories", name="Disc "), words="1 class names differ only in case or spaces"
     ),
     "a class null": Case(one(0, "categories", name=None), None, 'has no "name"'),
     # the file

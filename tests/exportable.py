@@ -12,7 +12,7 @@ from torch import nn
 from tests.detectors import TWO_IMAGES, batch, calibrated, small_config, small_model
 
 RETINANET = "ghm_retinanet_R_50"
-FASTER_RCNN = "ghm_faster_rcnn_R_50"
+FASTER_RCNN = "ghm_faster_rcnn_R_50_ghm_c"
 BASES = (RETINANET, FASTER_RCNN)
 
 # ResNet-18 comes in one width alone.

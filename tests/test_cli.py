@@ -65,6 +65,29 @@ def test_the_list_needs_neither_torch_nor_detectron2():
     assert not {"torch", "detectron2"} & set(done.stdout.split())
 
 
+def test_without_detectron2_the_losses_work_and_the_rest_says_how_to_get_it():
+    code = """
+import sys, torch
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name == "detectron2":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden)
+from ghm_d2.losses import GHMCLoss
+assert GHMCLoss()(torch.zeros(2, 3), torch.tensor([0, 3])) > 0
+try:
+    from ghm_d2 import add_ghm_config
+except ImportError as error:
+    print(error)
+from ghm_d2.cli import main
+main(["train", "--config-file", "any.yaml"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stdout.startswith("Detectron2 is not installed: ") and "pip install" in done.stdout
+    assert done.stderr == f"ghm-d2 train: error: {done.stdout}"
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_nothing_imports_a_command(name):
     module = import_module(f"ghm_d2.cli.{name.replace('-', '_')}").__name__

@@ -7,6 +7,7 @@ import torch
 from detectron2.config import get_cfg
 
 from ghm_d2 import add_ghm_config
+from ghm_d2.ablation import load_grid
 from ghm_d2.data import register_datasets
 from ghm_d2.modeling import GHMRetinaNet
 from tests.tiny import RETINANET, ROOT, TINY, unregister_all, write_coco
@@ -86,6 +87,21 @@ def test_the_trainer(tmp_path):
 def test_the_config():
     model = run(4)["model"]
     assert (model._target_, model.ghm_c.bins, model.ghm_r.mu) == (GHMRetinaNet, 30, 0.02)
+
+
+def test_the_grid_of_comparing_losses(tmp_path):
+    """The YAML of docs/ablations.md is a grid, with the tuning section at its end."""
+    text = (ROOT / "docs" / "ablations.md").read_text()
+    grid, tuning = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    file = tmp_path / "mine.yaml"
+    file.write_text(grid.replace("/path/to", str(ROOT)) + tuning)
+    loaded = load_grid(file)
+    assert loaded.reference == loaded.rows[0].name == "focal + SL1" and len(loaded.rows) == 2
+    assert loaded.tuning is not None and loaded.tuning.tries == 13
+    cfg = get_cfg()
+    add_ghm_config(cfg)
+    for key, value in loaded.rows[0].overrides.items():
+        cfg.merge_from_list([key, value])
 
 
 def test_every_lazy_config_is_listed():

@@ -5,13 +5,18 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from ghm_d2 import __version__
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -157,6 +162,30 @@ def test_failed_step_is_one_sentence_below_the_reason(tmp_path, monkeypatch, cap
     assert "quiet" not in capfd.readouterr().out
 
 
+def test_the_source_distribution_holds_the_checkout(tmp_path):
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("this is no checkout")
+    files = [file for file in listed.stdout.splitlines() if (ROOT / file).exists()]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    code = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    assert archive.name == f"ghm_d2-{__version__}.tar.gz"
+    with tarfile.open(archive) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    assert not set(files) - held
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+) \((.*)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert citation["version"] == __version__ == newest.group(1)
+    assert citation["date-released"] == newest.group(2)
+
+
 def make(*arguments: str) -> str:
     # Without what an outer `make test ARGS=...` hands down.
     drop = {"MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON", "CONFIG"}
@@ -169,7 +198,7 @@ def make(*arguments: str) -> str:
 
 def test_makefile_targets():
     listed = make()
-    for target in ("setup", "quickstart", "test", "test-slow", "lint", "bench", "docs"):
+    for target in ("setup", "quickstart", "test", "test-slow", "lint", "bench", "docs", "dist"):
         assert f"make {target} " in listed
         assert "tools/bootstrap.py" in make("--dry-run", target)
     assert "configs/quickstart/ghm_retinanet_quickstart.yaml" in make("--dry-run", "quickstart")

@@ -32,8 +32,8 @@ def test_rows_after_the_checkpoint_go(tmp_path, log):
     RunFolder(tmp_path).cut_logs(20)
     assert (tmp_path / "metrics.json").read_text() == "".join(steps[:2])
     assert (tmp_path / "gradient_statistics.jsonl").read_text() == "".join(statistics[:2])
-    assert "metrics.json: removed 2 row(s)" in log.text
-    assert "gradient_statistics.jsonl: removed 1 row(s)" in log.text
+    assert "metrics.json: removed 2 rows of iterations" in log.text
+    assert "gradient_statistics.jsonl: removed 1 row of iterations" in log.text
 
 
 def test_the_evaluation_at_the_end_of_a_training_stays(tmp_path, log):
@@ -48,7 +48,7 @@ def test_a_line_that_the_kill_cut_off_goes(tmp_path, log):
     (tmp_path / "metrics.json").write_text(row(9, total_loss=1.0) + '{"iteration": 1')
     RunFolder(tmp_path).cut_logs(20)
     assert (tmp_path / "metrics.json").read_text() == row(9, total_loss=1.0)
-    assert "removed 1 row(s)" in log.text
+    assert "removed 1 row of iterations" in log.text
 
 
 def test_a_writer_that_holds_the_file_goes_on_behind_the_cut(tmp_path):

@@ -36,24 +36,87 @@ TINY = {
 }
 
 # The same as TINY, on a RegNet, which Python configs can make small.
-PYTHON_CONFIG = f'''
+_PYTHON_CONFIG = f'''
+from detectron2 import model_zoo
 from detectron2.config import LazyConfig
 from detectron2.layers import ShapeSpec
 
-_cfg = LazyConfig.load("{ROOT}/configs/lazy/ghm_retinanet_RegNetX_4GF.py")
+_regnet = LazyConfig.load("{ROOT}/configs/lazy/ghm_retinanet_RegNetX_4GF.py").model.backbone
+_cfg = LazyConfig.load("{ROOT}/configs/lazy/NAME.py")
 model, optimizer, lr_multiplier = _cfg.model, _cfg.optimizer, _cfg.lr_multiplier
 dataloader, train = _cfg.dataloader, _cfg.train
+model.backbone.bottom_up = _regnet.bottom_up
 model.backbone.bottom_up.update(
     stem_width=8, depth=8, w_a=8.0, w_0=8, w_m=2.0, group_width=8, norm="BN", freeze_at=0
 )
 model.backbone.out_channels = 16
-model.head.update(input_shape=[ShapeSpec(channels=16)] * 5, conv_dims=[16])
+MODEL
 dataloader.train.update(total_batch_size=2, num_workers=0)
 dataloader.test.num_workers = 0
 dataloader.train.mapper.augmentations[0].short_edge_length = [64]
 dataloader.test.mapper.augmentations[0].short_edge_length = 64
 train.update(init_checkpoint="", max_iter=2, seed=1, device="cpu", statistics_period=20)
 '''
+PYTHON_CONFIG = _PYTHON_CONFIG.replace("NAME", "ghm_retinanet_RegNetX_4GF").replace(
+    "MODEL", "model.head.update(input_shape=[ShapeSpec(channels=16)] * 5, conv_dims=[16])"
+)
+
+# A two-stage detector, and what it finds besides boxes.
+RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50_ghm_c.yaml")
+_TINY_RCNN = {
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+}
+_TINY_MASKS = {
+    "MODEL.MASK_ON": True,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+}
+_TINY_KEYPOINTS = {
+    "MODEL.KEYPOINT_ON": True,
+    "MODEL.RESNETS.NORM": "BN",  # frozen random norms can give heat maps that are not finite
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (8,),
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 3,
+    "TEST.KEYPOINT_OKS_SIGMAS": [0.05] * 3,
+}
+TINY_HEADS = {
+    "boxes": _TINY_RCNN,
+    "masks": _TINY_RCNN | _TINY_MASKS,
+    "keypoints": _TINY_RCNN | _TINY_KEYPOINTS,
+}
+PYTHON_RCNN = _PYTHON_CONFIG.replace("NAME", "ghm_faster_rcnn_R_50_ghm_c").replace(
+    "MODEL",
+    """
+model.backbone.bottom_up.out_features = ["s1", "s2", "s3", "s4"]
+model.proposal_generator.head.in_channels = 16
+model.proposal_generator.post_nms_topk = (1000, 20)
+_heads = model.roi_heads
+_heads.box_head.update(input_shape=ShapeSpec(channels=16, height=7, width=7), fc_dims=[16])
+_heads.box_predictor.update(input_shape=ShapeSpec(channels=16), test_score_thresh=0.0)
+
+def add_head(part):
+    source = model_zoo.get_config(f"common/models/{part}_rcnn_fpn.py").model.roi_heads
+    for name in (f"{part}_in_features", f"{part}_pooler", f"{part}_head"):
+        _heads[name] = source[name]
+    _heads[f"{part}_head"].input_shape = ShapeSpec(channels=16, height=14, width=14)
+    _heads[f"{part}_head"].conv_dims = [8, 8]
+""",
+)
+PYTHON_HEADS = {
+    "boxes": "",
+    "masks": """
+add_head("mask")
+dataloader.train.mapper.use_instance_mask = True
+""",
+    "keypoints": """
+add_head("keypoint")
+_heads.keypoint_head.num_keypoints = 3
+dataloader.train.mapper.use_keypoint = True
+dataloader.evaluator.kpt_oks_sigmas = [0.05] * 3
+""",
+}
 
 # What the index of a model zoo must hold of a model.
 ZOO_ENTRY = {

@@ -204,7 +204,7 @@ YOLO = {
     "yolo with scores": ToolCase("YOLO", yolo(a=A.strip() + " 0.9\n"), BOTH, splits=SPLIT),
     "yolo, a class as 0.0": ToolCase("YOLO", yolo(a="0.0" + A[1:]), BOTH, splits=SPLIT),
     "yolo, a class without a name": ToolCase(
-        "YOLO", yolo(b="7" + B[1:]), None, "class 7 has no name among the 2 of data.yaml"
+        "YOLO", yolo(b="7" + B[1:]), None, "class 7 has no name, as data.yaml has only 2"
     ),
     "yolo, a negative class": ToolCase("YOLO", yolo(b="-1" + B[1:]), None, "class -1 has no name"),
     "yolo, a line of words": ToolCase(
@@ -335,7 +335,7 @@ LABELME = {
             {**shape(DISC[1], "disc", "line"), "points": [[5, 5], [9, 9]]},
         ),
         BOTH,
-        "2 objects are left out, because neither box nor polygon",
+        "2 objects are left out, because they have no box or polygon",
     ),
     "labelme, a point alone": ToolCase(
         "labelme",
@@ -395,7 +395,7 @@ LABELME = {
             put(f, **{"c.json": labelme_file("c.png", shape(DISC[1], "disc"), imageData="aaaa")}),
         ),
         BOTH,
-        "labelme_export_json writes it",
+        "labelme_export_json extracts it",
     ),
 }  # fmt: skip
 

@@ -28,7 +28,11 @@ FIND_DETECTRON2 = (
     "import importlib.util as u, json, sys; s = u.find_spec('detectron2');"
     "print(json.dumps({'found': bool(s and s.origin), 'sites': " + SITES + "}))"
 )
-DOCS_PRESENT = "import myst_parser, sphinx, sphinx_rtd_theme"
+# Extras that one target alone needs, and what shows that they are there.
+TARGETS = {
+    "dist": "import build, twine",
+    "docs": "import myst_parser, sphinx, sphinx_rtd_theme",
+}
 ALL_PRESENT = (
     "import importlib.util as u, sys;"
     "sys.exit(not all(u.find_spec(n) for n in ('torch', 'detectron2', 'ghm_d2')))"
@@ -218,7 +222,7 @@ def install(environment: Environment, record: dict) -> None:
     record["detectron2"] = "found" if as_it_is else record["requested"] or DETECTRON2_WHEEL
     environment.write(record)
     command = [*environment.pip, "install", "-c", str(constraints)]
-    run("installing setuptools", [*command, "setuptools>=64,<82", "wheel"], environment.log)
+    run("installing setuptools", [*command, "setuptools>=77,<82", "wheel"], environment.log)
     command += ["--no-build-isolation", "-e", f".[{extras}]"]
     size = "" if as_it_is else " (about 5 GB, some minutes)"
     run(f"installing the packages{size}", command, environment.log)
@@ -226,16 +230,16 @@ def install(environment: Environment, record: dict) -> None:
         install_detectron2(environment, record["requested"])
 
 
-def install_docs(environment: Environment) -> None:
-    """Installs what `make docs` needs besides, unless it is there."""
-    if environment.runs(DOCS_PRESENT):
+def install_for(target: str, environment: Environment) -> None:
+    """Installs what `make TARGET` needs besides, unless it is there."""
+    if environment.runs(TARGETS[target]):
         return
     # Beside a Detectron2 that was found, everything stays at the version it has.
     found = environment.record().get("detectron2") == "found"
     limits = environment.own_limits if found else ROOT / "constraints.txt"
     command = [*environment.pip, "install", "--no-build-isolation", "-c", str(limits)]
-    command += ["-e", ".[docs]"]
-    run("installing what the documentation needs", command, environment.log)
+    command += ["-e", f".[{target}]"]
+    run(f"installing what `make {target}` needs", command, environment.log)
 
 
 def set_up(requested: str, python_was_chosen: bool) -> None:
@@ -282,12 +286,12 @@ def main(arguments: list) -> str:
     parser = argparse.ArgumentParser(description="Set up .venv for ghm_d2, or bring it up to date.")
     parser.add_argument("--detectron2", default="", help="what pip installs as Detectron2")
     parser.add_argument("--python-was-chosen", action="store_true", help="refuse another's .venv")
-    parser.add_argument("--docs", action="store_true", help="install what `make docs` needs too")
+    parser.add_argument("--target", choices=TARGETS, help="install what `make TARGET` needs too")
     options = parser.parse_args(arguments)
     try:
         set_up(options.detectron2, options.python_was_chosen)
-        if options.docs:
-            install_docs(Environment(ROOT / ".venv"))
+        if options.target:
+            install_for(options.target, Environment(ROOT / ".venv"))
     except SetupError as error:
         return str(error)
     except KeyboardInterrupt:

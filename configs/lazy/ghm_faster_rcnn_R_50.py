@@ -3,7 +3,7 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
-from ghm_d2.losses import GHMCLoss, GHMRLoss
+from ghm_d2.losses import GHMRLoss
 from ghm_d2.modeling import GHMRPN, GHMFastRCNNOutputLayers, GHMROIHeads
 
 from .common.recipe import dataloader, lr_multiplier, optimizer, train  # noqa: F401
@@ -17,7 +17,6 @@ model.proposal_generator.update(_target_=GHMRPN, ghm_c=None, ghm_r=None)
 model.roi_heads._target_ = GHMROIHeads
 model.roi_heads.box_predictor.update(
     _target_=GHMFastRCNNOutputLayers,
-    # "softmax": without use_sigmoid_ce.
-    ghm_c=L(GHMCLoss)(bins=30, momentum=0.75, loss_weight=0.25, activation="softmax"),
+    ghm_c=None,
     ghm_r=L(GHMRLoss)(mu=0.02, bins=10, momentum=0.7, loss_weight=0.25),
 )

@@ -90,7 +90,7 @@ def execute(
     submitter.executor(waiting[0])  # a wrong option is reported once, before anything starts
     total, steps = len(waiting), sum(run.iterations for run in waiting)
     done = {run.id: store.progress(run)[0] for run in waiting}
-    quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0}
+    quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "file": _Lines()}
     stops = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler)
     with (
         logging_redirect_tqdm([logging.getLogger("ghm_d2")]),
@@ -147,6 +147,17 @@ def _conclude(item: _Active, outcome: Outcome, store: Store, total: int) -> None
     ap = (store.load(run) or {}).get("metrics", {}).get("AP")
     told = "unknown" if ap is None else f"{ap:.2f}"
     logger.info("%s finished (%s) in %.1f min: AP %s", run.name, count, minutes, told)
+
+
+class _Lines:
+    """Where a bar goes that is not on a terminal: a file would be one long line."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class _Submitter:

@@ -13,7 +13,7 @@ import torch
 from submitit.helpers import DelayedSubmission
 
 from ghm_d2.engine import main
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import UserError, described
 from ghm_d2.provenance import machine
 from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
 
@@ -94,7 +94,7 @@ def _reason(stop: SystemExit) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
-    return f"{type(error).__name__}: {reason(error)}"
+    return described(error)
 
 
 def _usage() -> dict[str, Any]:

@@ -140,7 +140,10 @@ def plan_runs(
         file = str(row.config_file or base)
         with _named(f"row {row.name!r}"):
             if is_python(file) != is_python(base):
-                raise UserError(f"{file} is of another kind than {base}, whose keys all rows have.")
+                raise UserError(
+                    f"{file} and {base} are not both YAML or both Python configs, but all rows "
+                    "must have the same keys."
+                )
             overrides = own | shared | device
             cfg, _ = _build(file, overrides, scratch)
             if complete:

@@ -25,27 +25,30 @@ def draw_summary(summary: Mapping[str, Any], stem: Path) -> list[Path]:
     """
     rows, first = summary["rows"], summary["columns"][0]
     published = [c for c in (first, SPEED) if any(c in row["published"] for row in rows)]
-    panels = 2 + len(published)
+    tuned = summary.get("tuning")
+    panels = 2 + len(published) + bool(tuned)
     figure = Figure(figsize=(3.4 * panels + 1.5, 1.6 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     _measured(axes[0], summary, first)
     speeds = [row[SPEED]["mean"] for row in rows]
     _points(axes[1], speeds, _MEAN, "D", "s/iteration, measured")
     names = {SPEED: "s/iteration"}
-    for axis, column in zip(axes[2:], published, strict=True):
+    if tuned:
+        _tries(axes[-1], tuned)
+    for axis, column in zip(axes[2:], published, strict=False):
         values = [row["published"].get(column) for row in rows]
         label = f"{names.get(column, column)}, published"
         if summary["published_on"]:
             label += "\n" + textwrap.fill(f"({summary['published_on']})", width=36)
         _points(axis, values, _PUBLISHED, "s", label)
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes[0].invert_yaxis()  # the first row on top
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, and all of them
     for axis in axes:
         axis.grid(True, axis="x", alpha=0.3)
-        axis.margins(x=0.15, y=0.15)
+        axis.margins(x=0.15)
     figure.suptitle(summary["title"], fontsize="medium")
-    if axes[0].get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    if any(axis.get_legend_handles_labels()[0] for axis in axes):
+        figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     return save_figure(figure, stem, dpi=150)
 
 
@@ -82,6 +85,18 @@ def _references(
         places = [rows[row][0] for row in (name, *compared)]
         if (mean := rows[name][1]) is not None:
             yield mean, (min(places) - 0.4, max(places) + 0.4)
+
+
+def _tries(axis: Axes, record: Mapping[str, Any]) -> None:
+    """Every try on the images held out: how much a row depends on the values that it is given."""
+    scores = [[one["score"] for one in row["tries"]] for row in record["rows"].values()]
+    for marker, label, count in (("x", "tries", None), ("D", "as configured", 1)):
+        known = [(s, y) for y, row in enumerate(scores) for s in row[:count] if s is not None]
+        if known:
+            x, y = zip(*known, strict=True)
+            color = _MEAN if count else _SEED
+            axis.plot(x, y, marker, color=color, markerfacecolor="none", label=label)
+    axis.set_xlabel(f"{record['column']} of each try,\non held-out training images")
 
 
 def _points(axis: Axes, values: list[float | None], color: str, marker: str, label: str) -> None:

@@ -12,7 +12,7 @@ from .plan import Run
 from .plot import draw_summary
 from .results import Store
 from .stats import mean_and_deviation, paired_difference
-from .tuning import Tuned
+from .tuning import Tuned, tuning_text
 
 
 def write_report(
@@ -171,7 +171,7 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
             )
     parts.append("\n".join(notes))
     parts.append(_comparison_table(summary))
-    parts.append(_tuning_table(summary.get("tuning")))
+    parts.append(tuning_text(summary["tuning"]) if "tuning" in summary else "")
     if failed := summary["failed"]:
         lines = [f"- {name}: {reason}" for name, reason in failed.items()]
         parts.append("\n".join([f"{len(failed)} failed:", "", *lines]))
@@ -197,7 +197,8 @@ def _table(summary: Mapping[str, Any]) -> str:
         cells += [f"{row['published'][c]:g}" if c in row["published"] else "" for c in published]
         lines.append(cells)
     text = markdown_table(header, lines)
-    text += f"\n\nMean ± standard deviation over the seeds; planned: {_list(summary['seeds'])}."
+    text += "\n\nMean ± standard deviation over the seeds"
+    text += f"; planned: {_list(summary['seeds'])}." if summary["seeds"] else "."
     of = {row["peak_memory_of"] for row in rows if row["peak_memory_mb"] is not None}
     if of:
         kinds = {"GPU": "memory that PyTorch allocated on the GPU", "process": "resident memory"}
@@ -234,35 +235,6 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
     )
     data = ", each on the same data" if len({c["reference"] for c in found.values()}) > 1 else ""
     return f"## Compared with {summary['reference']}{data}\n\n{table}\n\n{told}"
-
-
-def _tuning_table(record: Mapping[str, Any] | None) -> str:
-    if not record:
-        return ""
-    keys = list(record["keys"])
-    names = [".".join(key.split(".")[-2:]) for key in keys]
-    header = ["", "tries", f"{record['column']} as configured", "chosen", *names]
-    lines = []
-    for name, row in record["rows"].items():
-        scores = [one["score"] for one in row["tries"]]
-        figures = (
-            [scores[0], max((s for s in scores if s is not None), default=None)] if scores else []
-        )
-        cells = [name, str(len(scores)), *("" if s is None else f"{s:.1f}" for s in figures)]
-        cells += [f"{row['chosen'][key]:g}" for key in keys if key in row["chosen"]]
-        lines.append(cells + [""] * (len(header) - len(cells)))
-    factors = ", ".join(
-        f"{n} by {f:g}" for n, f in zip(names, record["keys"].values(), strict=True)
-    )
-    images = record["images"]
-    told = (
-        f"Every row had {record['tries']} tries ({factors}), seed {_list(record['seeds'])}, "
-        f"trained on {images['rest']} of the training images and compared on the other "
-        f"{images['held_out']}. The images and seeds of the tables above chose nothing."
-    )
-    missing = [name for name, row in record["rows"].items() if not row["complete"]]
-    told += f" Not tuned yet: {', '.join(missing)}." if missing else ""
-    return f"## Tuning\n\n{markdown_table(header, lines)}\n\n{told}"
 
 
 def _interval(item: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ghm_d2.data.annotations import Uses
 from ghm_d2.data.split import split_coco
 from ghm_d2.errors import UserError
 from ghm_d2.files import write_json
+from ghm_d2.markdown import markdown_table
 
 from .grid import Grid, Row, Tuning
 from .plan import Run
@@ -132,6 +133,10 @@ def tune(
         for run in runs:  # in the first round, a try is a row as it is
             search = next(searches[name] for (name, _), row in tries.items() if row.name == run.row)
             search.start = search.start or _start(search.row.name, run, keys)
+        first = 1 + min(len(searches[name].tries) for name in wanted)
+        last = max(len(searches[name].tries) + len(points) for name, points in wanted.items())
+        which = f"tries {first} to {last}" if last > first else f"try {first}"
+        logger.info("tuning, %s of %d: %d runs", which, tuning.tries, len(runs))
         failed = bring(runs)
         for (name, point), row in tries.items():
             search, own = searches[name], [run for run in runs if run.row == row.name]
@@ -143,8 +148,8 @@ def tune(
                 continue
             if same := {run.id for run in own} & {run.id for run in search.runs}:
                 raise UserError(
-                    f"row {name!r}: {row.name!r} is no other config than a try before it: a tuned "
-                    f"key has no influence ({same.pop()})."
+                    f"row {name!r}: {row.name!r} has the config of an earlier try, so a tuned key "
+                    f"has no effect ({same.pop()})."
                 )
             search.runs += own
             scores = [
@@ -161,6 +166,9 @@ def tune(
     for search in searches.values():
         if search.complete:
             rows.append(_chosen(search, tuning))
+            best = search.best()
+            name, score = _as_row(search, best, tuning).name, search.score(best)
+            logger.info("tuned: %s, %s %.2f", name, grid.columns[0], score)
         else:
             logger.warning("%s has not had all its tries yet", search.row.name)
     record = {
@@ -187,7 +195,7 @@ def _hold_out(
 ) -> tuple[list[str], dict[str, int]]:
     """The training images in two parts, as --dataset has them, and the size of each."""
     if not datasets:
-        raise UserError("tuning holds images out of the first --dataset, and there is none.")
+        raise UserError("tuning holds out images of the first --dataset: give one.")
     first = check_coco_dataset(parse_dataset(datasets[0]), uses=Uses(keypoints=False))
     parts = split_coco(first.data.content, tuning.fraction, tuning.split_seed)
     texts, images = [], {}
@@ -210,7 +218,7 @@ def _as_row(search: _Search, point: Point, tuning: Tuning) -> Row:
     if not any(point):  # as it is: its values are known from its config
         return replace(row, name=f"{row.name}, as configured")
     values = _values(search, point, tuning)
-    told = ", ".join(f"{'.'.join(key.split('.')[-2:])} {value:g}" for key, value in values.items())
+    told = ", ".join(f"{_short(key)} {value:g}" for key, value in values.items())
     return replace(row, name=f"{row.name}, {told}", overrides={**row.overrides, **values})
 
 
@@ -231,3 +239,50 @@ def _start(name: str, run: Run, keys: Sequence[str]) -> dict[str, float]:
                 "the row uses is needed (LOSS_TYPE focal and smooth_l1 have a LOSS_WEIGHT too)."
             )
     return {key: run.config[key] for key in keys}
+
+
+def _short(key: str) -> str:
+    return ".".join(key.split(".")[-2:])
+
+
+def tuning_text(record: Mapping[str, Any]) -> str:
+    """The tries and what they chose, as Markdown.
+
+    Args:
+        record: of a :class:`Tuned`.
+    """
+    keys, column = list(record["keys"]), record["column"]
+    header = ["", "tries", f"{column} as configured", f"best {column}", *map(_short, keys)]
+    lines = []
+    for name, row in record["rows"].items():
+        tries = row["tries"]
+        count = f"{len(tries)}" if row["complete"] else f"{len(tries)} of {record['tries']}"
+        scores = [one["score"] for one in tries]
+        best = [max((s for s in scores if s is not None), default=None)]
+        figures = ["failed" if s is None else f"{s:.1f}" for s in scores[:1] + best * bool(scores)]
+        lines.append([name, count, *figures, *(_told(row, key) for key in keys)])
+    lines = [line + [""] * (len(header) - len(line)) for line in lines]
+    factors = ", ".join(f"{_short(key)} by {f:g}" for key, f in record["keys"].items())
+    seeds = ", ".join(map(str, record["seeds"]))
+    told = (
+        f"Every row gets {record['tries']} tries ({factors}), seed {seeds}, trained on "
+        f"{record['images']['rest']} of the training images and compared on the other "
+        f"{record['images']['held_out']}. The images and seeds of the tables above chose nothing. "
+        "(highest), (lowest): of the values tried, so that a better one may lie beyond."
+    )
+    if not all(row["complete"] for row in record["rows"].values()):
+        told += (
+            " Rows with fewer tries are not tuned yet: they are not in the tables above, and what "
+            "they have chosen may change."
+        )
+    return f"## Tuning\n\n{markdown_table(header, lines)}\n\n{told}"
+
+
+def _told(row: Mapping[str, Any], key: str) -> str:
+    """The value chosen, and whether none beyond it was tried."""
+    if key not in row["chosen"]:
+        return ""
+    chosen, values = row["chosen"][key], {one["values"][key] for one in row["tries"]}
+    if len(values) > 1 and chosen in (min(values), max(values)):
+        return f"{chosen:g} ({'highest' if chosen == max(values) else 'lowest'})"
+    return f"{chosen:g}"

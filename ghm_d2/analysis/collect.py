@@ -125,7 +125,7 @@ def collect(
             images += 1
     if unreadable:
         logger.warning(
-            "%d images were left out, they cannot be read; the first: %s",
+            "%d images cannot be read and were left out; the first: %s",
             len(unreadable),
             unreadable[0],
         )

@@ -11,8 +11,7 @@ from typing import Any
 from ghm_d2 import __file__ as _package
 from ghm_d2.data.split import fold_coco
 from ghm_d2.engine.output_folder import exists_and_is_newer
-from ghm_d2.engine.settings import pair
-from ghm_d2.engine.setup import is_python, load_config
+from ghm_d2.engine.setup import output_words
 from ghm_d2.errors import UserError
 from ghm_d2.files import read_json, write_json
 from ghm_d2.run_folder import FINAL_CHECKPOINT, RunFolder
@@ -116,9 +115,7 @@ def _predictions(folder: Path) -> Path:
 
 
 def _config(config_file: str, overrides: Sequence[str], folder: Path) -> list[str]:
-    output = pair(load_config(config_file, overrides), "output_dir", folder)
-    words = [output] if is_python(config_file) else output.split(" ", 1)
-    return ["--config-file", config_file, *overrides, *words]
+    return ["--config-file", config_file, *overrides, *output_words(config_file, folder)]
 
 
 def _train(words: Sequence[str], what: str) -> None:
@@ -151,8 +148,8 @@ def _train(words: Sequence[str], what: str) -> None:
             signal.signal(number, handler)
     if code:
         error = UserError(
-            f"{what} ended with exit code {code}, for the reason above; the same command goes on "
-            "from its last checkpoint."
+            f"{what} ended with exit code {code}, for the reason above; the same command "
+            "continues from its last checkpoint."
         )
         error.exit_code = code if code > 0 else 1
         raise error

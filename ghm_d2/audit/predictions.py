@@ -46,12 +46,12 @@ def read_predictions(
     for file in files:
         rows = read_json(file)
         if not isinstance(rows, list):
-            raise UserError(f"{file} is not in COCO's results format: a list of detections.")
+            raise UserError(f"{file} is not in COCO's results format, a list of detections.")
         for place, row in enumerate(rows):
             image, *values = _parse(row, categories, f"{file}: detection {place}")
             image_id = _find(images, image)
             if image_id is None:
-                left_out["in images that the data set has not"] += 1
+                left_out["in images that are not in the data set"] += 1
             elif min(values[0][2:]) <= 0:
                 left_out["without width and height"] += 1
             else:
@@ -77,7 +77,7 @@ def _parse(row: Any, categories: Ids, where: str) -> tuple[Any, list[float], int
         raise UserError(f"{where} is not an object.")
     for name in ("image_id", "category_id", "bbox", "score"):
         if name not in row:
-            raise UserError(f'{where} has no "{name}": detections with boxes are judged by.')
+            raise UserError(f'{where} has no "{name}", which every detection must have.')
     box, score = numbers(row["bbox"], 4), number(row["score"])
     if box is None:
         text = shown(repr(row["bbox"]), 80)
@@ -88,7 +88,7 @@ def _parse(row: Any, categories: Ids, where: str) -> tuple[Any, list[float], int
     category = _find(categories, row["category_id"])
     if category is None:
         text = shown(repr(row["category_id"]), 80)
-        raise UserError(f"{where} has the category_id {text}, which the data set has not.")
+        raise UserError(f"{where} has the category_id {text}, which is not in the data set.")
     return row["image_id"], box, category, score
 
 

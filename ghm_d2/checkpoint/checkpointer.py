@@ -15,7 +15,7 @@ from fvcore.common.checkpoint import (
     get_unexpected_parameters_message,
 )
 
-from ghm_d2.errors import UserError, reason, shown
+from ghm_d2.errors import UserError, described, reason, shown
 from ghm_d2.files import whole_file
 from ghm_d2.losses.base import HarmonizedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _DAMAGED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _WAY_OUT = (
-    "where it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
+    "if it comes from torchvision or mmdetection, convert it with ghm-d2 convert-torchvision "
     "or ghm-d2 convert-mmdet."
 )
 
@@ -116,8 +116,8 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
                     f"{path} is not a checkpoint of a detector ({reason(error)})."
                 ) from error
             raise UserError(
-                f"{path} cannot be resumed, its training state is damaged or of another version "
-                f"({type(error).__name__}: {reason(error)}): write the name of another checkpoint "
+                f"{path} cannot be resumed: its training state is damaged or of another version "
+                f"({described(error)}). Write the name of another checkpoint "
                 f"into {LAST_CHECKPOINT}, or start anew with MODEL.WEIGHTS {path}."
             ) from error
         self.origin = read_origin(rest)
@@ -162,8 +162,8 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
                 torch.save({**data, **more}, file)
         except UserError as error:
             raise UserError(
-                f"{str(error).rstrip('.')}: the checkpoints before it are whole, go on with "
-                "--resume once there is space again."
+                f"{str(error).rstrip('.')}. Earlier checkpoints are intact: continue with --resume "
+                "once there is room."
             ) from error
         return True
 
@@ -252,7 +252,7 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         here = name is None or os.path.isfile(os.path.join(self.save_dir, name))
         if not all(comm.all_gather(here)):
             raise UserError(
-                f"--resume: {name} in {self.save_dir} is not there for every process: OUTPUT_DIR "
+                f"--resume: {name} in {self.save_dir} cannot be seen by every process: OUTPUT_DIR "
                 "must be a folder that all machines share."
             )
         return name
@@ -289,14 +289,15 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         parameters = {name for name, _ in self.model.named_parameters()}
         if not incompatible.incorrect_shapes and parameters <= set(incompatible.missing_keys):
             raise UserError(
-                f"none of the tensors of {self._filename} has a name of this model: {_WAY_OUT}"
+                f"no tensor in {self._filename} has the name of one in this model: {_WAY_OUT}"
             )
         if self._resumes and (wrong := incompatible.incorrect_shapes):
             name, found, expected = wrong[0]
             raise UserError(
-                f"{self._filename} is not of this model: {name} has the shape {found} instead of "
-                f"{expected} ({len(wrong)} such tensors): resume with the config, and the number "
-                f"of classes, of the training, or start anew with MODEL.WEIGHTS {self._filename}."
+                f"{self._filename} does not fit this model: {name} has the shape {found} instead "
+                f"of {expected} ({len(wrong)} such tensors): resume with the config, and the "
+                "number of classes, of the training, or start anew with MODEL.WEIGHTS "
+                f"{self._filename}."
             )
         if self._starts and not self._resumes:
             incompatible = self._log_what_starts_anew(incompatible)
@@ -321,57 +322,3 @@ class RestrictedCheckpointer(DetectionCheckpointer, _RestrictedTorchLoad):
         if unused:
             self.logger.info(get_unexpected_parameters_message(unused))
         return incompatible._replace(missing_keys=[], unexpected_keys=[])
-
-
-def load_trained_weights(
-    model: torch.nn.Module,
-    weights: str,
-    folder: str = "",
-    *,
-    resume: bool = False,
-    trusted: bool = False,
-) -> Record:
-    """Load weights to evaluate or to predict with, their running counts included.
-
-    Args:
-        model: receives the weights, which must have its shapes.
-        weights: file or URL.
-        folder: of a training.
-        resume: load the last checkpoint in `folder`; `weights` where there is none.
-        trusted: whether the file may run code.
-
-    Returns:
-        What the checkpoint says of the classes and the data that it was trained on.
-
-    Raises:
-        UserError: the file cannot be loaded, or holds weights of other shapes, as with another
-            number of classes.
-    """
-    checkpointer = _EvaluationCheckpointer(model, save_dir=folder)
-    checkpointer.trusted = trusted
-    if resume:
-        checkpointer.resume_or_load(weights)
-    else:
-        checkpointer.load(weights, checkpointables=[])
-    return checkpointer.origin
-
-
-class _EvaluationCheckpointer(RestrictedCheckpointer):
-    """Refuses weights of other shapes, whereas training would start these layers afresh."""
-
-    _starts = False
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        super()._log_incompatible_keys(incompatible)
-        # Inference does not use the running counts of the losses, so another BINS is no obstacle.
-        wrong = [x for x in incompatible.incorrect_shapes if not self._is_of_a_loss(x[0])]
-        if wrong:
-            name, found, expected = wrong[0]
-            raise UserError(
-                f"the weights do not fit the model: {name} has the shape {found} instead of "
-                f"{expected} ({len(wrong)} such parameters); evaluate with the config, and the "
-                "number of classes, of the training."
-            )
-
-    def _is_of_a_loss(self, name: str) -> bool:
-        return isinstance(self.model.get_submodule(name.rpartition(".")[0]), HarmonizedLoss)

@@ -164,7 +164,7 @@ def _get(node: Any, path: str, default: Any) -> Any:
 def _variables(text: str) -> dict[str, Any]:
     """The variables that a Python config assigns, read without running it."""
     if len(text) > _MOST_TEXT:
-        raise UserError(f"its config text has {len(text)} characters.")
+        raise UserError(f"its config text is too long ({len(text)} characters).")
     try:
         body = ast.parse(text).body
     except (MemoryError, RecursionError, SyntaxError, ValueError):
@@ -178,8 +178,8 @@ def _variables(text: str) -> dict[str, Any]:
                 computed.append(node.targets[0].id)
     if computed := [name for name in _READ if name in computed]:
         logger.warning(
-            "its config text computes %s, and text is not run: mmdetection's own settings are "
-            "assumed instead",
+            "the config in the checkpoint computes %s by code, which is not run: mmdetection's own "
+            "settings are assumed instead",
             " and ".join(computed),
         )
     return found

@@ -72,7 +72,7 @@ def check_classes(origin: Record, classes: Sequence[str] | None, name: str) -> N
         )
     raise UserError(
         f"{name} has other classes than the weights were trained on ({_listed(found)} instead of "
-        f"{_listed(trained)}): take the data of the training, or train on this."
+        f"{_listed(trained)}): give the data of the training, or train on this data."
     )
 
 

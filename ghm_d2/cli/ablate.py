@@ -32,13 +32,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--table", choices=TABLES, help="a table of the paper")
     which.add_argument("--grid", metavar="FILE", help="a grid of your own (YAML)")
     add("--output", metavar="DIR", required=True, help="where runs and report go")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="SEED (1 2 3)")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        metavar="N",
+        help="values of SEED (1 2 3)",
+    )
     add_dataset_option(
         parser,
-        "as train_net.py has it: the first trains, the others test (repeatable)",
+        "COCO-format data; the first is trained on, the others are tested on (repeatable)",
     )
     add("--config-file", metavar="FILE", help="base config, instead of the grid's")
-    add("--jobs", type=int, default=1, metavar="N", help="runs side by side (1)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at the same time (1)")
     add("--threads", type=int, metavar="N", help="CPU threads of each run (cores / jobs)")
     add("--num-gpus", type=int, default=1, metavar="N", help="GPUs of each run (1)")
     add("--cluster", choices=CLUSTERS, default="local", help="where submitit runs them (local)")
@@ -47,9 +54,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="for submitit, as slurm_partition=gpu or timeout_min=600 (repeatable)",
+        help="a parameter of submitit, such as slurm_partition=gpu (repeatable)",
     )
-    add("--report-only", action="store_true", help="report what is done; run nothing")
+    add("--report-only", action="store_true", help="report the finished runs; run nothing")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="ghm-d2 ablate",
         usage="%(prog)s (--table NAME | --grid FILE) --output DIR [options] [KEY VALUE ...]",
-        description=f"{__doc__} Finished runs are kept in DIR and never run again; after a kill, "
-        "the same command goes on. KEY VALUE pairs (KEY=VALUE in a Python config) hold for all "
-        "runs.",
+        description=f"{__doc__} Finished runs are kept in DIR and not repeated; after an "
+        "interruption, the same command continues. KEY VALUE pairs (KEY=VALUE in a Python config) "
+        "hold for all runs.",
         allow_abbrev=False,
     )
     _add_arguments(parser)
@@ -77,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _run(grid, args)
         except KeyboardInterrupt:
-            print(f"{parser.prog}: interrupted; the same command goes on.", file=sys.stderr)
+            print(f"{parser.prog}: interrupted; the same command continues.", file=sys.stderr)
             sys.exit(PREEMPTED)
 
 
 def _run(grid: Grid, args: argparse.Namespace) -> None:
-    """Plan, run what is not done, report."""
+    """Plans the runs, does those that are missing, and reports all."""
     _check(args)
     parameters = _parameters(args.cluster_option)
     if grid.tuning and (both := set(grid.tuning.seeds) & set(args.seeds)):
@@ -124,6 +131,8 @@ def _run(grid: Grid, args: argparse.Namespace) -> None:
         tuned = tune(grid, grid.tuning, args.dataset, store, plan, bring)
     runs = plan(tuned.grid if tuned else grid, args.seeds, args.dataset)
     _warn_of_equal_rows(runs)
+    if tuned:
+        logger.info("the rows as tuned: %d runs", len(runs))
     bring(runs)
     text, files = write_report(grid, runs, store, outcome.failed, tuned)
     print(f"\n{text}")
@@ -176,4 +185,4 @@ def _warn_of_equal_rows(runs: Sequence[Run]) -> None:
         rows.setdefault(one.id, []).append(one.name)
     for names in rows.values():
         if len(names) > 1:
-            logger.warning("%s have the same config and are one run", " and ".join(names))
+            logger.warning("%s have the same config, so they are run once", " and ".join(names))

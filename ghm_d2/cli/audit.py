@@ -1,8 +1,7 @@
-"""Annotations that a trained detector does not believe."""
+"""Find annotations that a trained detector contradicts."""
 
 import argparse
 import logging
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +22,11 @@ from ghm_d2.engine.arguments import (
     CONFIG_FILE_HELP,
     Parser,
     add_dataset_option,
+    make_output_folder,
     parse_arguments,
 )
-from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.engine.setup import load_config
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -39,35 +40,41 @@ def _parser() -> Parser:
         prog=_PROGRAM,
         usage="%(prog)s --dataset NAME=annotations.json,image_dir --output DIR "
         "(--config-file FILE [--folds K] | --predictions FILE ...) [options] [KEY VALUE ...]",
-        description="Find annotations with a wrong class or place, without an object, and objects "
-        "without an annotation: by what a trained detector finds (--config-file with "
-        "MODEL.WEIGHTS), better by what detectors find that are trained on the other images "
-        "(--folds), or by detections that lie there already (--predictions). Writes a sheet of "
-        "pictures, the list of the suspects, and copies of the annotation file with the suspects "
-        "marked, dropped and mended.",
+        description="Find annotations with a wrong class or place, annotations without an object, "
+        "and objects without an annotation. They are compared with what a trained detector finds "
+        "(--config-file with MODEL.WEIGHTS) or, better, with what detectors find that were trained "
+        "on the other images (--folds), or with existing detections (--predictions). Writes a "
+        "sheet of pictures, the list of the suspects, and copies of the annotation file with the "
+        "suspects marked, dropped and mended.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add_dataset_option(parser, "the COCO-format data to judge, one")
-    add("--output", required=True, type=Path, metavar="DIR", help="for everything; is made")
+    add_dataset_option(parser, "the COCO-format data to judge; one data set")
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="for all results; created if missing",
+    )
     add("--config-file", metavar="FILE", help=CONFIG_FILE_HELP)
     add(
         "--folds",
         type=int,
         metavar="K",
-        help="train K detectors, each on the images of the other folds; a call that was stopped "
-        "goes on when it is repeated",
+        help="train K detectors, each on the images of the other folds; after an interruption, the "
+        "same command continues",
     )
-    add("--seed", type=int, default=1, metavar="N", help="of the folds (1)")
+    add("--seed", type=int, default=1, metavar="N", help="seed of the folds (1)")
     add("--predictions", nargs="+", metavar="FILE", help="detections in COCO's results format")
     add(
         "--number",
         type=int,
         metavar="N",
-        help="take the N most suspicious of each kind; by default those in which the detector is "
-        "as sure as it usually is",
+        help="take the N most suspicious of each kind; by default, those about which the detector "
+        "is as confident as it usually is",
     )
-    add("--pictures", type=int, default=8, metavar="N", help="pictures of each kind (8)")
+    add("--pictures", type=int, default=8, metavar="N", help="number of pictures of each kind (8)")
     add("--overwrite", action="store_true", help="replace the results of an earlier audit")
     return parser
 
@@ -83,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             a training that was stopped or failed.
     """
     with exits_with_one_sentence(_PROGRAM):
-        words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), flags=_FLAGS, lists=("--predictions",))
+        args = parse_arguments(argv, _parser(), flags=_FLAGS, lists=("--predictions",))
         _check(args)
         setup_logger(name="ghm_d2")
         names = ("suspects", "marked", "dropped", "mended")
@@ -100,14 +106,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = check_coco_dataset(parse_dataset(args.dataset[0]))
         data = load_checked(dataset)
         if not data.keep_written_ids():
-            logger.warning("annotation ids are missing, equal or no numbers: they are given anew")
+            logger.warning(
+                "annotation ids are missing, repeated or not numbers: all are numbered anew"
+            )
         found = _detections(args, data, dataset.image_root)
         detections = read_predictions(found, data.content, complete=not args.predictions)
         suspects = choose(judge(data.content, detections), args.number)
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot("made", f"--output {args.output}", error) from error
+        make_output_folder(args.output)
         unreadable = draw_suspects(
             suspects, data.content, data.paths, args.output / _PICTURE, args.pictures
         )
@@ -118,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = Counter(suspect.kind for suspect in suspects)
     rows = (r for r in data.content["annotations"] if r["image_id"] in detections)
     objects = sum(not row["iscrowd"] for row in rows)
-    print(f"{len(detections)} images with {objects} objects; suspicious are")
+    print(f"{len(detections)} images with {objects} objects; suspects:")
     for kind in KINDS:
         print(f"  {kind}: {counts[kind]}")
     for file in (args.output / _PICTURE, *files.values()):
@@ -128,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     if len(args.dataset) != 1:
-        raise UserError(f"give one --dataset to judge, got {len(args.dataset)}.")
+        raise UserError(f"give exactly one --dataset to judge, got {len(args.dataset)}.")
     if bool(args.config_file) == bool(args.predictions):
         raise UserError("give either --config-file or --predictions.")
     if args.predictions and (args.folds is not None or args.opts):
@@ -142,6 +147,7 @@ def _check(args: argparse.Namespace) -> None:
 def _detections(args: argparse.Namespace, data: CocoData, image_dir: str) -> list:
     if args.predictions:
         return args.predictions
+    load_config(args.config_file, args.opts)  # a mistake in it ends the command before any file
     where = (data.content, image_dir)
     if args.folds is None:
         return [detect(*where, args.output / "detector", args.config_file, args.opts)]

@@ -1,4 +1,4 @@
-"""Lists everything that is wrong with a data set; opens every image."""
+"""List everything that is wrong with a data set, after opening every image."""
 
 import argparse
 import logging
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print every kind of problem; exit code 0 without any, 1 with some, 2 for misuse."""
     parser = Parser(prog="ghm-d2 check-data", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("annotations", help="the annotation file, or a folder or file of any tool's labels")
-    add("images", nargs="?", help="the folder that its file names are relative to")
-    add("--unlabelled", action="store_true", help="a test set without annotations")
-    add("--examples", type=int, default=5, metavar="N", help="of each kind (5)")
+    add("annotations", help="the annotation file, or a folder or file with labels of any tool")
+    add("images", nargs="?", help="the folder of the images")
+    add("--unlabelled", action="store_true", help="expect no annotations, as in a test set")
+    add("--examples", type=int, default=5, metavar="N", help="examples of each kind (5)")
     add("--headers-only", action="store_true", help="do not decode the images")
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stdout)
     with exits_with_one_sentence(parser.prog):
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.images and not os.path.isdir(args.images):
             raise UserError(f"the image folder {args.images} does not exist.")
         if not args.images and not is_foreign(Path(args.annotations)):
-            raise UserError(f"the folder of the images of {args.annotations} is missing.")
+            raise UserError(f"give the folder of the images after {args.annotations}.")
         own = args.annotations if os.path.isdir(args.annotations) else None
         root = args.images or own or os.path.dirname(args.annotations) or "."
         name = os.path.basename(args.annotations)
@@ -73,7 +73,7 @@ def _check(dataset: CocoDataset, args: argparse.Namespace) -> bool:
     print(f"{dataset.json_file}{split}: {', '.join(sizes)}")
     _print(data.found)
     if not data.complete:
-        print("Boxes and images were not looked at: mend the entries above first.")
+        print("Boxes and images were not checked: correct the entries above first.")
     return any(map(data.found.kinds, ("stops", "repaired", "doubtful")))
 
 

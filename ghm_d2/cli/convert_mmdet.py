@@ -1,4 +1,4 @@
-"""mmdetection's RetinaNets (GHM or focal loss) to Detectron2 and back."""
+"""Convert mmdetection's RetinaNets (GHM or focal loss) to Detectron2 and back."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Convert; print what the other side needs."""
     parser = Parser(prog="ghm-d2 convert-mmdet", description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", help="file or URL to convert")
-    parser.add_argument("output", help="file to write: .pth, or towards Detectron2 also .pkl")
+    parser.add_argument(
+        "output", help="file to write: .pth, or also .pkl when converting to Detectron2"
+    )
     parser.add_argument(
         "--config-file",
         metavar="FILE",

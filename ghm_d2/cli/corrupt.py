@@ -1,10 +1,10 @@
-"""Write a COCO-format file with errors in it, for measuring what they do and who finds them.
+"""Write a COCO-format file with errors in it, to measure what they do and how well they are found.
 
     ghm-d2 corrupt data/train.json --output data/noisy.json --wrong-class 0.1 --missing 0.05
 
-A share counts objects, each of which gets one error at most; spurious boxes come on top. The same
-file, shares and seed give the same errors everywhere. Beside noisy.json lies noisy.changes.json, a
-list of what was changed; nothing is overwritten.
+Shares are of the number of objects. Each object gets one error at most; spurious boxes come on top.
+The same file, shares and seed give the same errors everywhere. noisy.changes.json beside noisy.json
+lists what was changed; nothing is overwritten.
 """
 
 import argparse
@@ -39,13 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "wrong class": "objects that get another class",
         "missing": "objects that are left out",
         "moved": "boxes that are shifted and stretched",
-        "spurious": "boxes around nothing, in numbers of objects",
+        "spurious": "boxes around nothing, as a share of the number of objects",
     }
     for kind in KINDS:
         name = f"--{kind.replace(' ', '-')}"
         add(name, type=float, metavar="SHARE", help=f"{about[kind]}, in [0, 1]")
-    add("--seed", type=int, default=1, metavar="N", help="another one, other errors (1)")
-    add("--image-dir", metavar="DIR", help="of the images, where the file lacks their sizes")
+    add(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="a different seed gives different errors (1)",
+    )
+    add("--image-dir", metavar="DIR", help="folder of the images, where the file lacks their sizes")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     with exits_with_one_sentence(parser.prog):
         args = parser.parse_args(argv)
@@ -57,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"nothing to do: give one or more of {options}.")
         if is_foreign(args.annotations):
             raise UserError(
-                f"{file} is no annotation file in COCO format: {command('import-data')} {file} "
-                "makes one."
+                f"{file} is not an annotation file in COCO format: convert it with "
+                f"{command('import-data')} {file}."
             )
         content = read_annotations(file)
         rows = content.get("annotations")  # even those left out: their ids are taken
@@ -67,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         log_repairs(file, data.found)
         if not data.keep_written_ids():
             logger.warning(
-                "%s: annotation ids are missing, equal or no whole numbers: they are numbered from "
-                "1 in the copy and in the list",
+                "%s: annotation ids are missing, repeated or not whole numbers: all are numbered "
+                "from 1 in the copy and in the list",
                 file,
             )
         taken = max((row["id"] for row in rows if type(row.get("id")) is int), default=0)

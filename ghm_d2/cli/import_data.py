@@ -1,4 +1,4 @@
-"""Labels of any tool to COCO-format JSON, split into training and validation data."""
+"""Convert labels of other tools to COCO-format JSON, split into training and validation data."""
 
 import argparse
 import logging
@@ -22,8 +22,8 @@ def _parser() -> Parser:
         prog=_PROGRAM,
         description="Turn labels of YOLO (Ultralytics, darknet, labelImg), Pascal VOC, labelme, "
         "VIA, CVAT or Label Studio into COCO-format JSON for --dataset. FOLDER holds them as the "
-        "tool wrote them, with the images in it or in folders below; which tool it was is found "
-        "out.",
+        "tool wrote them, with the images in it or in folders below; the tool is recognised from "
+        "the files.",
         epilog="In VOC, pixels count from 1 and xmax, ymax are inside the box, as in Detectron2's "
         "loader. labelImg and some other tools write corners from 0: with --zero-based their boxes "
         "are exact, without it left and upper sides are a pixel off.",
@@ -36,14 +36,27 @@ def _parser() -> Parser:
         metavar="FOLDER",
         help="one folder, several of one kind together, or a file that holds all labels",
     )
-    add("--output-dir", type=Path, required=True, metavar="DIR", help="for SPLIT.json; is made")
-    add("--images", type=Path, metavar="DIR", help="where the images are, if not in FOLDER")
+    add(
+        "--output",
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for SPLIT.json; created if missing",
+    )
+    add(
+        "--image-dir",
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="where the images are, if not in FOLDER",
+    )
     add(
         "--split",
         nargs="+",
         metavar="NAME",
-        help="splits to convert, as lists in ImageSets/Main, folders, data.yaml or the labels "
-        "name them (those of train, val and test that exist)",
+        help="splits to convert, by their names in ImageSets/Main, folders, data.yaml or the "
+        "labels (those of train, val and test that exist)",
     )
     add(
         "--val-fraction",
@@ -51,21 +64,25 @@ def _parser() -> Parser:
         metavar="F",
         help="split at random into train and val instead (0.2 where there are no splits)",
     )
-    add("--seed", type=int, default=1, metavar="N", help="of the random split (1)")
+    add("--seed", type=int, default=1, metavar="N", help="seed of the random split (1)")
     add(
         "--classes",
         nargs="+",
         metavar="NAME",
-        help="in this order (those that are declared, or else all that occur, sorted)",
+        help="classes, in this order (those that are declared, or else all that occur, sorted)",
     )
     add(
         "--difficult",
         choices=DIFFICULT,
         default="crowd",
-        help="objects marked difficult: iscrowd 1, so that training leaves them out and evaluation "
-        "ignores them as VOC's does; keep: like the others; drop: left out (crowd)",
+        help="treat objects marked difficult as crowd (iscrowd 1: training leaves them out and "
+        "evaluation ignores them, as VOC's does), keep them like the others, or drop them (crowd)",
     )
-    add("--zero-based", action="store_true", help="VOC's corners count from 0; xmax is outside")
+    add(
+        "--zero-based",
+        action="store_true",
+        help="VOC's corners count from 0; xmax, ymax lie outside",
+    )
     return parser
 
 
@@ -84,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = _parser().parse_args(argv)
         if args.split and args.val_fraction is not None:
             raise UserError("--split and --val-fraction exclude each other.")
-        folders = [find_folder(path, args.images) for path in args.folders]
+        folders = [find_folder(path, args.image_dir) for path in args.folders]
         for path, folder in zip(args.folders, folders, strict=True):
             if folder.kind == COCO:
                 raise UserError(
@@ -95,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = args.classes or labels.classes
         splits = _splits(labels, args)
         if len(set(classes)) < len(classes):
-            raise UserError(f"--classes names one twice: {' '.join(classes)}.")
+            raise UserError(f"--classes names a class twice: {' '.join(classes)}.")
         contents, notes = {}, Counter()
         for name, members in splits.items():
-            contents[args.output_dir / f"{name}.json"], noted = to_coco(
+            contents[args.output / f"{name}.json"], noted = to_coco(
                 members,
                 classes,
                 labels.root,
@@ -121,12 +138,12 @@ def _splits(labels: LabelSet, args: argparse.Namespace) -> dict[str, list[Labell
         return labels.named_splits(args.split)
     if args.val_fraction is None:
         if splits := labels.declared_splits():
-            print(f"Split as the labels are: {', '.join(splits)}.")
+            print(f"Split as the labels declare: {', '.join(splits)}.")
             return splits
         if listed := {name for folder in labels.folders for name in folder.lists}:
             raise UserError(
                 f"ImageSets/Main has no list {', '.join(SPLITS[:-1])} or {SPLITS[-1]}: name some "
-                "with --split, or split at random with --val-fraction 0.2 (here are "
+                "with --split, or split at random with --val-fraction 0.2 (it has "
                 f"{', '.join(sorted(listed))})."
             )
     fraction = 0.2 if args.val_fraction is None else args.val_fraction

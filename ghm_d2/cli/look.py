@@ -1,20 +1,17 @@
-"""Pictures and figures of data sets, before any training."""
+"""Draw pictures and figures of data sets, before any training."""
 
 import argparse
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from ghm_d2.data import register_datasets
-from ghm_d2.data.anchor_check import AnchorSettings, anchor_report
+from ghm_d2.data.anchor_check import anchor_report
 from ghm_d2.data.annotations import Uses
-from ghm_d2.data.loader import build_train_mapper
 from ghm_d2.data.look_pictures import (
     MOST_COMPARED,
     draw_augmented,
@@ -23,12 +20,17 @@ from ghm_d2.data.look_pictures import (
     spread,
 )
 from ghm_d2.data.look_statistics import DataStatistics, count_data, summary
-from ghm_d2.engine import python_build
-from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
+from ghm_d2.engine.arguments import (
+    Parser,
+    add_dataset_option,
+    make_output_folder,
+    parse_arguments,
+)
 from ghm_d2.engine.python_config import read_anchors
 from ghm_d2.engine.settings import Config, read_settings
 from ghm_d2.engine.setup import build_config
-from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.engine.trainer import GHMTrainer
+from ghm_d2.errors import UserError, exits_with_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +42,28 @@ def _parser() -> Parser:
         prog=_PROGRAM,
         usage="%(prog)s --output DIR (--dataset NAME=annotations.json,image_dir|NAME=FOLDER ... | "
         "--config-file FILE) [options] [KEY VALUE ...]",
-        description="A first look at data: images with their boxes, histograms of classes and box "
-        "sizes, and a summary. With --config-file also how well its anchors fit.",
+        description="Take a first look at data: images with their boxes, histograms of classes and "
+        "box sizes, and a summary. With --config-file, also see how well its anchors fit.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--output", required=True, type=Path, metavar="DIR", help="for the pictures; is made")
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="for the pictures; created if missing",
+    )
     add_dataset_option(
         parser,
-        "COCO-format data, or a folder of any tool's labels (repeatable)",
+        "COCO-format data, or a folder with labels of any tool (repeatable)",
     )
-    add("--config-file", metavar="FILE", help="look at its DATASETS where no --dataset is given")
-    add("--images", type=int, default=12, metavar="N", help="images that are drawn (12)")
+    add(
+        "--config-file",
+        metavar="FILE",
+        help="look at its anchors, and at its DATASETS where no --dataset is given",
+    )
+    add("--images", type=int, default=12, metavar="N", help="number of images to draw (12)")
     add(
         "--augmented",
         action="store_true",
@@ -71,16 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
     """
     with exits_with_one_sentence(_PROGRAM):
-        words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), flags=("-h", "--help", "--augmented"))
+        args = parse_arguments(argv, _parser(), flags=("-h", "--help", "--augmented"))
         if args.images < 1:
             raise UserError(f"--images must be at least 1, got {args.images}.")
         setup_logger(name="ghm_d2")
         cfg, names = _data_sets(args)
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot("made", f"--output {args.output}", error) from error
+        make_output_folder(args.output)
         compared = [_look(name, cfg, args) for name in names]
         compared = [data for data in compared if len(data.sides)][:MOST_COMPARED]
         if len({data.classes for data in compared}) == 1 < len(compared):
@@ -106,17 +114,12 @@ def _data_sets(args: argparse.Namespace) -> tuple[Config | None, list[str]]:
     return None, [dataset.name for dataset in register_datasets(args.dataset, uses=boxes)]
 
 
-def _anchors(cfg: Config) -> AnchorSettings | None:
-    return AnchorSettings.of(cfg) if isinstance(cfg, CfgNode) else read_anchors(cfg)
-
-
 def _mapper(cfg: Config) -> DatasetMapper:
-    build = build_train_mapper if isinstance(cfg, CfgNode) else python_build.build_train_mapper
-    mapper = build(cfg)
+    mapper = GHMTrainer.build_train_mapper(cfg)
     if not isinstance(mapper, DatasetMapper):
         raise UserError(
-            f"--augmented shows what Detectron2's DatasetMapper makes of images, and "
-            f"dataloader.train.mapper is {type(mapper).__name__}."
+            f"--augmented needs Detectron2's DatasetMapper as dataloader.train.mapper, got a "
+            f"{type(mapper).__name__}: leave it out."
         )
     return mapper
 
@@ -133,7 +136,7 @@ def _look(name: str, cfg: Config | None, args: argparse.Namespace) -> DataStatis
     metadata = MetadataCatalog.get(name)
     data = count_data(name, records, metadata.get("thing_classes") or ())
     text = summary(data)
-    if cfg is not None and (fit := anchor_report(_anchors(cfg), records)[0]):
+    if cfg is not None and (fit := anchor_report(read_anchors(cfg), records)[0]):
         text += f"\nanchors of {args.config_file}: {fit}"
     stem = re.sub(r"[^\w.-]", "_", name)  # a data set may be called anything
     parts = ("images.png", "boxes.png", "summary.txt", "augmented.png")

@@ -1,7 +1,6 @@
-"""A trained detector on images and videos."""
+"""Run a trained detector on images and videos."""
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ from ghm_d2.deploy.setup import (
     list_files,
     tool_parser,
 )
-from ghm_d2.engine.arguments import Parser, parse_arguments
+from ghm_d2.engine.arguments import Parser, make_output_folder, parse_arguments
 from ghm_d2.engine.settings import read_settings
-from ghm_d2.errors import UserError, cannot, exits_with_one_sentence
+from ghm_d2.errors import UserError, exits_with_one_sentence
 from ghm_d2.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def _parser() -> Parser:
         _PROGRAM,
         "--input FILE|FOLDER|PATTERN ... --output FOLDER",
         "Run a detector on images and videos; draw what it finds (boxes, masks, keypoints) and "
-        f"write it as COCO results of the data set that is named ({_RESULTS}).",
+        f"write it as COCO results ({_RESULTS}), for the data set that --dataset names.",
     )
     add = parser.add_argument
     add(
@@ -47,13 +46,18 @@ def _parser() -> Parser:
         metavar="PATH",
         help="images, videos, folders with their subfolders, or quoted patterns ('a/**/*.jpg')",
     )
-    add("--output", required=True, metavar="FOLDER", help="folder to write to; it is made")
+    add(
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="folder for the results; created if missing",
+    )
     add(
         "--confidence-threshold",
         type=float,
         metavar="SCORE",
-        help="detections with lower scores are neither drawn nor written (that with the best F1 in "
-        "the evaluation of the training, where the weights have one, or 0.5)",
+        help="leave out detections with lower scores (the threshold with the best F1 in the "
+        "evaluation of the training, if the weights have one, else 0.5)",
     )
     add(
         "--tile",
@@ -61,10 +65,10 @@ def _parser() -> Parser:
         default=0,
         metavar="PIXELS",
         help="look at each image also in tiles of this side, which overlap by a fifth, for objects "
-        "that are small in large images (needs pip install 'ghm_d2[tiles]'; boxes alone)",
+        "that are small in large images (boxes alone; needs pip install 'ghm_d2[tiles]')",
     )
     add("--no-pictures", action="store_true", help="draw nothing")
-    add("--overwrite", action="store_true", help=f"replace a {_RESULTS} that is there")
+    add("--overwrite", action="store_true", help=f"replace an existing {_RESULTS}")
     return parser
 
 
@@ -79,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             where no input could be read.
     """
     with exits_with_one_sentence(_PROGRAM):
-        words = sys.argv[1:] if argv is None else argv
-        args = parse_arguments(words, _parser(), flags=_FLAGS, lists=("--input",))
+        args = parse_arguments(argv, _parser(), flags=_FLAGS, lists=("--input",))
         threshold = args.confidence_threshold
         if threshold is not None and not 0 <= threshold <= 1:
             raise UserError(f"--confidence-threshold must lie in [0, 1], got {threshold}.")
@@ -97,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = image_ids(files, metadata, named=bool(args.dataset))
         if args.dataset and len(known) < len(files):
             logger.warning(
-                "%d of %d inputs are no images of %s: they are numbered from 1%s",
+                "%d of %d inputs are not images of %s: they are numbered from 1%s",
                 len(files) - len(known),
                 len(files),
                 metadata.get("name", "a data set with the classes of the weights"),
@@ -145,10 +148,7 @@ def _make(folder: Path, overwrite: bool) -> None:
                 f"{folder / name} exists already: name another --output, or replace it with "
                 "--overwrite."
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot("made", f"--output {folder}", error) from error
+    make_output_folder(folder)
 
 
 def _outputs(files: Mapping[Path, str], folder: Path) -> dict[Path, Path]:

@@ -1,4 +1,4 @@
-"""Looks at a batch that stopped a training: what was not finite first, level by level."""
+"""Examine a batch that stopped a training: what became not finite first, level by level."""
 
 import sys
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from ghm_d2.files import file_to_blame
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table; exit code 0 where all is finite, 1 where something is not, 2 for misuse."""
     parser = Parser(prog="ghm-d2 replay", description=__doc__, allow_abbrev=False)
-    parser.add_argument("file", help="OUTPUT_DIR/not_finite/*.pth, which the training has named")
+    parser.add_argument("file", help="the file in OUTPUT_DIR/not_finite that the training named")
     parser.add_argument("--device", help="cpu or cuda (that of the training, if there is one)")
     parser.add_argument(
         "--trust-checkpoint",
         action="store_true",
-        help="build what a Python config names (only from files of people you trust)",
+        help="build what a Python config names (only for files from people you trust)",
     )
     with exits_with_one_sentence(parser.prog):
         args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Split a COCO-format file into two, by image: train.json and val.json.
 
-    ghm-d2 split-data data/all.json --fraction 0.25 --seed 1 --output-dir data/split
+    ghm-d2 split-data data/all.json --val-fraction 0.25 --seed 1 --output data/split
 
 The same file, fraction and seed give the same split everywhere; nothing is overwritten.
 """
@@ -29,25 +29,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("annotations", type=Path, metavar="ANNOTATIONS.json", help="the file to split")
-    add("--fraction", type=float, default=0.25, metavar="F", help="images for val.json (0.25)")
-    add("--seed", type=int, default=1, metavar="N", help="another one, another split (1)")
-    add("--output-dir", type=Path, required=True, metavar="DIR", help="is made")
+    add(
+        "--val-fraction",
+        "--fraction",
+        type=float,
+        default=0.25,
+        metavar="F",
+        help="share of the images in val.json (0.25)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="a different seed gives a different split (1)",
+    )
+    add(
+        "--output",
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for both files; created if missing",
+    )
     logging.basicConfig(format="%(levelname)s: %(message)s")
     with exits_with_one_sentence(parser.prog):
         args = parser.parse_args(argv)
         file = str(args.annotations)
         if is_foreign(args.annotations):
             raise UserError(
-                f"{file} is no annotation file in COCO format: {command('import-data')} {file} "
-                f"--val-fraction {args.fraction:g} --output-dir {args.output_dir} splits labels of "
-                "other kinds."
+                f"{file} is not an annotation file in COCO format: split labels of other tools by "
+                f"{command('import-data')} {file} --val-fraction {args.val_fraction:g} --output "
+                f"{args.output}."
             )
         # What training would refuse is worth knowing before there are two such files.
         data = check_content(read_annotations(file), uses=Uses(keypoints=False))
         refuse(file, data.found)
         log_repairs(file, data.found)
-        rest, chosen = split_coco(data.content, args.fraction, args.seed)
-        parts = {args.output_dir / "train.json": rest, args.output_dir / "val.json": chosen}
+        rest, chosen = split_coco(data.content, args.val_fraction, args.seed)
+        parts = {args.output / "train.json": rest, args.output / "val.json": chosen}
         write_coco(parts)
     for file, content in parts.items():
         print(describe(str(file), content))

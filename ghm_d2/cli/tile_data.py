@@ -1,6 +1,5 @@
-"""Cuts large images into tiles, with their objects, for training on what would be too small."""
+"""Cut large images into tiles, with their objects, to train on objects that are too small."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,11 +22,24 @@ def _parser() -> Parser:
         description=f"{__doc__} Writes DIR/NAME.json and the tiles to DIR/NAME.",
         allow_abbrev=False,
     )
-    add_dataset_option(parser, "COCO-format data, or a folder of any tool's labels (repeatable)")
+    add_dataset_option(parser, "COCO-format data, or a folder with labels of any tool (repeatable)")
     add = parser.add_argument
-    add("--output-dir", type=Path, required=True, metavar="DIR", help="is made")
-    add("--side", type=int, default=640, metavar="PIXELS", help="of a tile (640)")
-    add("--overlap", type=float, default=0.2, metavar="F", help="of neighbours, of the side (0.2)")
+    add(
+        "--output",
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for the tiles; created if missing",
+    )
+    add("--tile", "--side", type=int, default=640, metavar="PIXELS", help="side of a tile (640)")
+    add(
+        "--overlap",
+        type=float,
+        default=0.2,
+        metavar="F",
+        help="overlap of neighbouring tiles, as a share of the side (0.2)",
+    )
     return parser
 
 
@@ -41,23 +53,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a mistake of the user, reported in one sentence on stderr.
     """
     with exits_with_one_sentence(_PROGRAM):
-        args = parse_arguments(sys.argv[1:] if argv is None else argv, _parser(), flags=("--help",))
+        args = parse_arguments(argv, _parser(), flags=("--help",))
         if args.opts:
-            raise UserError(f"{args.opts[0]} is no option of this command.")
+            raise UserError(f"{args.opts[0]} is not an option of this command.")
         if not args.dataset:
             raise UserError("nothing to cut: give --dataset.")
-        check_tiling(args.side, args.overlap)
+        check_tiling(args.tile, args.overlap)
         import_sahi()
         setup_logger(name="ghm_d2")
         for dataset in resolve([parse_dataset(text) for text in args.dataset]):
-            file, folder = (args.output_dir / f"{dataset.name}{end}" for end in (".json", ""))
+            file, folder = (args.output / f"{dataset.name}{end}" for end in (".json", ""))
             if file.exists() or folder.exists():
-                raise UserError(
-                    f"{folder} exists already: delete it, or name another --output-dir."
-                )
+                raise UserError(f"{folder} exists already: delete it, or name another --output.")
             data = check_coco_dataset(dataset).data
             content, counts = tile_coco(
-                data.content, data.paths, folder, side=args.side, overlap=args.overlap
+                data.content, data.paths, folder, side=args.tile, overlap=args.overlap
             )
             write_coco({file: content})
             print(describe(str(file), content))

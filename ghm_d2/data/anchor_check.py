@@ -103,9 +103,9 @@ def _way_out(settings: AnchorSettings, boxes: np.ndarray, images: np.ndarray) ->
     if found is None:
         typical = np.median(size.resize(boxes, images), axis=0)
         return (
-            f"A typical box is {typical[0]:.0f} x {typical[1]:.0f} pixels there, and neither other "
-            "anchor sizes and ratios nor an input of four times the size fit most of them: look at "
-            "the boxes with ghm-d2 look."
+            f"A typical box then has {typical[0]:.0f} x {typical[1]:.0f} pixels, and neither other "
+            "anchor sizes and ratios nor an input of four times the size would fit most boxes: "
+            "look at them with ghm-d2 look."
         )
     words = []
     if found.anchors.sizes != anchors.sizes:
@@ -118,7 +118,7 @@ def _way_out(settings: AnchorSettings, boxes: np.ndarray, images: np.ndarray) ->
             shortest = [shortest[0], shortest[-1]]
         words.append(settings.words["train"].format(shortest, longest))
         words.append(settings.words["test"].format(max(shortest), longest))
-    return f"With these it would be {found.share:.0%}: {' '.join(words)}"
+    return f"With these settings it would be {found.share:.0%}: {' '.join(words)}"
 
 
 def _lists(levels: Sequence[Sequence[float]]) -> str:

@@ -1,4 +1,4 @@
-"""Whether the anchors fit the boxes of the training data, and which would.
+"""Whether the anchors fit the boxes of the training data, and which anchors would.
 
 A box trains the anchors with which its IoU is high enough. If there is none, it trains at best the
 single best anchor, and with small objects or a small network input the detector finds nothing.
@@ -65,12 +65,12 @@ class Anchors:
         )
 
     def scaled(self, factor: float) -> "Anchors":
-        """With all sizes times `factor`, rounded to what one would write into a config."""
+        """The same with all sizes times `factor`, rounded as one would write them into a config."""
         sizes = tuple(tuple(_round(size * factor) for size in level) for level in self.sizes)
         return replace(self, sizes=sizes)
 
     def in_octaves(self) -> "Anchors":
-        """As many per level, evenly spaced in octaves; each level doubles the one before."""
+        """The same number per level, evenly spaced in octaves; each level doubles the last."""
         first = self.sizes[0][0]
         sizes = tuple(
             tuple(first * 2 ** (level + k / len(own)) for k in range(len(own)))
@@ -84,7 +84,7 @@ class InputSize:
     """How images are resized: the shorter side to one of `shortest`, the longer to `longest`.
 
     Attributes:
-        shortest: pixels; a box is looked at with one of them in turn. (0,): no resize.
+        shortest: in pixels; boxes are resized with one of them after the other. (0,): no resize.
         longest: pixels.
     """
 
@@ -93,7 +93,7 @@ class InputSize:
 
     @classmethod
     def drawn_from(cls, shortest: Sequence[int], longest: int, is_range: bool) -> "InputSize":
-        """From the settings of Detectron2's resize; a range is looked at in three sizes."""
+        """From the settings of Detectron2's resize; of a range, three sizes are taken."""
         first, last = shortest[0], shortest[-1]
         return cls((first, (first + last) // 2, last) if is_range else tuple(shortest), longest)
 

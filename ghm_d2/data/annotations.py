@@ -1,4 +1,4 @@
-"""The annotations of a COCO-format file, one after the other: repaired, left out, or refused."""
+"""The annotations of a COCO-format file, each of them kept, repaired, left out, or refused."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ _NOTHING = (None, [], {}, "")
 
 @dataclass(frozen=True)
 class Uses:
-    """What a config takes from annotations besides boxes; the rest is not looked at.
+    """What a config takes from annotations besides boxes; the rest is ignored.
 
     Attributes:
         masks: "polygon" or "bitmask", which is what `INPUT.MASK_FORMAT` of a mask head says: an
@@ -49,7 +49,7 @@ class Uses:
 
 
 class AnnotationPass:
-    """Takes annotations one by one; what came of them is in the attributes afterwards.
+    """Checks annotations one by one; the result is in the attributes afterwards.
 
     Attributes:
         kept: the annotations that are left, with the fields that pycocotools and Detectron2 read.
@@ -72,7 +72,7 @@ class AnnotationPass:
             images: the entries by their new ids; `width` and `height` may be missing.
             image_ids, category_ids: of the tables.
             uses: what the config takes.
-            report: takes every problem.
+            report: called with every problem.
         """
         self._images, self._image_ids, self._category_ids = images, image_ids, category_ids
         self._uses, self._report = uses, report
@@ -106,7 +106,7 @@ class AnnotationPass:
         image = None if image_id is None else self._images[image_id]
         box = self._box(row, image)
         if image is None:
-            self._say("stray annotation", f"names the image {row['image_id']!r}")
+            self._say("stray annotation", f"refers to image {row['image_id']!r}")
         if category is None or crowd is None or box is None or image is None:
             return
         self._image = image

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 
-from ghm_d2.errors import UserError, reason, shown, similar_names
+from ghm_d2.errors import UserError, building, described, shown, similar_names
 from ghm_d2.randomness import preserved
 
 # Only augmentations that need nothing but the image: Detectron2's mapper passes them no boxes or
@@ -38,9 +38,10 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     given = build_augmentations(cfg.MODEL.GHM.AUGMENTATIONS, "MODEL.GHM.AUGMENTATIONS")
     replaced: tuple[type, ...] = (T.RandomFlip,) if any(map(_is_flip, given)) else ()
     replaced += _SIZES if _set_size(given) else ()
-    own = [a for a in build_augmentation(cfg, is_train=True) if not isinstance(a, replaced)]
-    if cfg.INPUT.CROP.ENABLED:
-        own.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+    with building("the augmentation that INPUT describes"):
+        own = [a for a in build_augmentation(cfg, is_train=True) if not isinstance(a, replaced)]
+        if cfg.INPUT.CROP.ENABLED:
+            own.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
     return [*given, *own]
 
 
@@ -86,8 +87,8 @@ def build_augmentations(text: str, key: str) -> list[T.Augmentation]:
                     raise ValueError("nothing is left of an image")
             except Exception as error:  # whatever its arguments lead to
                 raise UserError(
-                    f"{key}: {shown(ast.unparse(call))} fails on an image of 128 x 96 pixels "
-                    f"({type(error).__name__}: {reason(error)})."
+                    f"{key}: {shown(ast.unparse(call))} fails on a test image of 128 x 96 pixels "
+                    f"({described(error)})."
                 ) from error
     return found
 
@@ -102,8 +103,9 @@ def _call(tree: ast.expr, text: str, key: str) -> T.Augmentation:
         raise _unknown(text, key)
     if name not in AUGMENTATIONS:
         raise UserError(
-            f"{key} {shown(repr(text))}: {shown(name)} is none of Detectron2's augmentations of "
-            f"images{similar_names(name, AUGMENTATIONS)}: {', '.join(sorted(AUGMENTATIONS))}."
+            f"{key} {shown(repr(text))}: {shown(name)} is not an augmentation of images in "
+            f"Detectron2{similar_names(name, AUGMENTATIONS)}; there are "
+            f"{', '.join(sorted(AUGMENTATIONS))}."
         )
     kind = AUGMENTATIONS[name]
     try:
@@ -115,8 +117,8 @@ def _call(tree: ast.expr, text: str, key: str) -> T.Augmentation:
     except Exception as error:  # its own checks raise AssertionError among others
         signature = str(inspect.signature(kind)).partition(" ->")[0]
         raise UserError(
-            f"{key}: {shown(ast.unparse(tree))} cannot be built ({type(error).__name__}: "
-            f"{reason(error)}): it is {name}{signature}."
+            f"{key}: {shown(ast.unparse(tree))} cannot be built ({described(error)}): its "
+            f"arguments are {name}{signature}."
         ) from error
 
 

@@ -19,7 +19,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "tables are missing or empty",
         'COCO format has the lists "images", "annotations" and "categories"',
     ),
-    "entry": (STOPS, "entries are no objects or lack a field", "complete or remove them"),
+    "entry": (STOPS, "entries are not objects or lack a field", "complete or remove them"),
     "value": (STOPS, "fields hold a value of another type or range", "correct or remove them"),
     "duplicate id": (STOPS, "ids occur more than once", "number the entries anew"),
     "missing image": (
@@ -34,12 +34,12 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "image size": (
         STOPS,
-        "images have another size than the annotation file says",
-        "the boxes may be those of other pixels: give the images that were labelled",
+        "images do not have the size that the annotation file says",
+        "their boxes may not fit: give the images that were labelled",
     ),
     "image depth": (
         STOPS,
-        "images have more than 8 bits, which would be clipped at 255",
+        "images have more than 8 bits per channel and would be clipped at 255",
         "convert them to 8 bits",
     ),
     "unknown category": (
@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "ignore flag": (
         STOPS,
         'annotations set "ignore", which Detectron2 does not know',
-        'write "iscrowd": 1 for what shall count neither as found nor as missed',
+        'set "iscrowd": 1 on objects that should count neither as found nor as missed',
     ),
     "bad box": (STOPS, "boxes are not four finite numbers", "correct or remove them"),
     "fraction box": (
@@ -72,34 +72,37 @@ KINDS: dict[str, tuple[str, ...]] = {
     "crowded image": (
         STOPS,
         f"images have more than {MAX_BOXES} boxes",
-        "cut the image into tiles",
+        "cut the images into tiles",
     ),
     "no usable annotation": (
         STOPS,
-        "file without anything to train on",
+        "files hold nothing to train on",
         "give the file that holds the objects",
     ),
     "image name": (
         REPAIRED,
-        "images are found by their base names, spelled differently or in other folders than the "
-        "annotation file says",
+        "images are found by their base names: the annotation file spells them differently or "
+        "names other folders",
     ),
     "unknown size": (
         REPAIRED,
-        "images have no whole number of pixels as width and height, which are taken from the file",
+        "images have no whole numbers as width and height, which are read from the image files",
     ),
     "image twice": (
         REPAIRED,
-        "entries are for an image that is listed already: their annotations go to the first one",
+        "entries repeat an image that is listed already: their annotations go to its first entry",
     ),
-    "class twice": (REPAIRED, "categories have the name of another one, of which they become part"),
-    "text value": (REPAIRED, "values are text where a number belongs and are read as the number"),
-    "crowd flag": (REPAIRED, 'annotations give "iscrowd" as null, text or a truth value: 0 or 1'),
+    "class twice": (REPAIRED, "categories have the name of another one and are merged with it"),
+    "text value": (REPAIRED, "values are text instead of numbers and are read as numbers"),
+    "crowd flag": (
+        REPAIRED,
+        'annotations have "iscrowd" as null, text or true/false: read as 0 or 1',
+    ),
     "area": (
         REPAIRED,
-        'annotations have an "area" that cannot be theirs: computed from polygons or box',
+        'annotations have an impossible "area": computed from their polygons or box',
     ),
-    "no box": (REPAIRED, "annotations have no box: it is drawn around their polygons"),
+    "no box": (REPAIRED, "annotations have no box: it is computed from their masks"),
     "stray annotation": (REPAIRED, "annotations belong to no listed image and are left out"),
     "empty box": (
         REPAIRED,
@@ -111,7 +114,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "box clipped": (
         REPAIRED,
-        "boxes reach more than a pixel out of their image: clipped, in training and evaluation",
+        "boxes reach more than a pixel beyond their image: clipped, in training and evaluation",
     ),
     "duplicate box": (
         REPAIRED,
@@ -128,15 +131,15 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "similar classes": (
         DOUBTFUL,
-        "names of classes differ in case or spaces alone and stay different classes",
+        "class names differ only in case or spaces; they stay different classes",
     ),
     "boxes like corners": (
         DOUBTFUL,
-        "boxes would all be corners inside their images too: look at them with ghm-d2 look",
+        "boxes could as well be pairs of corners: look at them with ghm-d2 look",
     ),
     "boxes like percent": (
         DOUBTFUL,
-        "boxes end before 100 in images that are larger: look at them with ghm-d2 look",
+        "boxes could be percentages, as none reaches beyond 100: look at them with ghm-d2 look",
     ),
     "tiny box": (DOUBTFUL, "boxes are smaller than a pixel"),
     "image without annotation": (
@@ -149,10 +152,10 @@ KINDS: dict[str, tuple[str, ...]] = {
         f"images have more than {MANY_BOXES} boxes: matching takes 5 GB for each thousand at "
         "800 x 1333 pixels",
     ),
-    "keypoints": (NOTE, "lists of keypoints cannot be used, which MODEL.KEYPOINT_ON refuses"),
+    "keypoints": (NOTE, "lists of keypoints cannot be used: MODEL.KEYPOINT_ON refuses them"),
     "class without object": (NOTE, "classes have no annotation"),
     "converted image": (NOTE, "images are neither RGB nor gray and are converted when read"),
-    "rotated image": (NOTE, "images are turned when read, as their EXIF orientation says"),
+    "rotated image": (NOTE, "images are rotated when read, as their EXIF orientation says"),
     "image copy": (NOTE, "images have the same content as another one"),
 }
 
@@ -179,14 +182,14 @@ class Findings:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, problem: Problem) -> None:
-        """Takes one in."""
+        """Counts one problem and keeps its text if it is among the first of its kind."""
         self.counts[problem.kind] += 1
         kept = self.examples.setdefault(problem.kind, [])
         if len(kept) < self.examples_kept:
             kept.append(problem.text)
 
     def add_all(self, problems: Iterable[Problem]) -> None:
-        """Takes all of them in."""
+        """Adds each of them; see :meth:`add`."""
         for problem in problems:
             self.add(problem)
 

@@ -67,7 +67,7 @@ def class_weights(text: str, names: Sequence[str], counts: Counter, key: str) ->
             )
         if name not in weights:
             raise UserError(
-                f"{key}: {shown(name)} is none of the classes{similar_names(name, names)}: "
+                f"{key}: {shown(name)} is not a class{similar_names(name, names)}; there are "
                 f"{shown(', '.join(names))}."
             )
         weights[name] = float(weight)

@@ -186,7 +186,9 @@ def check_content(
     categories = category_entries(content["categories"], report)
     content.update(images=images.rows, categories=categories.rows)
     data.paths = images.paths
-    data.classes = tuple(row["name"] for row in sorted(categories.rows, key=lambda row: row["id"]))
+    # Escaped here, no name can change a terminal, or fail to be written, wherever it goes.
+    ordered = sorted(categories.rows, key=lambda row: row["id"])
+    data.classes = tuple(shown(row["name"], limit=1000) for row in ordered)
     data.as_written &= images.as_written and categories.as_written
     if "annotations" in content:
         _annotations(data, images.ids, categories.ids, uses, report)

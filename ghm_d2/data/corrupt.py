@@ -99,27 +99,29 @@ def check_shares(shares: Mapping[str, float]) -> None:
     """Raises UserError unless they are shares of `KINDS`, of one error for each object."""
     for kind, share in shares.items():
         if kind not in KINDS:
-            raise UserError(f"there is no kind {kind!r}: {', '.join(KINDS)} are known.")
+            raise UserError(f"there is no kind of error {kind!r}; there are {', '.join(KINDS)}.")
         if not 0 <= share <= 1:
-            raise UserError(f"the share {kind!r} must lie in [0, 1], got {share:g}.")
+            raise UserError(f"the share of {kind!r} must lie in [0, 1], got {share:g}.")
     whole = math.fsum(share for kind, share in shares.items() if kind != "spurious")
     if whole > 1 + 1e-9:
         raise UserError(
-            f"wrong classes, missing and moved boxes are {whole:g} of the objects together, and "
-            "each object has one error: give shares that are at most 1 together."
+            f"the shares of wrong classes, missing and moved boxes add up to {whole:g}, but each "
+            "object has one error at most: give shares that add up to at most 1."
         )
 
 
 def _check(content: Mapping[str, Any], shares: Mapping[str, float]) -> None:
     check_shares(shares)
     if shares.get("wrong class") and len(content["categories"]) < 2:
-        raise UserError("with one class there is no wrong one: give no share of wrong classes.")
+        raise UserError(
+            "there is only one class, so none is wrong: give no share of wrong classes."
+        )
     if shares.get("moved") or shares.get("spurious"):
         for row in content["images"]:
             if not all(type(row.get(k)) is int and row[k] > 0 for k in ("width", "height")):
                 raise UserError(
-                    f"the image {row['file_name']} has no width and height, which boxes must not "
-                    "leave: give --image-dir, where they are read."
+                    f"the image {row['file_name']} has no width and height, which limit the boxes: "
+                    "give --image-dir, and they are read from the images."
                 )
 
 

@@ -19,14 +19,14 @@ def read_cvat(
 ) -> Iterator[LabelledImage]:
     """The images of one file, and their objects.
 
-    CVAT counts from 0 and its corners are places between pixels. Lines and points are no objects of
-    a detector. Of a video, the images are its frames.
+    CVAT counts from 0 and its corners lie between pixels. Lines and points have no area, so that a
+    detector cannot use them. The images of a video are its frames.
 
     Args:
         root: of the file, <annotations>.
-        folder: that holds the images, also further below.
+        folder: the folder that holds the images, directly or in subfolders.
         images: all image files in it.
-        report: takes what is wrong with an image that is left out; it follows the file's name.
+        report: called with what is wrong with each image that is left out.
 
     Raises:
         ValueError: it holds no image; the message follows the name of the file.
@@ -51,7 +51,7 @@ def read_cvat(
 
 def _image(node: Element | None, path: str | Path | None, shapes: Sequence) -> LabelledImage:
     if path is None:
-        raise ValueError("has no image of this name")
+        raise ValueError("is not among the images")
     written = (None, None) if node is None else (node.get("width"), node.get("height"))
     width, height = checked_size(Path(path), *written)
     objects, lost = [], []
@@ -92,12 +92,12 @@ def _frames(root: Element, images: Sequence[Path]) -> list:
             numbered[int(digits[0])].append(image)
     if not numbered:
         raise ValueError(
-            "is of a video, and there are no images whose names end in the numbers of its frames: "
+            "is for a video, and there are no images whose names end in the numbers of its frames: "
             "export it with its images, or write them with "
             "ffmpeg -i VIDEO -start_number 0 images/frame_%06d.png"
         )
     if any(len(files) > 1 for files in numbered.values()):
-        raise ValueError("is of a video, and images of several videos lie beside it")
+        raise ValueError("is for one video, but there are images of several videos")
     shapes: dict[int, list[Element]] = defaultdict(list)
     for track in root.findall("track"):
         for frame, shape in _visible(track):

@@ -1,11 +1,12 @@
 """One `--dataset`, as the command line gives it."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ghm_d2.errors import UserError
+from ghm_d2.errors import UserError, shown
 
 from .annotations import Uses
 from .coco import CocoData
@@ -20,7 +21,7 @@ class CocoDataset:
 
     Attributes:
         name: the name for `DATASETS.TRAIN` and `DATASETS.TEST`.
-        json_file: path of the annotation file, or of a file or folder of any tool's labels.
+        json_file: path of the annotation file, or of a file or folder with labels of any tool.
         image_root: folder that the file names in it are relative to, or below which images lie.
         split: the part of a folder that is meant; empty: all of it.
         uses: what the config takes of the annotations.
@@ -71,9 +72,10 @@ def parse_dataset(text: str) -> CocoDataset:
     labels whose images lie elsewhere NAME=LABELS,image_dir.
 
     Raises:
-        UserError: a part is missing.
+        UserError: a part is missing, or the name cannot be that of a folder and a config value.
     """
     name, _, paths = text.partition("=")
+    _check_name(name)
     whole = os.path.expanduser(paths)
     if name and os.path.isdir(whole):
         return CocoDataset(name, whole, whole)
@@ -92,3 +94,13 @@ def parse_dataset(text: str) -> CocoDataset:
         root = json_file if os.path.isdir(json_file) else os.path.dirname(json_file) or "."
         return CocoDataset(name, json_file, root, image_root)
     return CocoDataset(name, json_file, image_root)
+
+
+def _check_name(name: str) -> None:
+    """A name with a slash would send results out of the output folder, and "${" is OmegaConf's."""
+    taken = name in (".", "..") or name.endswith((".json", ".pth"))  # files beside its folder
+    if taken or not name.isprintable() or re.search(r"[/\\]|\$\{", name) or len(name) > 100:
+        raise UserError(
+            f"--dataset {shown(name)!r}: a name has up to 100 printable characters without slashes "
+            'and "${", and does not end in .json or .pth: choose another one.'
+        )

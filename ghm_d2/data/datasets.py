@@ -62,10 +62,10 @@ def check_coco_dataset(
     refuse(file, data.found)
     log_repairs(file, data.found)
     if "annotations" not in data.content:
-        logger.warning("%s has no annotations: predictions are written, no AP is computed.", file)
+        logger.warning("%s has no annotations: there will be predictions, but no AP.", file)
     if data.keypoints and data.keypoints.without:
         logger.info(
-            "%s: %d annotations have no keypoints; they count as not labelled.",
+            "%s: %d annotations have no keypoints: these count as not labelled.",
             file,
             data.keypoints.without,
         )
@@ -141,7 +141,7 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
             raise UserError(
                 f"{datasets[0].json_file} and {other.json_file} list different categories "
                 f"({_shorten(datasets[0].classes)} against {_shorten(other.classes)}): all "
-                "--dataset files must have the same names in the same order of their ids."
+                "--dataset files must have the same category names in the same order of ids."
             )
 
 

@@ -44,8 +44,8 @@ def image_entries(
     Args:
         rows: the table; its entries are changed.
         files: the image of each entry.
-        root: the folder of the images; None: nobody has looked at them.
-        report: takes every problem.
+        root: the folder of the images; None: the images were not checked.
+        report: called with every problem.
     """
     keys, as_written = [], True
     for row, file in zip(rows, files, strict=True):
@@ -72,7 +72,7 @@ def category_entries(rows: Sequence[dict[str, Any]], report: Report) -> Entries:
 
     Args:
         rows: the table; its entries are changed.
-        report: takes every problem.
+        report: called with every problem.
     """
     as_written = all(isinstance(row["name"], str) for row in rows)
     for row in rows:
@@ -80,7 +80,7 @@ def category_entries(rows: Sequence[dict[str, Any]], report: Report) -> Entries:
 
     def twice(row: dict[str, Any], first: dict[str, Any]) -> None:
         both = f"{row['id']!r} and {first['id']!r}"
-        report(Problem("class twice", f"{both} are both {shown(repr(row['name']))}"))
+        report(Problem("class twice", f"{both} are both named {shown(repr(row['name']))}"))
 
     entries = _once(rows, [row["name"] for row in rows], twice, report)
     entries.as_written &= as_written
@@ -134,13 +134,14 @@ def _set_size(
         else:
             texts = " x ".join(shown(repr(value), 40) for value in written)
             pixels = f"{file.width} x {file.height} pixels"
-            report(Problem("unknown size", f"{image_name(row)} is {texts}, and has {pixels}"))
+            report(Problem("unknown size", f"{image_name(row)} is listed as {texts}, has {pixels}"))
             size = [file.width, file.height]
     elif any(isinstance(value, str) for value in written):
-        report(Problem("text value", f"{image_name(row)} is {written[0]!r} x {written[1]!r}"))
+        text = " x ".join(map(repr, written))
+        report(Problem("text value", f"{image_name(row)} is listed as {text}"))
     width, height = map(int, size)
     if file and (file.width, file.height) != (width, height):
-        exif = ", as its EXIF orientation turns it" if file.turned else ""
+        exif = " after its EXIF orientation is applied" if file.turned else ""
         report(
             Problem(
                 "image size",

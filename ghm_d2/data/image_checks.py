@@ -1,4 +1,4 @@
-"""Whether the images of a data set are there, can be read, and how large they are."""
+"""Whether the images of a data set exist and can be read, and how large they are."""
 
 import os
 import warnings
@@ -64,7 +64,7 @@ def look_at_images(
         root: folder that the file names are relative to.
         decode: read every pixel, which finds truncated files; False: the headers alone.
         name: of the data set, for the progress bar.
-        report: takes every problem.
+        report: called with every problem.
 
     Returns:
         One for each entry; None where there is no image that can be read.
@@ -78,7 +78,7 @@ def look_at_images(
         elif place.words:
             file = shown(os.path.relpath(place.path, root))
             report(Problem("image name", f"{where} is found as {file} ({place.words})"))
-    words = "reading the images" if decode else "looking for the images"
+    words = "reading the images" if decode else "checking the images"
     files: list[ImageFile | None] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(partial(_look, decode), images, [place.path for place in places])
@@ -121,10 +121,10 @@ def _oddities(where: str, mode: str, orientation: int) -> Iterator[Problem]:
     if is_deep(mode):
         yield Problem(
             "image depth",
-            f"{where} is of Pillow's mode {mode}, whose values above 255 would be clipped: "
+            f"{where} has Pillow's mode {mode}, in which values above 255 would be clipped: "
             "convert it to 8 bits",
         )
     elif mode not in _PLAIN:
-        yield Problem("converted image", f"{where} is {mode}")
+        yield Problem("converted image", f"{where} has the mode {mode}")
     if orientation in range(2, 9):
         yield Problem("rotated image", where)

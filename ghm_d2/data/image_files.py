@@ -79,7 +79,7 @@ class _Index:
         if len(best) == 1:
             return Found(best[0], _difference(name, os.path.relpath(best[0], self._root)))
         if best:
-            return Found(None, f"{len(best)} files have its base name, the first {shown(best[0])}")
+            return Found(None, f"{len(best)} files have its base name, such as {shown(best[0])}")
         return Found(None)
 
 

@@ -69,8 +69,8 @@ def find_keypoints(content: Mapping[str, Any]) -> Keypoints:
     if len(lists) > 1:
         first, other = list(lists.values())[:2]
         return Keypoints(
-            fault=f"the categories {first!r} and {other!r} list different keypoints, of which "
-            "Detectron2 has one list for all"
+            fault=f"the categories {first!r} and {other!r} list different keypoints, but "
+            "Detectron2 has one list for all classes"
         )
     names = next(iter(lists), ())
     first_values = numbers(found[0]["keypoints"])
@@ -79,8 +79,8 @@ def find_keypoints(content: Mapping[str, Any]) -> Keypoints:
         if not number or numbers(annotation["keypoints"], 3 * number) is None:
             wanted = f"{3 * number} numbers" if number else "numbers"
             return Keypoints(
-                fault=f"the keypoints of annotation {annotation['id']!r} are not {wanted}, x, y "
-                f"and visibility of each of {number or 'them'}"
+                fault=f"the keypoints of annotation {annotation['id']!r} are not {wanted}: x, y "
+                "and visibility of each keypoint"
             )
     return Keypoints(names, number, len(annotations) - len(found))
 
@@ -156,28 +156,28 @@ def check_keypoints(
         )
     if found != number:
         raise UserError(
-            f"the objects of the data set {name} have {found} keypoints but {keys.number} is "
+            f"the objects of the data set {name} have {found} keypoints, but {keys.number} is "
             f"{number}: give {keys.number}{keys.give}{found}."
         )
     if not metadata.get("labelled_keypoints", 1):
         raise UserError(
-            f"no object of the data set {name} has a keypoint that is labelled (visibility 1 or "
-            f"2): label some, or {keys.off} to train on boxes alone."
+            f"no object of the data set {name} has a labelled keypoint (visibility 1 or 2): label "
+            f"some, or {keys.off} to train on boxes alone."
         )
     if not mirrored:
         return
     if not metadata.get("keypoints_named", True):
         raise UserError(
-            f"the data set {name} does not name its keypoints, so that nothing tells left from "
-            'right in a mirrored image: list the names under "keypoints" in the categories of its '
-            f"annotation file, or {keys.unmirrored}."
+            f"the data set {name} does not name its keypoints, so left and right cannot be "
+            'exchanged in mirrored images: list the names under "keypoints" in the categories of '
+            f"its annotation file, or {keys.unmirrored}."
         )
     pairs = metadata.get("keypoint_flip_map", ())
     logger.info(
         "%s: mirrored images exchange %s",
         name,
         ", ".join(f"{a} and {b}" for a, b in pairs)
-        or "no keypoints: no names differ in left and right alone",
+        or "no keypoints: no two names differ in left and right alone",
     )
 
 

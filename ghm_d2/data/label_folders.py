@@ -127,7 +127,7 @@ def find_folder(path: Path, images: Path | None = None) -> LabelFolder:
         folder, root = (yolo.root, yolo.root) if yolo.root else (folder, root)
     if len(found) > 1:
         where = ", ".join(f"{k} ({f[0].name})" if f else k for k, f in sorted(found.items()))
-        raise UserError(f"{path} holds labels of several kinds, {where}: give the file of one.")
+        raise UserError(f"{path} holds labels of several kinds, {where}: give one kind alone.")
     if not found:
         raise UserError(
             f"{path} holds no labels of {_KINDS}: give the folder that holds both labels and "
@@ -149,7 +149,7 @@ def _inner(path: Path) -> Path | None:
         return None
     if len(inner) > 1:
         names = ", ".join(p.name for p in inner)
-        raise UserError(f"{path} holds several folders of labels: give {names}.")
+        raise UserError(f"{path} holds several folders of labels, {names}: give them one by one.")
     return inner[0]
 
 

@@ -49,8 +49,8 @@ def read_images(folders: Iterable[LabelFolder]) -> dict[tuple[LabelFolder, str],
                 seen[image.file] = Path(source).name
         if bare := sum(map(len, folder.image_files.values())) - len(seen):
             logger.warning(
-                "%s: %d images have no %s that can be used and are left out (one without objects "
-                "makes an image of background)",
+                "%s: %d images have no %s that can be used and are left out (labels without any "
+                "object would make an image background)",
                 folder.images,
                 bare,
                 "XML file" if folder.kind == XML else "labels",
@@ -110,12 +110,13 @@ def _report(images: Images, broken: list[str], what: str) -> None:
     for line in broken[:_SHOWN]:
         logger.warning("%s", shown(line))
     if broken:
-        more = f" ({len(broken) - _SHOWN} more than are named)" if len(broken) > _SHOWN else ""
+        more = f" ({len(broken) - _SHOWN} more than named above)" if len(broken) > _SHOWN else ""
         logger.warning("%d %s are left out, with their images%s", len(broken), what, more)
     lost = [f"{image.file.name} {text}" for image in images.values() for text in image.lost]
     if lost:
         logger.warning(
-            "%d objects are left out, because neither box nor polygon can be read; the first: %s",
+            "%d objects are left out because they have no box or polygon that can be read; the "
+            "first: %s",
             len(lost),
             shown(lost[0]),
         )

@@ -110,8 +110,8 @@ class LabelSet:
             found = [i for (_, name), i in self.images.items() if _split_of(name, i) == split]
             if not found:
                 raise UserError(
-                    f"there is no split {split}: neither ImageSets/Main/{split}.txt, nor a folder "
-                    "or label that says so."
+                    f"there is no split {split}: neither ImageSets/Main/{split}.txt exists, nor a "
+                    "folder or label of this name."
                 )
             return found
         found, absent, number = {}, [], 0
@@ -122,8 +122,8 @@ class LabelSet:
                 image = known.find(line)
                 if image is None and line.split()[-1] in ("1", "-1", "0") and len(line.split()) > 1:
                     raise UserError(
-                        f"--split {split}: {folder.lists[split]} says which images show one class; "
-                        f"name a list of images (here are {', '.join(sorted(folder.lists))})."
+                        f"--split {split}: {folder.lists[split]} says which images show one class: "
+                        f"name a list of images (there are {', '.join(sorted(folder.lists))})."
                     )
                 if image is None:
                     absent.append(line)
@@ -131,7 +131,7 @@ class LabelSet:
                     found.setdefault(image.file, image)
         if absent:
             logger.warning(
-                "%s: %d of %d listed images have no labels that can be used, the first is %s",
+                "%s: %d of %d listed images have no labels that can be used; the first: %s",
                 split,
                 len(absent),
                 number,
@@ -177,11 +177,12 @@ def log_notes(notes: Counter, difficult: str) -> None:
     texts = {
         "difficult": f"objects are marked difficult: {treated} (--difficult)",
         "swapped": "boxes had their corners exchanged (xmin above xmax or ymin above ymax)",
-        "outline": "objects are polygons or rotated: the box around each is taken",
+        "outline": "objects are polygons or rotated boxes: the upright box around each is used",
         "empty": "objects are left out: their boxes have no area inside the image",
-        "clipped": "boxes reached out of their image and were cut",
-        "labelImg": "boxes are labelImg's, which counts from 0, and are read as VOC's, their left "
-        "and upper sides a pixel further out: import-data --zero-based reads them exactly",
+        "clipped": "boxes reached beyond their image and were clipped",
+        "labelImg": "boxes were written by labelImg, which counts from 0, but are read as VOC's, "
+        "with left and upper sides a pixel too far out: import-data --zero-based reads them "
+        "exactly",
         "from 0": "boxes begin at 0, where VOC begins at 1: if the tool that wrote them counts "
         "from 0, give --zero-based",
     }

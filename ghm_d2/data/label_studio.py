@@ -47,7 +47,7 @@ def read_label_studio(
         try:
             results = _results(row)
             if path is None:
-                raise ValueError(f"names the image {name!r}, which does not exist")
+                raise ValueError(f"refers to the image {name!r}, which does not exist")
             if results is None:
                 raise ValueError(f"has no finished annotation of {name}")
             yield _image(Path(path), results)
@@ -94,7 +94,7 @@ def _image(path: Path, results: Sequence[dict[str, Any]]) -> LabelledImage:
     turned = any(number(r.get("image_rotation")) for r in results)
     width, height = checked_size(path, *(written[0] if written and not turned else ()))
     if turned:
-        raise ValueError(f"turns {path.name}: turn the image itself")
+        raise ValueError(f"rotates {path.name}: rotate the image file itself")
     objects, lost = [], []
     # A shape and its label may be two results with the same id.
     for parts in _by_id(results):

@@ -62,9 +62,9 @@ def _escaped(text: str) -> str:
 
 def _image(content: dict[str, Any], path: str | None) -> LabelledImage:
     if path is None:
-        inside = " (it is in the file alone: labelme_export_json writes it)"
-        name = content.get("imagePath")
-        raise ValueError(f"has no image {name!r}{inside if content.get('imageData') else ''}")
+        inside = " (the JSON file itself holds it: labelme_export_json extracts it)"
+        text = f"refers to the image {content.get('imagePath')!r}, which does not exist"
+        raise ValueError(text + (inside if content.get("imageData") else ""))
     size = content.get("imageWidth"), content.get("imageHeight")
     width, height = checked_size(Path(path), *size)
     objects, lost = [], []

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ghm_d2.errors import command
+from ghm_d2.errors import command, counted
 from ghm_d2.randomness import numpy_state, preserved, seeded, set_numpy_state
 
 from . import workers
@@ -103,8 +103,8 @@ def build_train_loader_from_parts(
     """
     if not isinstance(parts["dataset"], list):
         logger.warning(
-            "the training data is no list of dataset dicts: a resumed training will not go on "
-            "with the images where it stopped"
+            "the training data is not a list of dataset dicts: a resumed training will not "
+            "continue with the images at which it stopped"
         )
         return build_detection_train_loader(**{**parts, "sampler": build_sampler()})
     return TrainLoader(
@@ -230,12 +230,14 @@ class TrainLoader:
         new = comm.get_world_size(), self._batch_size
         self._skip = state["batches"] * old[0] * old[1] // (new[0] * new[1])
         if old != new:
+            texts = (
+                f"{counted(p, 'process')} with {counted(n, 'image')} each" for p, n in (old, new)
+            )
             logger.warning(
-                "the checkpoint is of %d process(es) with %d image(s) each, this run has %d with "
-                "%d: the images go on where as many have been used, but in other batches, so this "
-                "epoch may use a few of them twice and leave a few out",
-                *old,
-                *new,
+                "the checkpoint was written by %s, this run has %s: it continues after the same "
+                "number of images, but in other batches, so this epoch may use a few images twice "
+                "and leave a few out",
+                *texts,
             )
 
 
@@ -292,8 +294,9 @@ class _Samples(Dataset):
         every = "all" if refusals == len(self) else "too many"
         last = getattr(self._mapper, "last_failure", "") or self._records[index].get("file_name")
         raise UnusableData(
-            f"{every} of the {len(self)} images cannot be used, the last {last}: "
-            f"{command('check-data')} lists every image that cannot be read."
+            f"{every} of the {len(self)} images cannot be used, the last {last}: if "
+            f"{command('check-data')} can read them all, look at the sizes and augmentations of "
+            "the config."
         )
 
 

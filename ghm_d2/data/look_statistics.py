@@ -106,10 +106,10 @@ def summary(data: DataStatistics) -> str:
             f"{counted(data.empty, 'box')} without area"
         )
     if not number:
-        return "\n".join([*lines, "there is no box to look at"])
+        return "\n".join([*lines, "there are no boxes"])
     small, large = (data.sizes < _SMALL).mean(), (data.sizes >= _MEDIUM).mean()
     lines += [
-        f"boxes an image: {_quantiles(data.per_image)} (fewest / median / most), "
+        f"boxes per image: {_quantiles(data.per_image)} (fewest / median / most), "
         f"{counted((data.per_image == 0).sum(), 'image')} without any",
         f"box size (square root of the area): {_quantiles(data.sizes)} pixels; "
         f"{small:.0%} small (< {_SMALL}), {1 - small - large:.0%} medium, "

@@ -45,7 +45,7 @@ def copies(files: Sequence[ImageFile | None], name: str = "") -> list[list[int]]
 
 
 def log_shared_images(datasets: Mapping[str, Sequence[ImageFile | None]]) -> None:
-    """Warns of images that two data sets share: AP on trained images says nothing of new ones.
+    """Warns of images that two data sets share: their AP would say nothing about new images.
 
     Args:
         datasets: the images of each data set, by its name.
@@ -54,8 +54,8 @@ def log_shared_images(datasets: Mapping[str, Sequence[ImageFile | None]]) -> Non
         shared = _shared(ours, theirs)
         if shared:
             logger.warning(
-                "%d of the %d images of %s have the same content as images of %s, the first is %s: "
-                "an AP on images that were trained on says nothing about new ones (%s splits a "
+                "%d of the %d images of %s have the same content as images of %s; the first: %s. "
+                "An AP on images that were trained on says nothing about new ones (%s splits a "
                 "file by images)",
                 len(shared),
                 len(theirs),

@@ -39,7 +39,7 @@ def read_image(file: Path) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableError(f"{file} cannot be read as an image ({reason(error)}).") from error
     raise UnreadableError(
-        f"{file} is of Pillow's mode {mode}, whose values above 255 would be clipped: convert it "
+        f"{file} has Pillow's mode {mode}, in which values above 255 would be clipped: convert it "
         "to 8 bits, as for the training."
     )
 

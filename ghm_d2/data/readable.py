@@ -1,4 +1,4 @@
-"""Training survives single images that cannot be read; many of them or bad annotations end it."""
+"""Training survives single unreadable images; many of them, or bad annotations, end it."""
 
 import logging
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import UserError, reason, shown
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ReadableMapper:
             if self._is_train and self._can_read(record):
                 raise UnusableData(
                     f"the annotations of {record.get('file_name')} cannot be used "
-                    f"({reason(error)}): correct or remove those of this image."
+                    f"({reason(error)}): correct or remove them."
                 ) from error
             self._count(record, error)
         else:
@@ -102,7 +102,7 @@ class ReadableMapper:
         return True
 
     def _count(self, record: dict[str, Any], error: Exception) -> None:
-        name = str(record.get("file_name"))
+        name = shown(record.get("file_name"))
         self._failed[name] = self._failed.get(name, 0) + 1
         self.last_failure = f"{name} ({reason(error)})"
         self._in_a_row += 1
@@ -111,13 +111,13 @@ class ReadableMapper:
         if many or self._in_a_row >= _IN_A_ROW:
             raise TooManyUnreadable(
                 f"{times} of {self._seen} images could not be read, the last {self.last_failure}: "
-                "check the disk, or list all of them with ghm-d2 check-data."
+                "check the disk, or list the images with ghm-d2 check-data."
             )
         logger.warning(
-            "%s cannot be used (%s): %s; %d of %d images so far, in this worker of the loader",
+            "%s cannot be used (%s): %s (%d of %d images so far in this worker of the loader)",
             name,
             reason(error),
-            "another one replaces it" if self._is_train else "tested as a black one",
+            "another image replaces it" if self._is_train else "a black image replaces it",
             times,
             self._seen,
         )

@@ -52,7 +52,7 @@ def register_coco_dataset(dataset: CocoDataset) -> None:
     if name in DatasetCatalog:
         if name not in _registered_here:
             raise UserError(
-                f"--dataset {name}: a data set of this name exists already; choose another name."
+                f"--dataset {name}: a data set of this name exists already: choose another name."
             )
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -105,8 +105,8 @@ def log_more_objects_than(limit: int, name: str, key: str = "TEST.DETECTIONS_PER
     most = MetadataCatalog.get(name).get("most_objects", 0)
     if most > limit:
         logger.warning(
-            "an image of %s has %d objects, and a detector may find %d in one: the others count "
-            "as missed; give %s%d, which the evaluation follows",
+            "an image of %s has %d objects, but the detector finds %d at most: the others count as "
+            "missed; give %s%d, and the evaluation uses it too",
             name,
             most,
             limit,

@@ -16,7 +16,7 @@ def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
     Args:
         names: at least two different ones.
         fraction: in (0, 1); at least one name is chosen and one is not.
-        seed: another one gives another choice.
+        seed: a different seed gives a different choice.
 
     Raises:
         UserError: the fraction is out of range, or there are fewer than two names.
@@ -25,7 +25,7 @@ def choose(names: Sequence[str], fraction: float, seed: int) -> set[str]:
         raise UserError(f"the fraction must lie between 0 and 1, got {fraction:g}.")
     unique = list(set(names))
     if len(unique) < 2:
-        raise UserError(f"two images or more are needed for a split, here are {len(unique)}.")
+        raise UserError(f"a split needs at least two images, got {len(unique)}.")
     number = min(max(round(fraction * len(unique)), 1), len(unique) - 1)
     return set(_ordered(unique, seed)[:number])
 
@@ -46,7 +46,7 @@ def split_coco(
     Args:
         content: the checked content of a file.
         fraction: share of the images in the second part, in (0, 1).
-        seed: another one gives another split.
+        seed: a different seed gives a different split.
 
     Returns:
         The rest and the chosen part. Images with the same file name stay together.
@@ -65,7 +65,7 @@ def fold_coco(
     Args:
         content: the checked content of a file.
         folds: at least 2, and not more than there are images.
-        seed: another one gives other folds.
+        seed: a different seed gives different folds.
 
     Returns:
         For each fold the rest, and the part that is held out.
@@ -76,7 +76,7 @@ def fold_coco(
     names = _ordered(list({row["file_name"] for row in content["images"]}), seed)
     if not 2 <= folds <= len(names):
         raise UserError(
-            f"the number of folds must lie between 2 and {len(names)}, the number of images, got "
+            f"the number of folds must lie between 2 and the number of images, {len(names)}, got "
             f"{folds}."
         )
     return [_parts(content, set(names[fold::folds])) for fold in range(folds)]

@@ -110,15 +110,19 @@ def ensure_synthetic(root: str | os.PathLike[str] | None = None) -> Path:
                 new.chmod(0o755)  # mkdtemp lets nobody else read
                 _write(new)
                 if found is not None:
-                    logger.warning("%s is of another version (%s): generated anew", folder, found)
+                    logger.warning(
+                        "%s was written by another version (%s) and is generated anew",
+                        folder,
+                        found,
+                    )
                     shutil.rmtree(folder)
                 new.rename(folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"The synthetic data set cannot be written to {folder} ({reason(error)}): "
-            "set DETECTRON2_DATASETS to a folder with write access and 50 MB of room."
+            f"the synthetic data set cannot be written to {folder} ({reason(error)}): "
+            "set DETECTRON2_DATASETS to a writable folder with 50 MB of room."
         ) from error
     return folder
 

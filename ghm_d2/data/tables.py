@@ -40,8 +40,8 @@ def read_json(file: str) -> Any:
         raise cannot("read", f"the annotation file {file}", error) from error
     except UnicodeError as error:
         raise UserError(
-            f"{file} is not a complete JSON file (it is not text in UTF-8 or UTF-16: save it as "
-            "UTF-8)."
+            f"{file} is not a complete JSON file (it is not text in UTF-8 or UTF-16): save it as "
+            "UTF-8."
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a complete JSON file ({reason(error)}).") from error
@@ -56,8 +56,8 @@ def read_annotations(file: str) -> dict[str, Any]:
     content = read_json(file)
     if not isinstance(content, dict):
         raise UserError(
-            f"{file} is not in COCO format: it holds a {type(content).__name__} where an object "
-            'with "images", "annotations" and "categories" is expected.'
+            f"{file} is not in COCO format: it holds a {type(content).__name__} instead of an "
+            'object with "images", "annotations" and "categories".'
         )
     return content
 
@@ -81,9 +81,7 @@ def table_problems(content: dict[str, Any], *, labelled: bool) -> Iterator[Probl
         if table == "annotations" and not labelled and not rows:
             continue
         if not isinstance(rows, list) or not rows:
-            yield Problem(
-                "table", f'holds no {table}: its "{table}" must be a list that is not empty'
-            )
+            yield Problem("table", f'holds no {table}: "{table}" must be a list that is not empty')
             continue
         seen: dict[Any, dict] = {}
         for number, row in enumerate(rows):

@@ -27,7 +27,7 @@ def import_sahi() -> Any:
         import sahi.utils.coco  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "tiles need SAHI, which is not installed: pip install 'ghm_d2[tiles]'."
+            "tiles need SAHI, which is not installed: run pip install 'ghm_d2[tiles]'."
         ) from error
     return sahi
 

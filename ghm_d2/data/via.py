@@ -82,7 +82,7 @@ def read_via(
     ):
         try:
             if place.path is None:
-                raise ValueError(f"names the image {name!r}, which does not exist")
+                raise ValueError(f"refers to the image {name!r}, which does not exist")
             width, height = checked_size(Path(place.path))
         except ValueError as error:
             report(f"{file} {error}")
@@ -115,7 +115,7 @@ def _class_attribute(rows: Rows, file: Path, report: Callable[[str], None]) -> s
         return most[0][0]
     raise UserError(
         f"{file}: several attributes of the regions could be their class "
-        f"({shown(', '.join(counts), 100)}): rename the one that is to {_USUAL[0]!r}."
+        f"({shown(', '.join(counts), 100)}): rename the right one to {_USUAL[0]!r}."
     )
 
 
@@ -133,8 +133,8 @@ def _object(region: Any, attribute: str | None) -> LabelledObject | str:
     attributes = region.get("region_attributes") or {}
     name = _text(attributes.get(attribute)) if attribute else _NAMELESS
     if not name:
-        return f"holds a {shape.get('name')} without {attribute!r}"
-    return _shape(name, shape) or f"holds a {shape.get('name')}, which is no area"
+        return f"holds a {shape.get('name')} without the attribute {attribute!r}"
+    return _shape(name, shape) or f"holds a {shape.get('name')}, which has no area"
 
 
 def _shape(name: str, shape: dict[str, Any]) -> LabelledObject | None:

@@ -66,7 +66,7 @@ def watched() -> Iterator[None]:
         if not str(error).startswith("DataLoader timed out"):
             raise
         raise UserError(
-            f"no image came from the processes that load them within {TIMEOUT} seconds: look at "
-            "the disk or network that holds the images, or load them in this process with "
+            f"the processes that load images delivered none within {TIMEOUT} seconds: check the "
+            "disk or network that holds the images, or load them in this process with "
             "DATALOADER.NUM_WORKERS 0 (num_workers=0 in a Python config) to see where it hangs."
         ) from error

@@ -32,7 +32,7 @@ def read_xml(file: Path) -> Element:
         return fromstring(text, forbid_dtd=True)
     except DefusedXmlException as error:
         raise ValueError(
-            "has a document type (<!DOCTYPE ...>), which could hide entities: remove it"
+            "has a document type (<!DOCTYPE ...>), which could define entities: remove it"
         ) from error
     except (ParseError, ValueError, RecursionError) as error:
         raise ValueError(f"is not well-formed XML ({error})") from error

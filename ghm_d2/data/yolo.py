@@ -137,7 +137,7 @@ def _splits(content: dict[str, Any], file: Path) -> dict[str, list[Path]]:
         places = [place for place in by_text.values() if place]
         for text in (text for text, place in by_text.items() if place is None):
             log = logger.info if split == "test" else logger.warning
-            log("%s names %s: %s, which does not exist", file.name, split, shown(text))
+            log("%s gives %s: %s, which does not exist", file.name, split, shown(text))
         if places:
             found[split] = places
     # Drops a split with the images of an earlier one: small examples validate on training images.
@@ -239,7 +239,7 @@ def _members(found: YoloSet, images: Sequence[Path]) -> Iterator[tuple[str, Path
                     absent.append(line.strip())
             if absent:
                 logger.warning(
-                    "%s: %d of its images are not there, the first is %s",
+                    "%s: %d of the images that it lists do not exist; the first: %s",
                     place,
                     len(absent),
                     shown(absent[0]),
@@ -270,14 +270,14 @@ def _objects(
             continue
         values = [number(word) for word in words]
         if len(values) < 5 or None in values or values[0] != int(values[0]):
-            lost.append(f"line {line} of {file.name}, {shown(row, 60)!r}, is no box or polygon")
+            lost.append(f"line {line} of {file.name}, {shown(row, 60)!r}, is not a box or polygon")
             continue
         k = int(values[0])
         if found.names and not 0 <= k < len(found.names):
             raise UserError(
-                f"{file}, line {line}: class {k} has no name among the {len(found.names)} of "
-                f"{found.declared} ({shown(', '.join(found.names), 100)}): add it there, or remove "
-                "the line."
+                f"{file}, line {line}: class {k} has no name, as {found.declared} has only "
+                f"{len(found.names)} ({shown(', '.join(found.names), 100)}): add it there, or "
+                "remove the line."
             )
         # Leave out the score that a detection may end with, and the keypoints of a pose.
         numbers = values[1:5] if len(values) in (6, 5 + found.points) else values[1:]

@@ -20,7 +20,7 @@ from detectron2.export import TracingAdapter
 from torch import Tensor, nn
 
 from ghm_d2.engine.settings import Config
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import UserError, described
 
 from .detections import Detections, check_detector, detect
 from .fixed_size import fixed_size_detector
@@ -274,8 +274,7 @@ def _write_torch_export(model: nn.Module, file: Path, metadata: str, options: Op
         )
     except Exception as error:  # torch.export has no common type for what it cannot follow
         raise UserError(
-            f"torch.export cannot follow this model ({type(error).__name__}: {reason(error)}): use "
-            "--format torchscript."
+            f"torch.export cannot follow this model ({described(error)}): use --format torchscript."
         ) from error
     with open(file, "wb") as stream:  # given a path, it insists on the suffix .pt2
         torch.export.save(program, stream, extra_files={METADATA_KEY: metadata})

@@ -143,8 +143,8 @@ class Predictor:
         output = model([inputs])[0]
         if "instances" not in output:
             raise UserError(
-                f"{type(model).__name__} finds no instances but {', '.join(output)}: predict is "
-                "for detectors with boxes, scores and classes."
+                f"{type(model).__name__} outputs {', '.join(output)} instead of instances: predict "
+                "is for detectors that find boxes, scores and classes."
             )
         return output["instances"].to("cpu")
 

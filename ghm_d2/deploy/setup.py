@@ -38,15 +38,15 @@ def tool_parser(program: str, usage: str, description: str) -> Parser:
     parser = Parser(
         prog=program,
         usage=f"%(prog)s --config-file FILE {usage} [KEY VALUE ...]",
-        description=f"{description} KEY VALUE pairs override the config, MODEL.WEIGHTS first of "
-        "all, and may stand before or after the options.",
+        description=f"{description} KEY VALUE pairs, such as MODEL.WEIGHTS FILE, override the "
+        "config and may stand before or after the options.",
         allow_abbrev=False,
     )
     parser.add_argument("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
     add_dataset_option(
         parser,
-        "COCO-format data: gives the images and the classes their ids, and the classes their "
-        "names where the weights have none; of more than one, the first",
+        "COCO-format data from which the results take the ids of images and classes, and the names "
+        "of classes where the weights have none (the first, if given repeatedly)",
     )
     return parser
 
@@ -162,7 +162,7 @@ def list_files(
             )
         if others := [f for f in there if f.suffix.lower() not in suffixes]:
             logger.warning(
-                "%s: %d files are left out, whose names do not end in %s; the first: %s",
+                "%s: %d files are left out because their names do not end in %s; the first: %s",
                 text, len(others), _either(suffixes), others[0],
             )  # fmt: skip
         for file in found:

@@ -1,17 +1,19 @@
 """The command line of train_net.py, and the parts of it that other tools share."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from detectron2.config import get_cfg
 
-from ghm_d2.errors import UserError, command
+from ghm_d2.errors import UserError, cannot, command
 
 from .python_config import NODES
 
-CONFIG_FILE_HELP = "a YAML or Python file of yours (the latter is executed: run none whose author "
-CONFIG_FILE_HELP += "you do not trust), or the name of one of configs/"
+CONFIG_FILE_HELP = "a YAML or Python file (a Python file is executed: use only files from people "
+CONFIG_FILE_HELP += "you trust), or the name of a file in configs/"
 _FLAGS = ("-h", "--help", "--eval-only", "--resume", "--overwrite", "--trust-checkpoint")
 
 
@@ -65,17 +67,17 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--config-file", metavar="FILE", required=True, help=CONFIG_FILE_HELP)
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
-    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
-    add("--overwrite", action="store_true", help="train anew where a finished training lies")
+    add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    add("--overwrite", action="store_true", help="replace a finished training in OUTPUT_DIR")
     add(
         "--trust-checkpoint",
         action="store_true",
-        help="open checkpoints that could run code (only files of people you trust)",
+        help="open checkpoints that could run code (only files from people you trust)",
     )
     add_dataset_option(
         parser,
-        "register COCO-format data, or a folder of any tool's labels; the first is trained on and "
-        "the others are tested on, unless DATASETS.TRAIN and DATASETS.TEST say otherwise "
+        "register COCO-format data, or a folder with labels of any tool; the first is trained on "
+        "and the others are tested on, unless DATASETS.TRAIN and DATASETS.TEST say otherwise "
         "(repeatable)",
     )
     add_process_options(parser)
@@ -98,7 +100,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (1)")
     add("--num-machines", type=int, default=1, metavar="N", help="number of machines (1)")
-    add("--machine-rank", type=int, default=0, metavar="R", help="number of this machine (0)")
+    add("--machine-rank", type=int, default=0, metavar="R", help="index of this machine (0)")
     add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0 (auto)")
 
 
@@ -141,8 +143,20 @@ def _is_key(word: str, python: bool) -> bool:
     return word.partition(".")[0] in known
 
 
+def make_output_folder(folder: Path) -> None:
+    """Makes the folder that `--output` names, and those above it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot("made", f"--output {folder}", error) from error
+
+
 def parse_arguments(
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     parser: Parser | None = None,
     *,
     flags: Sequence[str] = _FLAGS,
@@ -152,7 +166,7 @@ def parse_arguments(
     """Parse the command line.
 
     Args:
-        argv: the arguments without the program's name.
+        argv: the arguments without the program's name; None: `sys.argv[1:]`.
         parser: the options of another program; those of train_net.py by default.
         flags: options without a value; all others take one word.
         lists: options that take more than one; the first word that is a key ends the values.
@@ -165,14 +179,15 @@ def parse_arguments(
     Raises:
         UserError: an unknown option, a missing or wrong value, or a key without a value.
     """
+    argv = sys.argv[1:] if argv is None else argv
     if python is None:
         python = any(word.endswith(".py") for word in argv)
     options, pairs = _split(argv, flags, lists, python)
     args = (parser or _parser()).parse_args(options)
     if len(pairs) % 2 and not python:
         raise UserError(
-            f"the KEY VALUE pairs are {len(pairs)} words, so one key has no value: "
-            + " ".join(pairs)
+            f"the KEY VALUE pairs have an odd number of words ({len(pairs)}), so one key has no "
+            f"value: {' '.join(pairs)}"
         )
     args.opts = pairs
     return args

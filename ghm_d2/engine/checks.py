@@ -4,8 +4,8 @@ Everything here raises `UserError` with one sentence; what only looks odd is log
 """
 
 import logging
-import math
 import os
+import re
 from collections.abc import Set
 
 import torch
@@ -22,6 +22,7 @@ from .dataset_checks import check_datasets
 from .processes import Processes, started_by_torchrun
 from .selection import check_selection
 from .settings import Config, key_of, pair, read_settings
+from .value_checks import check_values
 from .writers import check_writers
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def check_all(
         UserError: one sentence with the way out.
     """
     _check_config(cfg)
-    _check_values(cfg, eval_only)
+    _name_keys_without_effect(cfg, given)
+    check_values(cfg, eval_only, processes.world_size)
     _check_processes(cfg, processes, eval_only)
     check_datasets(cfg, eval_only)
     if not eval_only:
@@ -121,36 +123,15 @@ def _check_config(cfg: Config) -> None:
         )
 
 
-def _check_values(cfg: Config, eval_only: bool) -> None:
-    """Numbers that Detectron2 would divide by, or take for something else."""
-    settings = read_settings(cfg)
-    least = {"test_workers": 0}
-    if not eval_only:
-        least |= dict.fromkeys(("max_iter", "checkpoint_period", "images_per_batch"), 1)
-        least |= {"log_period": 1, "eval_period": 0, "statistics_period": 0, "train_workers": 0}
-        least |= {"patience": 0, "accumulation_steps": 1}
-    for name, smallest in least.items():
-        value = getattr(settings, name)
-        if not isinstance(value, int) or value < smallest:
-            raise UserError(f"{key_of(cfg, name)} must be at least {smallest}, got {value}.")
-    if not 0 <= settings.ema_decay < 1:
-        raise UserError(
-            f"{key_of(cfg, 'ema_decay')} must be at least 0 and less than 1, got "
-            f"{settings.ema_decay}."
-        )
-    warmup, python = settings.warmup or 0, not isinstance(cfg, CfgNode)
-    if not 0 <= warmup <= (1 if python else math.inf):
-        allowed = "in 0 .. 1, a share of the training" if python else "at least 0"
-        raise UserError(f"{key_of(cfg, 'warmup')} must be {allowed}, got {warmup}.")
-    if not eval_only and not python and warmup > settings.max_iter:
-        logger.warning(
-            "the warm-up is longer than the training (%s %s, %s %s): the learning rate never "
-            "reaches its value",
-            key_of(cfg, "warmup"),
-            warmup,
-            key_of(cfg, "max_iter"),
-            settings.max_iter,
-        )
+def _name_keys_without_effect(cfg: Config, given: Set[str]) -> None:
+    if not isinstance(cfg, CfgNode):
+        return
+    for key in sorted(given):
+        loss, _, name = key.rpartition(".")
+        if name != "ENABLED" and re.fullmatch(r"MODEL\.GHM\.\w+\.(CLS|REG)", loss):
+            part, kind = loss.split(".")[2:]
+            if not cfg.MODEL.GHM[part][kind].ENABLED:
+                logger.warning("%s has no effect: %s.ENABLED is False.", key, loss)
 
 
 def _check_processes(cfg: Config, processes: Processes, eval_only: bool) -> None:
@@ -162,8 +143,8 @@ def _check_processes(cfg: Config, processes: Processes, eval_only: bool) -> None
         )
     if not 0 <= processes.machine_rank < processes.num_machines:
         raise UserError(
-            f"--machine-rank {processes.machine_rank} is not in 0 .. "
-            f"{processes.num_machines - 1}, as --num-machines {processes.num_machines} wants."
+            f"--machine-rank must lie in [0, {processes.num_machines - 1}] with --num-machines "
+            f"{processes.num_machines}, got {processes.machine_rank}."
         )
     if processes.num_machines > 1 and processes.dist_url == "auto":
         raise UserError("--num-machines above 1 needs --dist-url tcp://HOST:PORT of machine 0.")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ghm_d2.data.keypoints import KeypointKeys, check_keypoints
 from ghm_d2.data.registration import log_more_objects_than
@@ -23,13 +23,14 @@ from .settings import (
     pair,
     read_settings,
     typed,
+    value_of,
 )
 
 logger = logging.getLogger(__name__)
 
 _PYTHON_KEYS = KeypointKeys(
     "dataloader.train.mapper.use_keypoint is True",
-    "give dataloader.train.mapper.use_keypoint=False",
+    "give model.roi_heads.keypoint_in_features=null",
     "model.roi_heads.keypoint_head.num_keypoints",
     "=",
     "take RandomFlip out of dataloader.train.mapper.augmentations",
@@ -60,12 +61,14 @@ def check_datasets(cfg: Config, eval_only: bool) -> None:
     for name in dict.fromkeys(train + test):
         _check_dataset_files(name)
         _check_class_count(cfg, name)
+    if train and not isinstance(cfg, CfgNode):
+        _check_heads(cfg)
     for name in train:
         _check_masks(cfg, name)
     _check_keypoints(cfg, train, test)
     key, limit = detections_per_image(cfg)
     for name in test:
-        _check_evaluator(name)
+        _check_evaluator(cfg, name)
         if limit is not None:
             log_more_objects_than(limit, name, typed(cfg, key, ""))
     _check_class_names(cfg, dict.fromkeys(train + test))
@@ -92,12 +95,39 @@ def _check_dataset_files(name: str) -> None:
             )
 
 
+def _has_head(cfg: DictConfig, part: str) -> bool:
+    """Whether a Python config has a mask or keypoint head that Detectron2 uses."""
+    heads = value_of(cfg, "model.roi_heads") or {}
+    return bool(heads.get(f"{part}_head")) and heads.get(f"{part}_in_features", "") is not None
+
+
+def _check_heads(cfg: DictConfig) -> None:
+    """Checks that the mapper reads what the heads are trained on."""
+    uses = read_uses(cfg)  # of everything where the mapper is not Detectron2's
+    for part, option, is_read in (
+        ("mask", "use_instance_mask", uses.masks),
+        ("keypoint", "use_keypoint", uses.keypoints),
+    ):
+        if _has_head(cfg, part) and not is_read:
+            raise UserError(
+                f"model.roi_heads.{part}_head is trained on annotations that the mapper leaves "
+                f"out: give dataloader.train.mapper.{option}=True, or "
+                f"model.roi_heads.{part}_in_features=null to train on boxes alone."
+            )
+
+
 def _check_masks(cfg: Config, name: str) -> None:
     without = MetadataCatalog.get(name).get("without_mask", 0)
-    if isinstance(cfg, CfgNode) and cfg.MODEL.MASK_ON and without:
+    if isinstance(cfg, CfgNode):
+        used, key, way_out = cfg.MODEL.MASK_ON, "MODEL.MASK_ON", "MODEL.MASK_ON False"
+    else:
+        used = read_uses(cfg).mask_head and _has_head(cfg, "mask")
+        key = "dataloader.train.mapper.use_instance_mask"
+        way_out = "model.roi_heads.mask_in_features=null"
+    if used and without:
         raise UserError(
-            f"MODEL.MASK_ON is True, but {without} objects of the data set {name} have no "
-            "segmentation: annotate them, or give MODEL.MASK_ON False to train on boxes alone."
+            f"{key} is True, but {without} objects of the data set {name} have no "
+            f"segmentation: annotate them, or give {way_out} to train on boxes alone."
         )
 
 
@@ -107,7 +137,8 @@ def _check_keypoints(cfg: Config, train: Sequence[str], test: Sequence[str]) -> 
         number = OmegaConf.select(cfg, _PYTHON_KEYS.number)
         sigmas = OmegaConf.select(cfg, "dataloader.evaluator.kpt_oks_sigmas") or ()
         sigmas_key = "dataloader.evaluator.kpt_oks_sigmas"
-        used, flipped = read_uses(cfg).keypoints and number is not None, random_flip(cfg)
+        used = read_uses(cfg).keypoints and number is not None and _has_head(cfg, "keypoint")
+        flipped = random_flip(cfg)
     else:
         number, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
         sigmas_key = "TEST.KEYPOINT_OKS_SIGMAS"
@@ -162,7 +193,12 @@ def _check_class_names(cfg: Config, names: Iterable[str]) -> None:
             )
 
 
-def _check_evaluator(name: str) -> None:
+def _check_evaluator(cfg: Config, name: str) -> None:
+    if not isinstance(cfg, CfgNode) and value_of(cfg, "dataloader.evaluator") is None:
+        raise UserError(
+            f"dataloader.evaluator is null, so {name} cannot be evaluated: describe one, or give "
+            f"{pair(cfg, 'test', '[]')}."
+        )
     kind = MetadataCatalog.get(name).get("evaluator_type")
     if kind not in EVALUATOR_TYPES:
         raise UserError(

@@ -179,24 +179,20 @@ def _weights_row(model: nn.Module) -> Row:
 def _watch_modules(model: nn.Module) -> Iterator[list[Row]]:
     """Rows of the first modules without children whose output is not finite, in call order."""
     rows: list[Row] = []
-    hooks = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             if len(rows) < 3 and not _finite(output):
-                origin = "its input was finite" if _finite(inputs) else "so was its input"
+                origin = "its input was finite" if _finite(inputs) else "nor was its input"
                 rows.append(Row("module", f"{name} ({type(module).__name__})", False, origin))
 
         return hook
 
-    for name, module in model.named_modules():
-        if not any(True for _ in module.children()) and not isinstance(module, HarmonizedLoss):
-            hooks.append(module.register_forward_hook(watch(name)))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not any(True for _ in module.children()) and not isinstance(module, HarmonizedLoss):
+                hooks.enter_context(module.register_forward_hook(watch(name)))
         yield rows
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _dense_heads(model: nn.Module) -> Iterator[tuple[nn.Module, Sequence[str]]]:
@@ -212,7 +208,6 @@ def _dense_heads(model: nn.Module) -> Iterator[tuple[nn.Module, Sequence[str]]]:
 @contextmanager
 def _watch_levels(model: nn.Module) -> Iterator[list[Row]]:
     rows: list[Row] = []
-    hooks = []
 
     def watch(levels: Sequence[str]) -> Any:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
@@ -224,13 +219,10 @@ def _watch_levels(model: nn.Module) -> Iterator[list[Row]]:
 
         return hook
 
-    for head, levels in _dense_heads(model):
-        hooks.append(head.register_forward_hook(watch(levels)))
-    try:
+    with ExitStack() as hooks:
+        for head, levels in _dense_heads(model):
+            hooks.enter_context(head.register_forward_hook(watch(levels)))
         yield rows
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import UserError, described
 from ghm_d2.losses.base import HarmonizedLoss
 
 from .agreement import any_process
@@ -99,11 +99,11 @@ class FiniteCheck:
             raise
         except (ValueError, FloatingPointError) as error:
             if self._agreed or self._batch is None:
-                self._leave_together(_of(error))
+                self._leave_together(described(error))
                 raise
             self._stop(str(error).rstrip("."), cause=error)
         except Exception as error:
-            self._leave_together(_of(error))
+            self._leave_together(described(error))
             raise
         finally:
             self._losses = {}  # otherwise their graph stays in memory
@@ -255,10 +255,6 @@ class FiniteCheck:
             return ""
         finally:
             self._state.restore(self._model)
-
-
-def _of(error: Exception) -> str:
-    return f"{type(error).__name__}: {reason(error)}"
 
 
 def _communicates(module: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def _holder(text: str) -> str:
         found = json.loads(text)
         return f"process {found['process']} on {found['host']}"
     except (ValueError, KeyError, TypeError):
-        return "which is about to start"
+        return "which is starting"
 
 
 def refuse_finished(folder: str | Path, way_on: str) -> None:
@@ -133,8 +133,8 @@ def disk_errors(folder: str | Path) -> Iterator[None]:
             raise
         name = error.filename if isinstance(error.filename, str) else folder
         raise UserError(
-            f"{name} cannot be written ({reason(error)}): the checkpoints before are whole, go on "
-            "with --resume once it can."
+            f"{name} cannot be written ({reason(error)}). Earlier checkpoints are intact: continue "
+            "with --resume once there is room."
         ) from error
     finally:
         _close_logs()

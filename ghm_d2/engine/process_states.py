@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ghm_d2.data.loader import TrainLoader
+from ghm_d2.errors import counted
 from ghm_d2.randomness import get_random_state, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -77,9 +78,9 @@ class ProcessStates(HookBase):
         states, rank, world = state["processes"], comm.get_rank(), comm.get_world_size()
         if len(states) != world:
             logger.warning(
-                "the checkpoint is of %d process(es) and this run has %d: those without a state of "
+                "the checkpoint was written by %s, and this run has %d: those without a state of "
                 "their own start with the running counts of the first one and new random numbers",
-                len(states),
+                counted(len(states), "process"),
                 world,
             )
         if rank < len(states):
@@ -94,7 +95,7 @@ class ProcessStates(HookBase):
         if isinstance(loader, TrainLoader) and "data" in state:
             loader.load_state_dict(state["data"])
         else:
-            logger.warning("the order of images starts anew: the data loader keeps no place in it")
+            logger.warning("the order of images starts anew: the data loader cannot resume")
 
 
 def _model(trainer: Any) -> nn.Module:

@@ -84,13 +84,13 @@ def join_torchrun(given: Processes, device: str) -> Processes:
     world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if given not in (Processes(), Processes(here)):
         raise UserError(
-            "torchrun chooses the processes: leave --num-gpus, --num-machines, --machine-rank and "
-            "--dist-url out."
+            "torchrun chooses the processes: leave out --num-gpus, --num-machines, --machine-rank "
+            "and --dist-url."
         )
     if world % here:
         raise UserError(
-            f"every machine must run as many processes: --nproc-per-node is {here} on this one, "
-            f"and the job has {world}."
+            f"every machine must run the same number of processes: --nproc-per-node is {here} on "
+            f"this one, and the whole job has {world} processes."
         )
     rank = int(os.environ["RANK"])
     on_gpu = torch.device(device).type == "cuda"

@@ -19,7 +19,7 @@ from ghm_d2.data.augmentation import build_augmentations
 from ghm_d2.data.keypoints import convert_incomplete
 from ghm_d2.data.loader import build_train_loader_from_parts
 from ghm_d2.data.readable import ReadableMapper
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import building
 
 from .clipping import clip_gradients
 from .evaluation import AllThresholdsCOCOEvaluator
@@ -64,7 +64,7 @@ def build_train_loader(cfg: DictConfig) -> Iterable[list[dict]]:
         listed = isinstance(parts["dataset"], list)
         return TrainingSampler(len(parts["dataset"])) if listed else None
 
-    return build_train_loader_from_parts(parts, build_sampler)
+    return _call(lambda: build_train_loader_from_parts(parts, build_sampler), "dataloader.train")
 
 
 def build_train_mapper(cfg: DictConfig) -> Any:
@@ -131,9 +131,5 @@ def _call(build: Callable[[], Any], key: str) -> Any:
         UserError: a call that a config describes was refused, such as for an argument that does not
             exist or fit.
     """
-    try:
+    with building(key):
         return build()
-    except UserError:
-        raise
-    except (AssertionError, ImportError, TypeError, ValueError) as error:
-        raise UserError(f"{key} cannot be built: {reason(error)}.") from error

@@ -5,8 +5,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from detectron2.config import LazyConfig
-from detectron2.data import DatasetMapper
+from detectron2.config import CfgNode, LazyConfig
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.data.transforms import RandomFlip, ResizeShortestEdge
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.utils.registry import locate
@@ -17,9 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 from ghm_d2.data.anchor_check import AnchorSettings
 from ghm_d2.data.anchors import Anchors, InputSize
 from ghm_d2.data.annotations import Uses
-from ghm_d2.errors import UserError, similar_names
+from ghm_d2.errors import UserError, described, similar_names
+
+from .settings import Config
 
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+_LOADERS = {"train": build_detection_train_loader, "test": build_detection_test_loader}
 
 
 def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -37,8 +44,8 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     try:
         cfg = LazyConfig.load(file)
-    except Exception as error:  # it is a program: anything may happen
-        raise UserError(f"{file} cannot be run ({_where(error)}{_describe(error)}).") from error
+    except (Exception, SystemExit) as error:  # it is a program: anything may happen
+        raise UserError(f"{file} cannot be run ({_where(error)}{described(error)}).") from error
     if missing := [name for name in NODES if name not in cfg]:
         raise UserError(
             f"{file} lacks {', '.join(missing)}: a Python config of a training has "
@@ -46,11 +53,36 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
         )
     for override in overrides:
         _override(cfg, override)
+    _check_parts(cfg, file)
     return cfg
 
 
-def read_uses(cfg: DictConfig) -> Uses:
-    """The annotation kinds that the mapper may read; all of them unless it is Detectron2's."""
+def _check_parts(cfg: DictConfig, file: str) -> None:
+    """
+    Raises:
+        UserError: a part that every training needs is null, or a value refers to one that does not
+            exist.
+    """
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{file} cannot be read ({described(error)}).") from error
+    needed = [*NODES, "dataloader.train", "dataloader.test"]
+    for split, build in _LOADERS.items():
+        if target_of(OmegaConf.select(cfg, f"dataloader.{split}")) is build:
+            needed += [f"dataloader.{split}.{part}" for part in ("dataset", "mapper")]
+    for key in needed:
+        if not isinstance(OmegaConf.select(cfg, key), DictConfig):
+            raise UserError(f"{key} must hold keys of its own, got {OmegaConf.select(cfg, key)!r}.")
+
+
+def read_uses(cfg: Config) -> Uses:
+    """What the mapper of a config of either kind reads of annotations.
+
+    In a Python config with a mapper other than Detectron2's that is everything.
+    """
+    if isinstance(cfg, CfgNode):
+        return Uses.of(cfg)
     mapper = _dataset_mapper(cfg)
     if mapper is None:
         return Uses()
@@ -58,13 +90,19 @@ def read_uses(cfg: DictConfig) -> Uses:
     return Uses(masks, bool(mapper.get("use_keypoint")))
 
 
-def read_anchors(cfg: DictConfig) -> AnchorSettings | None:
-    """Anchor and resize settings; None unless both are Detectron2's own classes."""
+def read_anchors(cfg: Config) -> AnchorSettings | None:
+    """Anchor and resize settings of a config of either kind.
+
+    None for a Python config, unless both are Detectron2's own classes; see also
+    :meth:`~ghm_d2.data.anchor_check.AnchorSettings.of`.
+    """
+    if isinstance(cfg, CfgNode):
+        return AnchorSettings.of(cfg)
     keys = ("model.anchor_generator", "model.proposal_generator.anchor_generator")
     key = next(
         (k for k in keys if target_of(OmegaConf.select(cfg, k)) is DefaultAnchorGenerator), ""
     )
-    train, test = (_resize_key(cfg, split) for split in ("train", "test"))
+    train, test = (resize_key(cfg, split) for split in ("train", "test"))
     if not key or not train:
         return None
     node, resize = OmegaConf.select(cfg, key), OmegaConf.select(cfg, train)
@@ -81,7 +119,7 @@ def read_anchors(cfg: DictConfig) -> AnchorSettings | None:
     return anchors and AnchorSettings(anchors, size, words, is_range)
 
 
-def _resize_key(cfg: DictConfig, split: str) -> str:
+def resize_key(cfg: DictConfig, split: str) -> str:
     """The key of the call that resizes images by their shorter side; "" without one."""
     key = f"dataloader.{split}.mapper.augmentations"
     steps = OmegaConf.select(cfg, key) or ()
@@ -93,7 +131,7 @@ def _resize_key(cfg: DictConfig, split: str) -> str:
 def random_flip(cfg: DictConfig) -> bool:
     """Whether Detectron2's mapper mirrors training images from left to right at random."""
     mapper = _dataset_mapper(cfg)
-    steps = () if mapper is None else mapper.get("augmentations", ())
+    steps = (() if mapper is None else mapper.get("augmentations")) or ()
     flips = [step for step in steps if target_of(step) is RandomFlip]
     return any(flip.get("horizontal", True) and flip.get("prob", 0.5) for flip in flips)
 
@@ -113,19 +151,13 @@ def target_of(node: Any) -> Any:
         return None
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """ "FILE, line N: " of the last line that ran in a config; LazyConfig compiles them by name."""
     frames = [
         x for x in traceback.extract_tb(error.__traceback__) if "detectron2" not in x.filename
     ]
     outside = [x for x in frames[1:] if x.filename.endswith(".py")]
     return f"{outside[-1].filename}, line {outside[-1].lineno}: " if outside else ""
-
-
-def _describe(error: Exception) -> str:
-    """Type and message on one line, and those of the error behind it."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{text}; {_describe(error.__cause__)}" if error.__cause__ else text
 
 
 def _override(cfg: DictConfig, text: str) -> None:
@@ -137,13 +169,18 @@ def _override(cfg: DictConfig, text: str) -> None:
         LazyConfig.apply_overrides(cfg, [text])
     except (HydraException, OmegaConfBaseException, KeyError, NotImplementedError) as error:
         raise UserError(
-            f"{text} cannot be understood ({_describe(error)}); quote what the shell or YAML would "
+            f"{text} cannot be understood ({described(error)}); quote what the shell or YAML would "
             "take for something else."
         ) from error
     after = OmegaConf.select(cfg, key)
     if isinstance(before, int | float) and after is not None and not _same_kind(before, after):
         raise UserError(
             f"{key} is of type {type(before).__name__}, as in {before!r}: "
+            f"{text.partition('=')[2]} does not fit."
+        )
+    if isinstance(before, DictConfig) and not isinstance(after, DictConfig | None):
+        raise UserError(
+            f"{key} holds keys of its own, such as {key}.{next(iter(before), 'KEY')}: "
             f"{text.partition('=')[2]} does not fit."
         )
 

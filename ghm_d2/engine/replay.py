@@ -81,8 +81,8 @@ class Replay:
             return cfg
         if not trusted:
             raise UserError(
-                "the batch is of a Python config, which can run any code: give --trust-checkpoint "
-                "if you trust whoever made the file."
+                "the batch is of a training with a Python config, which can run any code: give "
+                "--trust-checkpoint if you trust the author of the file."
             )
         return OmegaConf.create(yaml.unsafe_load(self.config), flags={"allow_objects": True})
 
@@ -113,7 +113,7 @@ class Replay:
         with torch.device("meta"):
             expected = {name: x.shape for name, x in build_model(cfg).state_dict().items()}
         if expected != {name: x.shape for name, x in self.weights.items()}:
-            raise ValueError("its config is of another model than its weights")
+            raise ValueError("its config and its weights are of different models")
 
 
 def save_replay(path: str | os.PathLike, replay: Replay) -> None:

@@ -21,7 +21,7 @@ from ghm_d2.checkpoint import load_trained_weights
 from ghm_d2.checkpoint.origin import changed_data, check_datasets, origin_entry
 from ghm_d2.data import CocoDataset, register_coco_dataset
 from ghm_d2.data.registration import data_fingerprint
-from ghm_d2.errors import UserError, exits_with_one_sentence
+from ghm_d2.errors import UserError, exits_with_one_sentence, shown
 from ghm_d2.files import write_text
 from ghm_d2.run_folder import CONFIG, FINAL_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
@@ -91,6 +91,11 @@ def _exits_with_one_sentence() -> AbstractContextManager:
 
 def _parse(argv: Sequence[str] | None) -> tuple[Command, Processes]:
     argv = sys.argv[1:] if argv is None else argv
+    for word in map(str, argv):
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:  # neither the config nor a log could hold it
+            raise UserError(f"{shown(word)} is not text in UTF-8: rename the file.") from error
     args = parse_arguments(argv)
     command = Command(
         locate_config_file(args.config_file),
@@ -265,8 +270,8 @@ def _check_same_data(
     check_datasets(origin, settings.train)
     if changes := changed_data(origin, data):
         raise UserError(
-            f"--resume: the data is not that of the checkpoint ({'; '.join(changes)}): take the "
-            "same data, or start anew from these weights in another output folder."
+            f"--resume: the data is not what the checkpoint was trained on ({'; '.join(changes)}): "
+            "give the same data, or start anew from these weights in another output folder."
         )
 
 

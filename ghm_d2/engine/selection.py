@@ -204,7 +204,7 @@ class EarlyStopping(HookBase):
         found = "was never a number"
         if self.best:
             iteration, value = self.best
-            found = f"has not got better than {value:.4g}, after {iteration + 1} iterations,"
+            found = f"has not improved on {value:.4g}, reached after {iteration + 1} iterations,"
         return f"{self._metric} {found} in {self._patience} evaluations"
 
     def before_train(self) -> None:

@@ -2,14 +2,17 @@
 
 import json
 import re
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.registry import _convert_target_to_string
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
+
+from ghm_d2.errors import UserError
 
 Config = CfgNode | DictConfig  # of a .yaml and of a .py file
 
@@ -128,15 +131,64 @@ class Settings:
         return self.save_best or self.patience > 0
 
 
+_TYPES = get_type_hints(Settings)
+_NAMES = tuple[str, ...]
+_IN_WORDS = {
+    str: "text, perhaps in quotes",
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    _NAMES: "a list of names",
+    tuple[tuple[Any, ...], ...]: "a list of [task, metric, value, tolerance] each",
+    dict[str, Any]: "keys with values",
+}
+
+
 def read_settings(cfg: Config) -> Settings:
-    """The settings of a config of either kind."""
-    found = {field.name: _plain(_get(cfg, field.name)) for field in fields(Settings)}
-    for name in ("train", "test", "writers"):
-        names = found[name] or ()
-        found[name] = (names,) if isinstance(names, str) else tuple(names)
-    found["weights"] = found["weights"] or ""
+    """The settings of a config of either kind.
+
+    Raises:
+        UserError: a value has another type than its setting.
+    """
+    found = {}
+    for name, kind in _TYPES.items():
+        value = _plain(_get(cfg, name))
+        if kind == _NAMES and isinstance(value, str):
+            value = (value,)
+        if value is not None and not _fits(value, kind):
+            kind = next(x for x in (kind, *get_args(kind)) if x in _IN_WORDS)
+            raise UserError(f"{key_of(cfg, name)} must be {_IN_WORDS[kind]}, got {value!r}.")
+        found[name] = tuple(value) if isinstance(value, list) else value
     found["expected_results"] = tuple(map(tuple, found["expected_results"]))
     return Settings(**found)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_fits(value, each) for each in get_args(kind))
+    if kind == _NAMES:
+        return isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(map(_is_expected_result, value))
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _is_expected_result(row: Any) -> bool:
+    if not isinstance(row, list | tuple) or len(row) != 4:
+        return False
+    return all(_fits(x, kind) for x, kind in zip(row, (str, str, float, float), strict=True))
+
+
+def fill_nulls(cfg: Config) -> None:
+    """Gives settings that a Python config has as null their defaults: Detectron2 reads some too."""
+    for name, (_, key, default) in _KEYS.items():
+        node, _, last = key.rpartition(".")
+        if isinstance(cfg, DictConfig) and default is not None and key:
+            parent = OmegaConf.select(cfg, node)
+            if isinstance(parent, DictConfig) and last in parent and parent[last] is None:
+                change(cfg, name, default)
 
 
 def key_of(cfg: Config, name: str) -> str:
@@ -207,6 +259,11 @@ def _named(value: Any) -> Any:
         name = {"_target_": _convert_target_to_string(target)} if callable(target) else {}
         return {key: _named(item) for key, item in value.items()} | name
     return [_named(item) for item in value] if isinstance(value, list) else value
+
+
+def value_of(cfg: Config, full_key: str) -> Any:
+    """The value of any key; None where the config has no such key."""
+    return _plain(_select(cfg, full_key, None))
 
 
 def class_counts(cfg: Config) -> dict[str, int]:

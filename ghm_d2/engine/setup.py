@@ -16,7 +16,6 @@ from ghm_d2 import data, model_zoo, modeling  # noqa: F401  (they register what 
 from ghm_d2.config import add_ghm_config
 from ghm_d2.config_files import find_config, similar_configs
 from ghm_d2.data import CocoDataset, register_datasets
-from ghm_d2.data.annotations import Uses
 from ghm_d2.data.class_weights import set_class_weights
 from ghm_d2.errors import UserError, cannot, counted, reason, similar_names
 
@@ -27,6 +26,7 @@ from .settings import (
     change,
     class_counts,
     class_keys,
+    fill_nulls,
     key_of,
     read_settings,
     set_key,
@@ -104,11 +104,11 @@ def build_config(
         if log_to_file:
             setup_ghm_logger(read_settings(cfg).output_dir, comm.get_rank())
     except OSError as error:
-        folder = f"{key_of(cfg, 'output_dir')} {read_settings(cfg).output_dir}"
+        folder = f"{key_of(cfg, 'output_dir')} {read_settings(cfg).output_dir or repr('')}"
         raise cannot("written", folder, error) from error
     choose_device(cfg)
 
-    uses = Uses.of(cfg) if isinstance(cfg, CfgNode) else read_uses(cfg)
+    uses = read_uses(cfg)
     checked = register_datasets(datasets, labelled=not eval_only, uses=uses)
     if checked:
         given = given_keys(config_file, overrides)
@@ -132,7 +132,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
     """
     file = locate_config_file(config_file)
     if is_python(file):
-        return load_python_config(file, overrides)
+        cfg = load_python_config(file, overrides)
+        fill_nulls(cfg)
+        return cfg
     cfg = get_cfg()
     add_ghm_config(cfg)
     merge_config_file(cfg, file)

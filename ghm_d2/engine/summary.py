@@ -15,7 +15,7 @@ from detectron2.data import MetadataCatalog
 
 from ghm_d2 import errors
 from ghm_d2.data import CocoDataset
-from ghm_d2.errors import reason, shown
+from ghm_d2.errors import described, shown
 from ghm_d2.run_folder import BEST_CHECKPOINT, BEST_F1, CONFIG, FINAL_CHECKPOINT, METRICS, RunFolder
 
 from .arguments import Command, train_program
@@ -194,7 +194,7 @@ def _try(draw: Callable[[], None], what: str) -> None:
     try:
         draw()
     except Exception as error:  # whatever it is, the training is done and its result counts
-        text = f"{type(error).__name__}: {reason(error)}"
+        text = described(error)
         logger.warning("the picture of the %s could not be drawn (%s)", what, text)
 
 

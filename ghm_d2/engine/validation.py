@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -17,7 +16,6 @@ from torch import nn
 
 from ghm_d2.analysis.hook import losses_by_name
 from ghm_d2.analysis.statistics import kept_examples
-from ghm_d2.data.annotations import Uses
 from ghm_d2.errors import UserError
 from ghm_d2.losses.base import HarmonizedLoss, observed
 
@@ -42,10 +40,10 @@ def add_ground_truth(mapper: Callable[[dict], dict], cfg: Config) -> DatasetMapp
     """
     if not isinstance(mapper, DatasetMapper):
         raise UserError(
-            "train.validation_loss needs Detectron2's DatasetMapper as dataloader.test.mapper, "
-            f"which is a {type(mapper).__name__}: take it, or give train.validation_loss=False."
+            "train.validation_loss needs Detectron2's DatasetMapper as dataloader.test.mapper, got "
+            f"a {type(mapper).__name__}: use a DatasetMapper, or give train.validation_loss=False."
         )
-    uses = Uses.of(cfg) if isinstance(cfg, CfgNode) else read_uses(cfg)
+    uses = read_uses(cfg)
     mapper.is_train = True
     mapper.use_instance_mask, mapper.use_keypoint = bool(uses.masks), uses.keypoints
     mapper.instance_mask_format = uses.masks or mapper.instance_mask_format
@@ -164,5 +162,6 @@ class ReadableImages(DatasetEvaluator):
         if images and len(failures) == images:
             raise UserError(
                 f"none of the {images} images of {self._name} could be read, the first "
-                f"{failures[0]}: check the disk, or list all of them with ghm-d2 check-data."
+                f"{failures[0]}: check the disk and what the config does to test images, or list "
+                "all that are damaged with ghm-d2 check-data."
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from ghm_d2.errors import UserError, reason
+from ghm_d2.errors import UserError, described
 
 from .settings import Config, as_text, key_of, read_settings
 
@@ -145,7 +145,7 @@ def build_more_writers(cfg: Config) -> list[EventWriter]:
             writers.append(WRITERS[name](settings.output_dir, as_text(cfg)))
         except Exception as error:  # network, login and server errors have types of their own
             raise UserError(
-                f"{name} cannot start ({type(error).__name__}: {reason(error)}): "
+                f"{name} cannot start ({described(error)}): "
                 f"{_WAYS_OUT[name]}, or leave it out of {key_of(cfg, 'writers')}."
             ) from error
     return writers

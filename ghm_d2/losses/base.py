@@ -1,25 +1,20 @@
-"""What GHM-C and GHM-R share: settings, running counts, and the step from counts to weights."""
+"""What GHM-C and GHM-R share: the way from examples over counts and weights to one loss."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import (
     WEIGHT_MESSAGE,
     ValueChecks,
-    check_bins,
     check_choice,
-    check_flag,
-    check_fraction,
     check_non_negative,
     check_plain,
     raise_first,
 )
-from .functional import Averaging
 from .kernels import (
     Arguments,
     EagerExamples,
@@ -29,11 +24,8 @@ from .kernels import (
     compiled_loss,
     device_examples,
     device_takes,
-    walk,
 )
-
-# A number of updates after which 1 - alpha^n has long been 1 in float64.
-_STEADY = 1 << 40
+from .running_counts import RunningCounts, is_recomputation
 
 # Makes the examples of several predictions with whole-tensor operations.
 Eager = Callable[[Sequence[Tensor]], EagerExamples]
@@ -61,19 +53,9 @@ def observed(observer: Callable[..., None]) -> Iterator[None]:
         _observers.remove(observer)
 
 
-class HarmonizedLoss(nn.Module):
-    """`loss_weight * sum_i loss_i / GD(g_i)` over the examples that a subclass provides.
+class HarmonizedLoss(RunningCounts):
+    """`loss_weight * sum_i loss_i / GD(g_i)` over the examples that a subclass provides."""
 
-    Attributes:
-        acc_sum: float32 (bins,), the exponential moving average of the region counts,
-            `S_j <- alpha * S_j + (1 - alpha) * R_j`. Saved with the model; written by training
-            steps alone: in training mode, with gradients enabled, and not again where
-            activation checkpointing repeats a forward pass.
-        num_updates: int64 (bins,), how often region j was averaged; only with `bias_correction`.
-    """
-
-    acc_sum: Tensor
-    num_updates: Tensor
     # A subclass's names for its two arguments, and its message for a NaN in them.
     argument_names: tuple[str, str]
     not_finite_message: str
@@ -91,14 +73,15 @@ class HarmonizedLoss(nn.Module):
         density: str = "unit_region",
     ) -> None:
         """See :class:`~ghm_d2.losses.GHMCLoss` for the arguments."""
-        super().__init__()
-        self.bins = check_bins(bins)
-        self.momentum = check_fraction("momentum", momentum)
+        super().__init__(
+            bins,
+            momentum,
+            normalize_by=normalize_by,
+            decay_empty_bins=decay_empty_bins,
+            bias_correction=bias_correction,
+            sync=sync,
+        )
         self.loss_weight = check_non_negative("loss_weight", loss_weight)
-        self.normalize_by = check_choice("normalize_by", normalize_by, ("valid_bins", "all_bins"))
-        self.decay_empty_bins = check_flag("decay_empty_bins", decay_empty_bins)
-        self.bias_correction = check_flag("bias_correction", bias_correction)
-        self.sync = check_flag("sync", sync)
         self.density = check_choice("density", density, ("unit_region", "exact"))
         if density == "exact":
             if self.momentum:
@@ -109,9 +92,6 @@ class HarmonizedLoss(nn.Module):
             for name in ("decay_empty_bins", "bias_correction", "sync"):
                 if getattr(self, name):
                     raise ValueError(f"{name} must be False with density='exact', got True")
-        self.register_buffer("acc_sum", torch.zeros(self.bins))
-        if self.bias_correction:
-            self.register_buffer("num_updates", torch.zeros(self.bins, dtype=torch.int64))
         self._failures: dict[str, Tensor] = {}
         self._bits: Tensor | None = None
         self._messages: dict[int, str] = {}
@@ -121,13 +101,6 @@ class HarmonizedLoss(nn.Module):
         names = ["bins", "momentum", "loss_weight", "normalize_by", "decay_empty_bins"]
         names += ["bias_correction", "sync", "density"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-    def reset_parameters(self) -> None:
-        """Sets the running counts to 0, as in a new module; also after `to_empty`."""
-        with torch.no_grad():
-            self.acc_sum.zero_()
-            if self.bias_correction:
-                self.num_updates.zero_()
 
     def raise_deferred_errors(self) -> None:
         """Raises the ValueError of an earlier call on a CUDA device, if there is one; synchronises.
@@ -149,8 +122,8 @@ class HarmonizedLoss(nn.Module):
 
         Args:
             predictions: tensors as the first argument of :meth:`forward`.
-            targets: as many, as its second.
-            weights: as many, or None.
+            targets: one tensor for each of them, as the second argument.
+            weights: likewise, a tensor or None for each; or None.
 
         Returns:
             One scalar; the running counts are updated once.
@@ -193,8 +166,8 @@ class HarmonizedLoss(nn.Module):
         if not len(predictions) == len(targets) == len(weights):
             prediction, target = (name.removesuffix("s") + "s" for name in self.argument_names)
             raise ValueError(
-                f"{target} and weights must be as many as {prediction} ({len(predictions)}), "
-                f"got {len(targets)} and {len(weights)}"
+                f"{target} and weights must have one entry for each of the {len(predictions)} "
+                f"{prediction}, got {len(targets)} and {len(weights)}"
             )
         if not predictions:
             return self.acc_sum.new_zeros(())
@@ -231,7 +204,8 @@ class HarmonizedLoss(nn.Module):
         Args:
             raw: what :meth:`_layout` made of its tensors; the values are not checked yet.
             writes: whether this is a training step.
-            recomputed: see :meth:`_is_recomputed`; the result must then be that of the first pass.
+            recomputed: see :func:`is_recomputation`; the result must then be that of the first
+                pass.
 
         Returns:
             `(constants, state)`: keyword arguments of :func:`device_examples`, and the buffers that
@@ -322,7 +296,7 @@ class HarmonizedLoss(nn.Module):
         Returns:
             A scalar, float32 at least.
         """
-        recomputed = self._is_recomputed()
+        recomputed = is_recomputation(self.training and self.density != "exact")
         writes = self.training and torch.is_grad_enabled() and not recomputed
         constants, state = self._constants(raw, writes, recomputed)
         if (loss := self._compiled_loss(raw, constants, pooled)) is not None:
@@ -385,89 +359,6 @@ class HarmonizedLoss(nn.Module):
             rows = [None if x is None else x[number] for x in (counts, region_weights)]
             for observer in _observers:
                 observer(self, *columns, *rows)
-
-    def _is_recomputed(self) -> bool:
-        """Whether activation checkpointing repeats an earlier call, inside a backward pass.
-
-        The gradient then uses the weights of the earlier call, which the loss's graph holds; the
-        counts must not be averaged a second time.
-
-        Raises:
-            ValueError: the checkpointing is reentrant: its first pass had no graph to hold weights.
-        """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return False
-        if torch._C._current_graph_task_id() == -1:
-            return False
-        hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-        if self.training and self.density != "exact" and hooks is not None and hooks(True) is None:
-            raise ValueError(
-                "use_reentrant must be False in torch.utils.checkpoint around a harmonised loss, "
-                "got True: its first pass runs without gradients, so that the running counts "
-                "cannot tell it from a validation"
-            )
-        return True
-
-    @torch.no_grad()
-    def _walk(self, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weights of each histogram, and the buffers after the last; see :func:`walk`."""
-        averaging = Averaging(self.momentum, self.normalize_by, self.decay_empty_bins)
-        return walk(counts, self.acc_sum, getattr(self, "num_updates", None), averaging)
-
-    @torch.no_grad()
-    def _write(self, state: dict[str, Tensor], holds: Tensor | None) -> None:
-        """Keeps `state`, unless a bad value was met: a refused call leaves nothing behind."""
-        for name, value in state.items():
-            buffer = getattr(self, name)
-            buffer.copy_(value if holds is None else torch.where(holds, value, buffer))
-
-    def _pool(self, counts: Tensor, meet: bool) -> int:
-        """Adds up `counts` over all processes in place; returns how many there are.
-
-        Without `meet`, as outside training steps, every process is taken to have this one's
-        counts: a process that validates alone would otherwise wait for the others for ever.
-        """
-        world = self._processes()
-        if world > 1 and meet:
-            dist.all_reduce(counts)
-        elif world > 1:
-            counts *= world
-        return world
-
-    def _processes(self) -> int:
-        synced = self.sync and dist.is_available() and dist.is_initialized()
-        return dist.get_world_size() if synced else 1
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *args: Any,
-    ) -> None:
-        """Also loads checkpoints of detectors with other losses or without bias correction.
-
-        Counts missing from the checkpoint stay as they are; averages that were saved without bias
-        correction are taken to need none.
-        """
-        acc_sum = state_dict.get(f"{prefix}acc_sum")
-        if self.bias_correction and acc_sum is not None:
-            state_dict.setdefault(f"{prefix}num_updates", (acc_sum > 0).long() * _STEADY)
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *args)
-        own = {prefix + name for name in self._buffers}
-        missing_keys += [key for key in missing if key not in own]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "HarmonizedLoss":
-        """Keeps the dtype of the buffers even in `model.half()`: counts exceed float16's 65504."""
-        before = {name: x for name, x in self._buffers.items() if x is not None}
-        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        for name, x in before.items():
-            if (moved := getattr(self, name)).dtype != x.dtype:
-                setattr(self, name, x.to(moved.device))
-        return self
 
 
 def raise_deferred_errors(model: nn.Module) -> None:

@@ -159,15 +159,25 @@ def validate_ghm_config(cfg: CfgNode) -> None:
             f"writes its logs, got {period!r}"
         )
     if cfg.MODEL.META_ARCHITECTURE == "GHMRetinaNet":
-        build_losses(cfg, "RETINANET")
+        _check_losses(cfg, "RETINANET")
         dense_settings(cfg)
     elif cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "ProposalNetwork"):
         if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "GHMRPN":
-            build_losses(cfg, "RPN")
+            _check_losses(cfg, "RPN")
         if cfg.MODEL.ROI_HEADS.NAME in ("GHMROIHeads", "GHMCascadeROIHeads"):
-            build_losses(cfg, "ROI_BOX_HEAD")
+            _check_losses(cfg, "ROI_BOX_HEAD")
         if cfg.MODEL.ROI_HEADS.NAME == "GHMCascadeROIHeads":
             _check_cascade(cfg)
+
+
+def _check_losses(cfg: CfgNode, part: str) -> None:
+    """Builds the losses, those that are switched off too: what they hold may be meant to count."""
+    build_losses(cfg, part)
+    node = cfg.MODEL.GHM[part]
+    for name, kind, more in (("CLS", GHMCLoss, {}), ("REG", GHMRLoss, {"mu": node.REG.MU})):
+        if not node[name].ENABLED:
+            with _naming_keys(f"MODEL.GHM.{part}.{name}"):
+                kind(**more, **_arguments(cfg, node[name]))
 
 
 def _arguments(cfg: CfgNode, node: CfgNode) -> dict[str, Any]:
@@ -260,9 +270,7 @@ def _check_cascade(cfg: CfgNode) -> None:
 
 def _check_box_head(cfg: CfgNode) -> None:
     """Refuses what excludes GHM-C in the box head."""
-    if not cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED:
-        return
-    if cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS:
+    if cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED and cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS:
         raise UserError(
             "MODEL.ROI_BOX_HEAD.USE_FED_LOSS True and MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED True "
             "exclude each other: both decide which classes count; set one of the two to False"

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ghm_d2.engine.evaluation import best_f1
-from ghm_d2.errors import UserError, cannot, reason
+from ghm_d2.errors import UserError, cannot, described
 
 from .run_files import TestSet
 
@@ -118,7 +118,7 @@ def evaluate(data: TestSet) -> Evaluation:
     except Exception as error:  # pycocotools checks nothing: a damaged file may raise anything
         raise UserError(
             f"{data.predictions} does not belong to {data.annotations}, or one of them is damaged "
-            f"({type(error).__name__}: {reason(error)})."
+            f"({described(error)})."
         ) from error
 
 

@@ -201,8 +201,8 @@ def _evaluation(result: Evaluation, folder: Path, images: int, run: RunFiles) ->
         run.missing.append(f"{len(unreadable)} images of {result.name}; the first: {unreadable[0]}")
     if run.record.classes and run.record.classes != tuple(result.classes):
         run.missing.append(
-            f"names of classes: {result.name} has other ones, or in another order, than the "
-            "training had; those of the annotations are shown"
+            f"names of classes: {result.name} has others than the training, or another order; the "
+            "names in the annotations are shown"
         )
     order = np.argsort(-result.objects, kind="stable")
     with np.errstate(invalid="ignore"):

@@ -271,7 +271,7 @@ def test_plan_of_a_python_config(tmp_path):
     others.append(ident("train.max_iter=50", row={"name": "a"}))
     assert len({base, *others}) == 5
     for changes, sentence in (
-        ({"row": row | {"config_file": RETINANET}}, "is of another kind than"),
+        ({"row": row | {"config_file": RETINANET}}, "are not both YAML"),
         ({"overrides": {"train.seed": 3}}, "use --seeds instead"),
         ({"overrides": {"SEED": 3}}, "unknown key SEED"),
     ):
@@ -527,9 +527,47 @@ def test_rows_are_compared_on_the_same_data(tmp_path):
     assert ends == [(11.5, (-0.4, 1.4)), (21.5, (1.6, 3.4))]
 
 
+def tuned(summary):
+    """The summary with tries: of two rows complete, the second with one that failed."""
+
+    def row(complete, chosen, *tries):
+        values = [dict(zip(("A.CLS.W", "B.LR"), v, strict=True)) for *v, _ in tries]
+        tries = [{"values": v, "score": t[-1]} for v, t in zip(values, tries, strict=True)]
+        return {"complete": complete, "chosen": values[chosen] if tries else {}, "tries": tries}
+
+    record = {
+        "tries": 3,
+        "keys": {"A.CLS.W": 2.0, "B.LR": 1.5},
+        "seeds": [8, 9],
+        "column": "AP",
+        "images": {"rest": 30, "held_out": 10},
+        "rows": {
+            "SL1": row(True, 1, (1.0, 0.1, 30.04), (2.0, 0.1, 32.0), (0.5, 0.1, 28.0)),
+            "GHM-R": row(True, 0, (4.0, 0.1, 33.0), (8.0, 0.1, None), (2.0, 0.1, 31.0)),
+            "none": row(False, 0, (1.0, 0.1, None)),
+            "new": row(False, 0),
+        },
+    }
+    return summary | {"tuning": record}
+
+
+def test_report_says_what_was_tried(summary):
+    text = render_markdown(tuned(summary))
+    assert "| SL1 | 3 | 30.0 | 32.0 | 2 (highest) | 0.1 |" in text
+    assert "| GHM-R | 3 | 33.0 | 33.0 | 4 | 0.1 |" in text
+    assert "| none | 1 of 3 | failed | failed | 1 | 0.1 |" in text
+    assert "| new | 0 of 3 |  |  |  |  |" in text
+    assert "3 tries (CLS.W by 2, B.LR by 1.5), seed 8, 9, trained on 30 of" in text
+    assert "Rows with fewer tries are not tuned yet" in text
+    assert "planned: 1, 2, 3." in text and "planned" not in render_markdown(summary | {"seeds": []})
+
+
 def test_picture_in_both_formats(summary, tmp_path):
+    summary = tuned(summary)
     files = draw_summary(summary, tmp_path / "plot")
     again = draw_summary(summary, tmp_path / "again")
     assert [f.read_bytes() for f in files] == [f.read_bytes() for f in again]
     assert [f.suffix for f in files] == [".png", ".svg"]
     assert files[0].read_bytes().startswith(b"\x89PNG") and b"<svg" in files[1].read_bytes()
+    # A row without a figure is in it as well.
+    assert all(f"<!-- {name} -->" in files[1].read_text() for name in ("SL1", "none", "tries"))

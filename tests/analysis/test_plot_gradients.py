@@ -209,7 +209,7 @@ def test_any_loss_of_the_training_gives_the_same_figures(records):
 def test_collecting_from_two_stages(records, sigmoid, agnostic):
     torch.manual_seed(0)
     cfg = small_config(
-        "ghm_faster_rcnn_R_50",
+        "ghm_faster_rcnn_R_50_ghm_c",
         *SMALL,
         *("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", sigmoid),
         *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic),
@@ -315,7 +315,7 @@ def test_figures_and_tables(trained, tmp_path):
 def test_two_stages_have_a_folder_each(trained, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(report, "write_figures", lambda *args: drawn.update([args[1:]]) or [])
-    config = str(ROOT / "configs" / "ghm_faster_rcnn_R_50.yaml")
+    config = str(ROOT / "configs" / "ghm_faster_rcnn_R_50_ghm_c.yaml")
     pairs = tiny_pairs(MODEL__ROI_BOX_HEAD__FC_DIM=16)
     cfg = get_cfg()
     add_ghm_config(cfg)
@@ -334,7 +334,7 @@ def test_two_stages_have_a_folder_each(trained, tmp_path, monkeypatch):
 MISTAKES = {
     "no weights": (["MODEL.WEIGHTS", ""], "give MODEL.WEIGHTS FILE"),
     "weights that are not there": (["MODEL.WEIGHTS", "none.pth"], "none.pth does not exist"),
-    "no image": (["--max-images", "0"], "--max-images must be at least 1, got 0"),
+    "no image": (["--images", "0"], "--images must be at least 1, got 0"),
     "an unknown key": (["MODEL.GHM.BINS", "3"], "unknown key MODEL.GHM.BINS"),
     "an unknown option": (["--resume"], "unrecognized arguments: --resume"),
     "another network": (["MODEL.FPN.OUT_CHANNELS", "8"], "the weights do not fit the model"),
@@ -387,7 +387,7 @@ def test_unreadable_images_are_counted(records, caplog, monkeypatch):
     model = build_model(cfg)
     broken = [{**records[0], "file_name": "none.png"}]
     collect(cfg, model, [*broken, *records])
-    assert "1 images were left out" in caplog.text and "none.png" in caplog.text
+    assert "1 images cannot be read and were left out" in caplog.text and "none.png" in caplog.text
     with pytest.raises(UserError, match="none of the images"):
         collect(cfg, model, broken)
 

@@ -362,7 +362,7 @@ def test_retinanet_with_levels_and_groups(scope, captured, tmp_path):
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
 def test_two_stages(sigmoid, captured, tmp_path):
     model = small_model(
-        "ghm_faster_rcnn_R_50",
+        "ghm_faster_rcnn_R_50_ghm_c",
         *("MODEL.GHM.RPN.CLS.ENABLED", True, "MODEL.GHM.RPN.REG.ENABLED", True),
         *("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", sigmoid),
     )

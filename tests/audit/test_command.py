@@ -71,7 +71,7 @@ def test_ids_of_the_file_are_kept(data, tmp_path):
         ({"image_id": 1, "category_id": 1, "score": 1}, 'detection 0 has no "bbox"'),
         (result(1, [1, 2, 3], 1), "the bbox [1, 2, 3] instead of four finite numbers"),
         (result(1, [1, 2, 3, 4], 1, 1.5), "the score 1.5 instead of a probability in [0, 1]"),
-        (result(1, [1, 2, 3, 4], 9), "the category_id 9, which the data set has not"),
+        (result(1, [1, 2, 3, 4], 9), "the category_id 9, which is not in the data set"),
         (result(99, [1, 2, 3, 4], 1), "nothing was detected in the images of the data set"),
         (result([1], [1, 2, 3, 4], 1), "nothing was detected"),
     ],
@@ -87,7 +87,7 @@ def test_what_is_left_out_is_counted(data, tmp_path, capsys):
     audit.main([*data, "--predictions", str(tmp_path / "found.json")])
     captured = capsys.readouterr()
     text = captured.out + captured.err
-    assert "1 detections in images that the data set has not are left out" in text
+    assert "1 detections in images that are not in the data set are left out" in text
     assert "1 detections without width and height are left out" in text
     assert "5 of 6 images have no detection and are not judged" in text
     assert "1 images with 2 objects" in text
@@ -110,7 +110,7 @@ def test_mistakes(words, message, data, capsys):
 
 
 def test_one_data_set(data, capsys):
-    assert "give one --dataset to judge, got 2" in fails(
+    assert "give exactly one --dataset to judge, got 2" in fails(
         capsys, *data, *data[:2], "--predictions", "x"
     )
 

@@ -19,6 +19,7 @@ import bench_losses  # noqa: E402
 import bench_train_step  # noqa: E402
 import cases  # noqa: E402
 import check_oracle  # noqa: E402
+import gradient_picture  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import table  # noqa: E402
@@ -300,3 +301,14 @@ def test_a_loss_that_differs_from_the_oracle_fails(monkeypatch, capsys):
 def test_a_missing_gpu_is_one_sentence(script):
     with pytest.raises(UserError, match="no CUDA device"):
         script.main(["--device", "cuda"])
+
+
+def test_the_picture_of_what_ghm_does(tmp_path):
+    """It is drawn from its records, in which each loss's shares are a whole."""
+    shares = gradient_picture._read(gradient_picture.RECORDS / "gradient_contribution.csv")
+    assert [round(float(shares[name].sum()), 6) for name in ("CE", "focal", "GHM-C")] == [1, 1, 1]
+    files = gradient_picture.draw(gradient_picture.RECORDS, tmp_path / "picture")
+    assert [file.suffix for file in files] == [".png", ".svg"]
+    # What the README says of the picture: the easiest tenth decides with cross entropy alone.
+    easiest = {name: float(shares[name][:3].sum()) for name in ("CE", "focal", "GHM-C")}
+    assert easiest["CE"] > 0.8 and easiest["focal"] < 0.3 and easiest["GHM-C"] < 0.02

@@ -316,7 +316,7 @@ def test_anchors_change_places(write, output):
         ("scales_per_octave=2", "scales_per_octave=1000000000", "1000000000 anchor sizes"),
         ("octave_base_scale=3", "octave_base_scale=" + "9" * 4000, "cannot be understood"),
         ("style='caffe'", f"style='\\x1b[2J{'x' * 10**6}'", "backbone.style = '\\x1b[2Jxxx"),
-        ("style='caffe'", "style='caffe'," + "#" * 2**20, "its config text has"),
+        ("style='caffe'", "style='caffe'," + "#" * 2**20, "its config text is too long"),
         ("octave_base_scale=3", "octave_base_scale='3'", "cannot be understood"),
         ("scales_per_octave=2", "scales_per_octave=0", "do not fit 0 anchors"),
         ("ratios=[1.0, 2.0]", "ratios=[1.0, 2.0, 3.0]", "do not fit 6 anchors"),

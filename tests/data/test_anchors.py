@@ -145,7 +145,7 @@ def test_the_words_of_the_warning_mend_it(file, sides, image):
     data = records(sides, image)
     text, fits = anchor_report(settings(file), data)
     assert not fits and text.startswith("Most boxes have no anchor that fits: only 0% of 20 boxes")
-    share, _, words = text.partition("With these it would be ")[2].partition("%: ")
+    share, _, words = text.partition("With these settings it would be ")[2].partition("%: ")
     again, fits = anchor_report(settings(file, *shlex.split(words)), data)
     assert fits and again.startswith(f"{share}% of 20 boxes")
 

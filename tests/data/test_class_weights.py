@@ -52,7 +52,7 @@ def test_a_class_without_objects_counts_as_any_other():
 
 
 def test_both_heads_have_it():
-    cfg = small_config("ghm_faster_rcnn_R_50", *tiny_pairs())
+    cfg = small_config("ghm_faster_rcnn_R_50_ghm_c", *tiny_pairs())
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.CLASS_WEIGHT = "1 2"
     cfg.MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED = True

@@ -178,7 +178,7 @@ def test_masks_stay_and_spurious_boxes_get_one_where_others_have():
         ({"moved": 1.5}, "'moved' must lie in [0, 1], got 1.5"),
         ({"missing": -0.1}, "got -0.1"),
         ({"spurious": float("nan")}, "got nan"),
-        ({"wrong class": 0.5, "moved": 0.6}, "are 1.1 of the objects together"),
+        ({"wrong class": 0.5, "moved": 0.6}, "add up to 1.1"),
         ({"turned": 0.5}, "no kind 'turned'"),
     ],
 )
@@ -236,6 +236,6 @@ def test_sizes_are_read_from_the_images(tmp_path, capsys):
 def test_one_class_has_no_wrong_one(tmp_path, capsys):
     write_coco(tmp_path, content=coco_content(2, ("cell",)))
     words = [str(tmp_path / "train.json"), "--output", str(tmp_path / "n.json")]
-    assert "with one class there is no wrong one" in one_sentence(
+    assert "there is only one class, so none is wrong" in one_sentence(
         main, [*words, "--wrong-class", "0.1"], capsys, "ghm-d2 corrupt"
     )

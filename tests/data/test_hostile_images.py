@@ -131,7 +131,7 @@ def test_the_tool_lists_everything_at_once(tmp_path, tool):
         "annotation 3 of image 2 (1.png) has the bbox [-9, 5, 20, 20]",
         "annotation 4 has the category_id 77",
         "annotation 5 has the bbox [1, 2, nan, 4]",
-        "annotation 6 names the image 99",
+        "annotation 6 refers to image 99",
         "annotation 7 of image 4 (3.png)",
         "image 5 (gone.png) is missing",
         "image 6 (5.png) has 64 x 64 pixels, but the annotation file says 63 x 64",

@@ -195,7 +195,7 @@ train.update(init_checkpoint="", device="cpu")
 @pytest.mark.parametrize(
     ("made", "opts", "words"),
     [
-        (coco_content(), [], "use_keypoint is True, but .*has no keypoints.*use_keypoint=False"),
+        (coco_content(), [], "use_keypoint is True, but .*has no keypoints.*_in_features=null"),
         (
             content(),
             ["model.roi_heads.keypoint_head.num_keypoints=17"],

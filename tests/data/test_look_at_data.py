@@ -32,7 +32,7 @@ def test_files_and_figures(tmp_path, capsys):
     text = (tmp_path / "out" / "mine_summary.txt").read_text()
     for words in (
         "mine: 6 images, 12 boxes, 3 classes",
-        "boxes an image: 2 / 2 / 2 (fewest / median / most), 0 images without any",
+        "boxes per image: 2 / 2 / 2 (fewest / median / most), 0 images without any",
         "27 / 27 / 27 pixels; 100% small (< 32), 0% medium, 0% large (>= 96)",
         "aspect ratio (height / width): 1.2 / 1.2 / 1.2",
         "has 33% of the boxes, 1.0 times as many as the rarest class",
@@ -97,7 +97,7 @@ def test_what_does_not_count_is_said():
     assert "1 image without any" in text
     assert "4 classes have no box: b, 2, 3, 4" in text
     assert "50% small (< 32), 0% medium, 50% large (>= 96)" in text
-    assert "there is no box" in summary(count_data("d", [boxes()], ("a",)))
+    assert "there are no boxes" in summary(count_data("d", [boxes()], ("a",)))
 
 
 def test_two_data_sets_in_one_picture(tmp_path, capsys):

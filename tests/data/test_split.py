@@ -19,7 +19,7 @@ def split(*argv):
 def test_two_files_hold_each_image_once(tmp_path, capsys):
     content = coco_content(8) | {"info": {"year": 2020}}
     (tmp_path / "all.json").write_text(json.dumps(content))
-    split(tmp_path / "all.json", "--output-dir", tmp_path / "out")
+    split(tmp_path / "all.json", "--output", tmp_path / "out")
     parts = [json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in ("train", "val")]
     assert [len(part["images"]) for part in parts] == [6, 2]
     for table in ("images", "annotations"):
@@ -91,8 +91,8 @@ def test_stray_annotations_are_counted(tmp_path, caplog, monkeypatch):
         ("[]", [], "is not in COCO format"),
         ('{"images": [{"id": 1}]}', [], "holds no categories"),
         (json.dumps({**coco_content(4), "images": [{"id": 1}]}), [], 'images has no "file_name"'),
-        (json.dumps(coco_content(4)), ["--fraction", "1.5"], "between 0 and 1, got 1.5"),
-        (json.dumps(coco_content(1)), [], "two images or more are needed"),
+        (json.dumps(coco_content(4)), ["--val-fraction", "1.5"], "between 0 and 1, got 1.5"),
+        (json.dumps(coco_content(1)), [], "a split needs at least two images"),
     ],
 )
 def test_mistakes(text, options, message, tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_each_tile_holds_what_lies_in_it(tmp_path, capsys):
 def test_parts_that_are_next_to_nothing_are_left_out(tmp_path):
     # Tiles begin at 0, 90 and 100: of 44 columns the first has 4, the last one 40.
     data = write(tmp_path / "in", (96, 10, 44, 20))
-    content = tile(tmp_path, data, "--side", "100", "--overlap", "0.1")
+    content = tile(tmp_path, data, "--tile", "100", "--overlap", "0.1")
     widths = sorted(row["bbox"][2] for row in content["annotations"] if row["bbox"][1] == 10)
     assert widths == [40, 44]
 

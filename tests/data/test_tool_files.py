@@ -179,7 +179,7 @@ def test_labelimg_s_offset_is_said(tmp_path, caplog, capsys):
     (tmp_path / "Annotations" / "a.xml").write_text(LABELIMG)
     caplog.set_level(logging.INFO, "ghm_d2")
     register_datasets([f"a={tmp_path}"])
-    words = "1 boxes are labelImg's, which counts from 0"
+    words = "1 boxes were written by labelImg, which counts from 0"
     assert words in caplog.text
     close(read(["a"], tmp_path), {"a.png": [("disc", [3, 5, 21, 11])], "b.png": [BAR]})
     caplog.clear()

@@ -113,7 +113,7 @@ def test_another_batch_size_goes_on_where_as_many_images_are_used(cfg, warnings)
     np.random.seed(99)
     again = build_train_loader(cfg)
     again.load_state_dict(loader.state_dict(4))
-    assert "1 process(es) with 2 image(s) each, this run has 1 with 4" in warnings()[0]
+    assert "1 process with 2 images each, this run has 1 process with 4 images" in warnings()[0]
     assert sum(names(take(again, 2)), []) == sum(names(whole[4:]), [])
 
 
@@ -168,6 +168,6 @@ def test_a_torch_data_set_is_left_to_detectron2(cfg, warnings):
         cfg.DATASETS.TRAIN = ("loaded_torch",)
         loader = build_train_loader(cfg)
         assert not isinstance(loader, TrainLoader) and len(take(loader, 1)[0]) == 2
-        assert "is no list of dataset dicts" in warnings()[0]
+        assert "is not a list of dataset dicts" in warnings()[0]
     finally:
         DatasetCatalog.remove("loaded_torch")

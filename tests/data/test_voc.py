@@ -217,7 +217,7 @@ def test_mistakes(tmp_path, capsys):
         ([voc, *out, "--split", "train"], "no split train: neither ImageSets/Main/train.txt"),
         ([voc, *out, "--split", "a", "--val-fraction", "0.5"], "exclude each other"),
         ([voc, *out, "--val-fraction", "1"], "between 0 and 1, got 1"),
-        ([voc, *out, "--classes", "a", "a"], "names one twice"),
+        ([voc, *out, "--classes", "a", "a"], "names a class twice"),
         ([voc, *out, "--classes", "cat"], "no object of the classes cat was found"),
         ([listed, *out], "no list train, val or test"),
         ([listed, *out, "--split", "disc_train"], "which images show one class"),
@@ -395,10 +395,10 @@ def test_cvat(tmp_path, output):
     assert found == [[1, 2, 10, 20], [4.5, 6, 20, 10], [15, 5, 10, 20]]
     text = output()
     for words in (
-        "annotations.xml: 'gone.png' has no image of this name",
+        "annotations.xml: 'gone.png' is not among the images",
         "'3.png' is for an image of 640 x 48 pixels",
         "2 objects are polygons or rotated",
-        "1 objects are left out, because neither box nor polygon can be read; the first: 0.png",
+        "1 objects are left out, because they have no box or polygon that can be read",
     ):
         assert words in text, words
     (root,) = {word.rpartition(",")[2] for word in text.splitlines()[-1].split()[1::2]}

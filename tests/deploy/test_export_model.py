@@ -68,7 +68,7 @@ def test_exports_and_checks(words, format, tmp_path, capsys):
     assert len(found) == 2
     for line in found:
         matched, _, expected = line.split(": ")[-1].split()[:3]
-        assert int(matched) >= int(expected) - 1 > 0 and "0 of either side are alone" in line
+        assert int(matched) >= int(expected) - 1 > 0 and "0 were found by one side alone" in line
     wrote = f"Wrote {re.escape(str(file))} \\({format}\\)"
     assert re.search(wrote + r"\. Seconds per image on cpu: file \d+\.\d+", text)
     assert "noise" not in text
@@ -105,14 +105,14 @@ def test_file_that_finds_something_else_is_exit_code_1(
     monkeypatch.setattr(export_command, "load_exported", wrong)
     images = write_pictures(tmp_path / "images", (170, 200))
     argv = [*retinanet, "--format", "torchscript", "--output", tmp_path / "m", "--check", *images]
-    assert "find different things" in fails(*argv, code=1)
+    assert "does not find what the model finds" in fails(*argv, code=1)
 
 
 def test_nothing_found_is_said(retinanet, tmp_path, capsys):
     images = write_pictures(tmp_path / "images", (170, 200))
     argv = [*retinanet, "--format", "torchscript", "--output", tmp_path / "m", "--check", *images]
     main([str(w) for w in [*argv, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.999"]])
-    assert "this check says little" in capsys.readouterr().out
+    assert "the comparison shows little" in capsys.readouterr().out
 
 
 def test_mistakes(retinanet, tmp_path, fails):
@@ -127,7 +127,7 @@ def test_mistakes(retinanet, tmp_path, fails):
         ([*retinanet, "--format", "onnx"], "the following arguments are required: --output"),
         ([*retinanet, *out, "SEED"], "one key has no value"),
         ([*retinanet, *out, "--batch", "0"], "--batch must be at least 1, got 0"),
-        ([*retinanet, *out, "--opset", "17"], "--opset is of ONNX"),
+        ([*retinanet, *out, "--opset", "17"], "--opset is for ONNX alone"),
         ([*retinanet, *out[2:], "--format", "onnx", "--opset", "9"], "between 16 and 20, got 9"),
         ([*retinanet, *out[:3], tmp_path], "is a folder: name a file"),
         ([*retinanet, *out[:3], tmp_path / "broken.png" / "m"], "cannot be written"),

@@ -17,9 +17,12 @@ from ghm_d2.engine.finite import NotFiniteError
 from ghm_d2.engine.preemption import Preempted, StopOnSignal
 from ghm_d2.engine.process_end import end_process
 from ghm_d2.engine.replay import load_replay
+from ghm_d2.engine.settings import change
+from ghm_d2.engine.setup import build_config
 from ghm_d2.errors import exits_with_one_sentence
 from tests.detectors import small_config
-from tests.tiny import forget_program, tiny_pairs, unregister_all, write_coco
+from tests.kinds import KINDS, Kind
+from tests.tiny import forget_program, tiny_pairs, write_coco
 
 
 @pytest.fixture(autouse=True)
@@ -28,25 +31,27 @@ def clean_up():
     forget_program()
 
 
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+yaml_alone = pytest.mark.parametrize("kind", ["yaml"], indirect=True)
+
+
 @pytest.fixture
-def make(tmp_path):
+def make(kind, tmp_path):
     """A trainer on six small images."""
-    spec = f"finite={write_coco(tmp_path)}"
-    register_coco_dataset(check_coco_dataset(parse_dataset(spec)))
+    data = f"finite={write_coco(tmp_path)}"
 
-    def run(base="ghm_retinanet_R_50", **changes):
-        pairs = tiny_pairs(
-            DATASETS__TRAIN="('finite',)",
-            DATASETS__TEST="()",
-            OUTPUT_DIR=tmp_path / "out",
-            SOLVER__MAX_ITER=4,
-            SOLVER__CHECKPOINT_PERIOD=1,
-            **changes,
-        )
-        return GHMTrainer(small_config(base, *pairs))
+    def run(heads="", amp=False, **values):
+        config = Kind(kind, tmp_path, heads)
+        values = {"output": tmp_path / "out", "max_iter": 4, "period": 1} | values
+        cfg, _ = build_config(config.file, config.overrides(**values), [data], log_to_file=False)
+        change(cfg, "amp", amp)  # which a config cannot ask for without a GPU
+        return GHMTrainer(cfg)
 
-    yield run
-    unregister_all()
+    return run
 
 
 def spoil(trainer, iteration, change):
@@ -72,9 +77,9 @@ def nan_image(batch):
 
 def replayed(message, capsys):
     """What the tool prints for the file that the message names, and its exit code."""
-    file = message.split(" replay ")[1].split(" ")[0].rstrip(".")
+    words = message.split(" replay ")[1].rstrip(".").split(" ")
     with pytest.raises(SystemExit) as stop:
-        replay.main([file])
+        replay.main(words)
     return capsys.readouterr().out, stop.value.code
 
 
@@ -109,7 +114,7 @@ def test_nan_in_an_image_stops_before_the_step(make, tmp_path, capsys):
     assert bad == {"P3", "P4", "P5", "P6", "P7"}
     assert any(row[:1] == ["image"] and "NOT" in row for row in table)
     assert any(row[:1] == ["weights"] and "ok" in row for row in table)
-    assert "first output: backbone.bottom_up.stem.conv1" in text
+    assert "first output: backbone.bottom_up.stem.conv" in text
 
 
 def test_one_spoiled_level_is_named(make, capsys):
@@ -121,7 +126,8 @@ def test_one_spoiled_level_is_named(make, capsys):
 
     level.register_forward_hook(spoil_p5)
     message = stops(trainer)
-    assert "predictions at P5 not finite" in message and "P3" not in message
+    levels = message.split("predictions at ")[1].split(" not finite")[0].split(", ")
+    assert levels in (["P5"], ["P5", "P6", "P7"])  # where P6 is made of P5
     assert "backbone.fpn_output5" in message
 
 
@@ -140,7 +146,7 @@ def test_a_refused_label_is_saved_too(make, capsys):
 
 def test_the_replay_is_the_same_forward_pass(make, monkeypatch, tmp_path):
     """Counts, normalizer, weights and random numbers: losses come back bit for bit."""
-    trainer = make("ghm_r_faster_rcnn_R_50")
+    trainer = make("boxes")
     seen = {}
 
     def after(model, inputs, losses):
@@ -152,7 +158,7 @@ def test_the_replay_is_the_same_forward_pass(make, monkeypatch, tmp_path):
     message = stops(trainer)
     assert "loss_rpn_loc is inf" in message
     replay = load_replay(next((tmp_path / "out" / "not_finite").glob("*.pth")))
-    model = replay.build()
+    model = replay.build(trusted=True)
     replay.state.restore(model)
     with torch.no_grad(), EventStorage():
         again = model(replay.batch)
@@ -183,7 +189,7 @@ def test_a_gradient_stops_without_amp_and_is_left_to_the_scaler_with_it(make, mo
 
 
 def test_under_amp_the_check_knows_it(make):
-    trainer = make(SOLVER__AMP__ENABLED=True)
+    trainer = make(amp=True)
     assert isinstance(trainer._trainer, AMPTrainer)
     assert trainer._trainer.check._precision == torch.float16
 
@@ -262,6 +268,7 @@ DAMAGE = {
 }  # fmt: skip
 
 
+@yaml_alone  # no replay of a Python config is built from files of strangers
 def test_damaged_replays_are_a_sentence(make, tmp_path, capsys):
     """Never a traceback, whose exit code would say that something is not finite."""
     trainer = make()

@@ -19,7 +19,7 @@ from ghm_d2.engine.preemption import PREEMPTED
 from tests.engine.test_resume import final, same
 from tests.foreign import Call
 from tests.kinds import KINDS, Kind, metrics
-from tests.tiny import ROOT, coco_content, forget_program, write_coco
+from tests.tiny import ROOT, coco_content, forget_program, one_sentence, write_coco
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_images_that_cannot_be_read_are_counted(run, data, tmp_path, monkeypatch
     image.write_bytes(image.read_bytes()[:80])  # the header alone, which is what is checked
     run("out")
     text = capsys.readouterr().out
-    assert re.search(r"/2\.png cannot be used .*; 1 of \d images so far", text)
+    assert re.search(r"/2\.png cannot be used .*\(1 of \d images so far", text)
 
 
 def test_weights_run_no_code_unless_trusted(fails, tmp_path):
@@ -217,6 +217,10 @@ def test_a_training_killed_in_its_last_evaluation_evaluates(run, fails, tmp_path
     assert "4 iterations are done already" in fails("out", "--resume", test=True)
 
 
+def test_expected_results_of_a_task_that_has_none(fails):
+    fails("out", code=1, test=True, max_iter=1, expected="[['segm','AP',1.0,2.0]]")
+
+
 def test_expected_results_are_compared(run, fails, monkeypatch):
     monkeypatch.setattr(
         "ghm_d2.engine.trainer.inference_on_dataset", lambda *args: {"bbox": {"AP": 50.0}}
@@ -225,15 +229,73 @@ def test_expected_results_are_compared(run, fails, monkeypatch):
     fails("other", code=1, test=True, expected="[['bbox','AP',47.0,2.0]]")
 
 
+BAD_VALUES = [
+    ("period", 0, "at least 1"),
+    ("period", -1, "at least 1"),
+    ("max_iter", 0, "at least 1"),
+    ("max_iter", -3, "at least 1"),
+    ("images", 0, "at least 1"),
+    ("images", -2, "at least 1"),
+    ("eval_period", -5, "at least 0"),
+    ("workers", -1, "at least 0"),
+    ("seed", 2**32, "at most 4294967295"),
+    ("lr", -0.01, "finite and at least 0"),
+    ("lr", "1e999", "finite and at least 0"),
+    ("warmup_factor", -1.0, "finite and at least 0"),
+    ("steps", "[-1,2,3]", "finite and at least 0"),
+    ("steps", "[2,1,3]", "each larger than the one before"),
+    ("steps", "['a']", "each larger than the one before"),
+    ("clip", 0.0, "above 0"),
+    ("clip", -1.0, "above 0"),
+    ("clip_norm", 0.0, "above 0"),
+    ("train_size", "[]", "in pixels"),
+    ("train_size", "[-5]", "in pixels"),
+    ("train_size", "['a']", "in pixels"),
+    ("largest_size", 0, "at least 1"),
+    ("format", "XYZ", "BGR"),
+    ("detections", 0, "at least 1"),
+    ("detections", -2, "at least 1"),
+    ("topk", -1, "at least 1"),
+    ("device", "nonsense", "cuda or cpu"),
+    ("device", "", "cuda or cpu"),
+    ("device", "meta", "cuda or cpu"),
+    ("expected", "[['bbox']]", "a list of [task, metric, value, tolerance]"),
+    ("expected", "[5]", "a list of [task, metric, value, tolerance]"),
+    ("expected", "[['bbox','AP','x',1.0]]", "a list of [task, metric, value, tolerance]"),
+    ("train_names", "[5]", "a list of names"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), BAD_VALUES, ids=str)
+def test_values_that_make_no_training(fails, kind, name, value, words):
+    if not kind.python and str(value).startswith("["):
+        value = str(value).replace("[]", "()")
+        if name in ("steps", "train_size", "train_names"):
+            value = f"({value[1:-1]},)" if value != "()" else value
+    error = fails("out", **{name: value})
+    assert f"{kind.key(name)} " in error and words in error
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("period", 0), ("max_iter", 0), ("max_iter", -3), ("workers", -1), ("eval_period", -1)],
+    ("name", "value", "words"),
+    [
+        ("warmup_method", "nonsense", "Unknown warmup method: nonsense"),
+        ("style", "nonsense", "nonsense"),
+        ("norm", "XX", "KeyError: XX"),
+        ("offset", 3.0, "3.0 (detectron2/modeling/anchor_generator.py, line "),
+        ("prior", 0.0, "ZeroDivisionError"),
+        ("channels", -3, "negative dimension -3"),
+    ],
 )
-def test_values_that_make_no_training(fails, kind, name, value):
-    least = 0 if name in ("workers", "eval_period") else 1
-    assert f"{kind.key(name)} must be at least {least}, got {value}" in fails(
-        "out", **{name: value}
-    )
+def test_parts_that_cannot_be_built(fails, name, value, words):
+    error = fails("out", **{name: value})
+    assert "cannot be built: " in error and words in error
+
+
+def test_one_test_set_named_twice(fails, kind):
+    twice = kind.names("second", "second")
+    error = fails("out", test=True, train_names=kind.names("first"), test_names=twice)
+    assert f"{kind.key('test_names')} names a data set twice" in error
 
 
 def test_a_warm_up_longer_than_the_training(run, fails, kind, capsys):
@@ -298,7 +360,7 @@ def test_evaluation_refuses_other_classes(run, fails, data, tmp_path, monkeypatc
 def test_a_worker_that_hangs_is_named(fails, kind, tmp_path, monkeypatch):
     monkeypatch.setattr("ghm_d2.data.workers.TIMEOUT", 2)
     monkeypatch.setattr("ghm_d2.data.readable.ReadableMapper.__call__", hang)
-    assert "no image came from the processes" in fails("out", workers=1)
+    assert "the processes that load images delivered none" in fails("out", workers=1)
 
 
 def hang(self, record):
@@ -362,16 +424,103 @@ def test_interrupted_before_the_first_step(run, fails, monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_config_that_is_its_own_base(tmp_path, capsys):
-    file = tmp_path / "own.yaml"
-    file.write_text(f"_BASE_: {file}")
-    with pytest.raises(SystemExit) as stop:
-        main(["--config-file", str(file)])
-    assert stop.value.code == 2
-    assert f"{file}: its _BASE_ leads back to itself" in capsys.readouterr().err
+@pytest.mark.parametrize("files", [["a"], ["a", "b"]], ids=["itself", "each other"])
+def test_configs_that_lead_back_to_themselves(kind, tmp_path, capsys, files):
+    base, suffix = ("from .{} import model", ".py") if kind.python else ("_BASE_: {}.yaml", ".yaml")
+    for name, other in zip(files, [*files[1:], files[0]], strict=True):
+        (tmp_path / f"{name}{suffix}").write_text(base.format(other))
+    first = tmp_path / f"a{suffix}"
+    error = one_sentence(main, ["--config-file", first], capsys, "train_net.py")
+    assert f"{first}: its _BASE_ leads back to itself" in error or "RecursionError" in error
+
+
+@pytest.mark.parametrize(
+    "name", ["../out", "a\\b", "a\x1b[31m", "${x}", "x" * 101, "results.json", ".."]
+)
+def test_names_of_data_sets_that_are_no_folder(fails, data, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(data, "first", f"{name}={write_coco(tmp_path / 'data')}")
+    error = fails("out")
+    assert "choose another one" in error and error.strip().isprintable()
+
+
+def test_names_of_classes_that_no_terminal_should_see(run, data, tmp_path, monkeypatch, capfd):
+    names = ("di\x1b[31msc", "b\ud800r", "c\nup")
+    for split in ("first", "second"):
+        text = write_coco(tmp_path / "data", split, coco_content(classes=names))
+        monkeypatch.setitem(data, split, f"{split}={text}")
+    run("out", test=True, max_iter=1)
+    out, err = capfd.readouterr()
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "Logging error" not in err and "\x1b[31m" not in out + err + log
+    escaped = ["di\\x1b[31msc", "b\\ud800r", "c\\nup"]
+    assert ", ".join(escaped) in log
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["classes"] == escaped
+
+
+def test_words_that_are_no_text(fails, tmp_path):
+    error = fails("out", output=f"{tmp_path}/\udc80")
+    assert "\\udc80 is not text in UTF-8" in error
 
 
 def test_a_comma_in_the_image_folder(fails, data, tmp_path, monkeypatch):
     text = write_coco(tmp_path / "a,b")
     monkeypatch.setitem(data, "first", f"first={text}")
     assert "b/images does not exist (what follows the last comma)." in fails("out")
+
+
+def test_more_processes_than_gpus(fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "--num-gpus 2 is more than the 1 GPU" in fails("out", "--num-gpus", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "CUDA_VISIBLE_DEVICES" in fails("out", "--num-gpus", "2")
+    error = fails("out", device="cuda:2")
+    assert "'cuda:2' cannot be used (there are 2 GPUs, counted from 0)" in error
+
+
+def annotated(heads):
+    """Annotations with a mask and three keypoints for each box."""
+    content = coco_content()
+    for category in content["categories"]:
+        category["keypoints"] = ["nose", "left_eye", "right_eye"]
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        if heads == "masks":
+            annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        if heads == "keypoints":
+            annotation["keypoints"] = [v for k in range(3) for v in (x + k, y + 2 * k, 2)]
+    return content
+
+
+@pytest.mark.parametrize("heads", ["masks", "keypoints"])
+def test_the_validation_loss_of_every_head(kind, tmp_path, heads):
+    """And what a head is trained on must be there, and be read."""
+    named = Kind(kind.name, tmp_path, heads)
+    data = [f"{name}={write_coco(tmp_path, name, annotated(heads))}" for name in ("a", "b")]
+    values = {"output": tmp_path / "out", "max_iter": 1, "validation_loss": True}
+    main(named.argv("--dataset", *data, **values))
+    results = json.loads((tmp_path / "out" / "inference" / "results.json").read_text())
+    loss = f"validation/loss_{heads[:-1]}"
+    assert results[loss] > 0 and results["validation/loss_box_reg"] > 0
+    assert results["validation/total_loss"] > results[loss]
+
+
+@pytest.mark.parametrize("heads", ["masks", "keypoints"])
+def test_a_head_without_its_annotations(kind, tmp_path, capsys, heads):
+    named, data = Kind(kind.name, tmp_path, heads), f"a={write_coco(tmp_path, 'a')}"
+    base = named.argv("--dataset", data, output=tmp_path / "out")
+    error = one_sentence(main, base, capsys, "train_net.py")
+    missing = "no segmentation" if heads == "masks" else "no keypoints"
+    assert "is True, but" in error and missing in error
+    if kind.python:
+        option = "use_instance_mask" if heads == "masks" else "use_keypoint"
+        unread = f"dataloader.train.mapper.{option}=False"
+        error = one_sentence(main, [*base, unread], capsys, "train_net.py")
+        assert "annotations that the mapper leaves out" in error
+        off = f"model.roi_heads.{heads[:-1]}_in_features=null"
+        assert off in error
+        main([*base, unread, off, *named.words(max_iter=1)])
+    else:
+        off = f"MODEL.{heads[:-1].upper()}_ON"
+        main([*base, off, "False", *named.words(max_iter=1)])
+    assert (tmp_path / "out" / "model_final.pth").exists()

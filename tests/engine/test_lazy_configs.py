@@ -18,7 +18,7 @@ from ghm_d2 import add_ghm_config
 from tests.detectors import TWO_IMAGES, batch, step
 
 CONFIGS = sorted(Path("configs/lazy").glob("*.py"))
-SAME = ("ghm_retinanet_R_50", "ghm_faster_rcnn_R_50")
+SAME = ("ghm_retinanet_R_50", "ghm_faster_rcnn_R_50", "ghm_faster_rcnn_R_50_ghm_c")
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None), ListConfig)
 
 

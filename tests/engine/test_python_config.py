@@ -235,7 +235,7 @@ def test_more_objects_than_the_model_may_find_are_named(base, data, tmp_path, fa
     argv = [*base, "--dataset", data["first"], crowded, "model.max_detections_per_image=5"]
     fails([*argv, "model.ghm_c.bins=0"])
     said = (tmp_path / "out" / "log.txt").read_text()
-    assert "has 8 objects, and a detector may find 5" in said
+    assert "has 8 objects, but the detector finds 5 at most" in said
     assert "give model.max_detections_per_image=8" in said
 
 

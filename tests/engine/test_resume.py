@@ -9,9 +9,9 @@ import torch
 
 from ghm_d2.engine import GHMTrainer, main
 from ghm_d2.engine.preemption import PREEMPTED
-from tests.tiny import RETINANET, ROOT, forget_program, tiny_pairs, write_shapes
+from tests.kinds import KINDS, Kind
+from tests.tiny import forget_program, write_shapes
 
-RCNN = str(ROOT / "configs" / "ghm_faster_rcnn_R_50.yaml")
 # A stock RetinaNet divides by a running number of positives.
 STOCK = ["MODEL.META_ARCHITECTURE", "RetinaNet", "DATALOADER.ASPECT_RATIO_GROUPING", "False"]
 STOCK += ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
@@ -34,19 +34,15 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def train(data):
+def train(data, tmp_path):
     """Run main on `data` into a folder; no seed is given."""
 
-    def run(output, *words, config=RETINANET):
-        pairs = tiny_pairs(
-            OUTPUT_DIR=output,
-            SEED=-1,
-            INPUT__MIN_SIZE_TRAIN="(48,64)",
-            SOLVER__MAX_ITER=6,
-            SOLVER__CHECKPOINT_PERIOD=3,
-            TEST__EVAL_PERIOD=3,
-        )
-        main(["--config-file", config, *pairs, "--dataset", data, *map(str, words)])
+    def run(output, *words, kind="yaml", heads="", **values):
+        config = Kind(kind, tmp_path, heads)
+        values = {"output": output, "seed": -1, "max_iter": 6, "period": 3} | values
+        sizes = "[48,64]" if config.python else "(48,64)"
+        fixed = {"train_size": sizes, "eval_period": 3}
+        main(config.argv("--dataset", data, **fixed, **values) + list(map(str, words)))
 
     return run
 
@@ -78,21 +74,22 @@ def final(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)
 
 
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (RETINANET, ["DATALOADER.NUM_WORKERS", 1]),
-        (RETINANET, STOCK),
-        (RCNN, ["INPUT.CROP.ENABLED", "True"]),  # samples anchors and proposals at random
-    ],
-    ids=["worker", "stock", "rcnn"],
-)
-def test_resumed_is_undisturbed(train, tmp_path, config, words):
-    both = ["DATASETS.TRAIN", "('resumed',)", "DATASETS.TEST", "('resumed',)"]
-    train(tmp_path / "whole", *words, *both, config=config)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", ["", "boxes"], ids=["worker", "rcnn"])
+def test_resumed_is_undisturbed(train, tmp_path, kind, heads):
+    """With a worker before the kill and none after it; an R-CNN samples anchors at random."""
+    both = {name: Kind(kind, tmp_path).names("resumed") for name in ("train_names", "test_names")}
+    train(tmp_path / "whole", kind=kind, heads=heads, workers=0 if heads else 1, **both)
     parts = stop_at(tmp_path / "whole", tmp_path / "parts")
-    words += ["DATALOADER.NUM_WORKERS", 0] if config == RETINANET else []
-    train(parts, *words, *both, "--resume", config=config)
+    train(parts, "--resume", kind=kind, heads=heads, workers=0, **both)
+    same(final(tmp_path / "whole"), final(parts))
+
+
+def test_a_stock_detector_resumes_undisturbed(train, tmp_path):
+    both = {name: "('resumed',)" for name in ("train_names", "test_names")}
+    train(tmp_path / "whole", *STOCK, **both)
+    parts = stop_at(tmp_path / "whole", tmp_path / "parts")
+    train(parts, "--resume", *STOCK, **both)
     same(final(tmp_path / "whole"), final(parts))
 
 
@@ -146,8 +143,8 @@ def test_checkpoints_of_detectron2_and_of_other_runs(train, tmp_path, capsys):
     torch.save(checkpoint, tmp_path / "out" / "model_final.pth")
     train(tmp_path / "out", "--resume", "SOLVER.MAX_ITER", 2)
     text = capsys.readouterr().out
-    assert "the checkpoint is of 2 process(es) and this run has 1" in text
-    assert "2 process(es) with 1 image(s) each, this run has 1 with 2" in text
+    assert "the checkpoint was written by 2 processes, and this run has 1" in text
+    assert "2 processes with 1 image each, this run has 1 process with 2 images each" in text
     checkpoint = final(tmp_path / "out")
     del checkpoint["trainer"]["hooks"]["ProcessStates"]
     torch.save(checkpoint, tmp_path / "out" / "model_final.pth")

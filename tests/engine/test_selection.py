@@ -154,7 +154,7 @@ def test_a_training_that_gets_no_better_stops(run, fails, tmp_path, monkeypatch,
     run("short", max_iter=12, patience=2, save_best=True)
     text = capsys.readouterr().out
     assert "Trained to iteration 8" in text
-    reason = "bbox/AP has not got better than 40, after 4 iterations, in 2 evaluations"
+    reason = "bbox/AP has not improved on 40, reached after 4 iterations, in 2 evaluations"
     assert f"It stopped early: {reason}." in text
     assert final(tmp_path / "short")["iteration"] == 7
     assert best(tmp_path / "short")["iteration"] == 3

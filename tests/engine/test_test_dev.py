@@ -8,7 +8,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin_meta, register_coco_instances
 
 from ghm_d2.engine import main
-from tests.tiny import RETINANET, coco_content, forget_program, tiny_pairs, write_coco
+from tests.kinds import KINDS, Kind
+from tests.tiny import coco_content, forget_program, write_coco
 
 COCO_THINGS = [
     {"id": c["id"], "name": c["name"]} for c in builtin_meta.COCO_CATEGORIES if c["isthing"]
@@ -21,12 +22,18 @@ def clean_up():
     forget_program()
 
 
+@pytest.fixture(params=KINDS)
+def kind(request, tmp_path):
+    return Kind(request.param, tmp_path)
+
+
 @pytest.fixture
-def base(tmp_path):
-    pairs = tiny_pairs(OUTPUT_DIR=tmp_path / "out", MODEL__RETINANET__SCORE_THRESH_TEST=0.0)
+def base(kind, tmp_path):
+    """Of an evaluation that keeps boxes of any score."""
     # A published config expects an AP, which no test set without ground truth can have.
-    expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 37.0, 0.2]]"]
-    return ["--config-file", RETINANET, "--eval-only", *pairs, *expected]
+    expected = "[['bbox','AP',37.0,0.2]]"
+    values = {"output": tmp_path / "out", "weights": "", "score": 0.0, "expected": expected}
+    return kind.argv("--eval-only", **values)
 
 
 def unlabelled(categories=None):
@@ -45,7 +52,7 @@ def submission(folder, categories):
     return results
 
 
-def test_coco_test_dev(base, tmp_path, monkeypatch, capsys):
+def test_coco_test_dev(kind, base, tmp_path, monkeypatch, capsys):
     """As users run it: datasets/coco holds images and their information alone."""
     coco = tmp_path / "datasets" / "coco"
     write_coco(coco, "info", unlabelled(COCO_THINGS))
@@ -53,7 +60,7 @@ def test_coco_test_dev(base, tmp_path, monkeypatch, capsys):
     (coco / "annotations").mkdir()
     shutil.move(coco / "info.json", coco / "annotations" / "image_info_test-dev2017.json")
     monkeypatch.chdir(tmp_path)
-    main([*map(str, base), "DATASETS.TEST", "('coco_2017_test-dev',)"])
+    main([*base, *kind.words(test_names=kind.names("coco_2017_test-dev"))])
     text = capsys.readouterr().out
     results = submission(tmp_path / "out" / "inference", COCO_THINGS)
     assert max(row["category_id"] for row in results) > 80  # COCO's own ids, not 0 .. 79
@@ -64,12 +71,12 @@ def test_coco_test_dev(base, tmp_path, monkeypatch, capsys):
     assert "https://cocodataset.org/#upload" in text
 
 
-def test_registered_under_any_name(base, tmp_path, capsys):
+def test_registered_under_any_name(kind, base, tmp_path, capsys):
     content = unlabelled()
     write_coco(tmp_path, "info", content)
     register_coco_instances("any", {}, str(tmp_path / "info.json"), str(tmp_path / "images"))
     try:
-        main([*base, "MODEL.RETINANET.NUM_CLASSES", "3", "DATASETS.TEST", "('any',)"])
+        main([*base, *kind.words(classes=3, test_names=kind.names("any"))])
     finally:
         DatasetCatalog.remove("any")
         MetadataCatalog.remove("any")

@@ -28,8 +28,8 @@ def start(tmp_path):
     """Start a job that trains into tmp_path/NAME; it is ended with the test."""
     jobs, data = [], f"data={write_coco(tmp_path)}"
 
-    def run(command, name, *words, iterations=6, kind="yaml"):
-        values = {"output": tmp_path / name, "max_iter": iterations, "period": 3}
+    def run(command, name, *words, iterations=6, kind="yaml", **values):
+        values = {"output": tmp_path / name, "max_iter": iterations, "period": 3} | values
         argv = Kind(kind, tmp_path).argv(*words, "--dataset", data, **values)
         words = [*command, *argv]
         job = subprocess.Popen(
@@ -87,14 +87,14 @@ def test_torchrun_goes_on_after_a_kill(start, tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2 launches NCCL where GPUs are")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_detectron2_s_launcher_resumes_exactly(start, tmp_path, workers):
-    words = ["DATALOADER.NUM_WORKERS", workers]
-    whole = start(LAUNCHER, "whole", *words)
+@pytest.mark.parametrize(("kind", "workers"), [("yaml", 0), ("python", 1)])
+def test_detectron2_s_launcher_resumes_exactly(start, tmp_path, kind, workers):
+    values = {"kind": kind, "workers": workers}
+    whole = start(LAUNCHER, "whole", **values)
     text = whole.communicate()[0]
     assert whole.returncode == 0, text[-3000:]
     stop_at(tmp_path / "whole", tmp_path / "parts")
-    parts = start(LAUNCHER, "parts", "--resume", *words)
+    parts = start(LAUNCHER, "parts", "--resume", **values)
     text = parts.communicate()[0]
     assert parts.returncode == 0 and "Starting training from iteration 3" in text, text[-3000:]
     same(final(tmp_path / "whole"), final(tmp_path / "parts"))
@@ -102,10 +102,13 @@ def test_detectron2_s_launcher_resumes_exactly(start, tmp_path, workers):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2 launches NCCL where GPUs are")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_stops_both_processes(start, tmp_path, number):
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("yaml", signal.SIGTERM), ("python", signal.SIGHUP), ("yaml", signal.SIGINT)],
+)
+def test_a_signal_stops_both_processes(start, tmp_path, kind, number):
     """To every process of the job, those that load images too, as clusters and terminals do."""
-    job = start(LAUNCHER, "out", "DATALOADER.NUM_WORKERS", 1, iterations=5000)
+    job = start(LAUNCHER, "out", iterations=5000, kind=kind, workers=1)
     wait_for(tmp_path / "out" / "model_0000002.pth", job)
     os.killpg(job.pid, number)
     text = job.communicate(timeout=600)[0]
@@ -117,12 +120,16 @@ def test_a_signal_stops_both_processes(start, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_torchrun_reports_a_mistake_once(start):
-    for words, sentence in (
-        (["--num-gpus", "3"], "torchrun chooses the processes"),
-        (["MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS gone.pth does not exist"),
-        (["SOLVER.MAX_ITERS", "3"], "unknown key SOLVER.MAX_ITERS"),
+@pytest.mark.parametrize("kind", KINDS)
+def test_torchrun_reports_a_mistake_once(start, tmp_path, kind):
+    named = Kind(kind, tmp_path)
+    weights = " ".join(named.words(weights="gone.pth")).replace("=", " ")
+    for words, values, sentence in (
+        (["--num-gpus", "3"], {}, "torchrun chooses the processes"),
+        ([], {"weights": "gone.pth"}, f"{weights} does not exist"),
+        ([], {"images": 3}, f"{named.key('images')} 3 cannot be divided among 2 processes"),
+        (named.words(max_iter="many"), {}, f"{named.key('max_iter')} is of type int"),
     ):
-        job = start([*TORCHRUN, SCRIPT], "out", *words)
+        job = start([*TORCHRUN, SCRIPT], "out", *words, kind=kind, **values)
         text = job.communicate()[0]
         assert job.returncode and text.count(f"train_net.py: error: {sentence}") == 1, text[-3000:]

@@ -296,7 +296,7 @@ def test_baselines_keep_no_counts_and_train(inputs):
 
 def test_rpn_normalises_asl1_as_its_smooth_l1():
     rpn = small_model(
-        "ghm_faster_rcnn_R_50",
+        "ghm_faster_rcnn_R_50_ghm_c",
         "MODEL.GHM.RPN.REG.ENABLED", True,
         "MODEL.GHM.RPN.REG.LOSS_TYPE", "asl1",
         "MODEL.GHM.RPN.REG.LOSS_WEIGHT", 1.0,
@@ -316,7 +316,7 @@ def test_rpn_normalises_asl1_as_its_smooth_l1():
 @pytest.mark.parametrize("agnostic", [False, True])
 def test_box_head_normalises_asl1_as_its_smooth_l1(agnostic):
     predictor = small_model(
-        "ghm_faster_rcnn_R_50",
+        "ghm_faster_rcnn_R_50_ghm_c",
         "MODEL.GHM.ROI_BOX_HEAD.REG.LOSS_TYPE", "asl1",
         "MODEL.GHM.ROI_BOX_HEAD.REG.LOSS_WEIGHT", 1.0,
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic,
@@ -354,7 +354,7 @@ def test_box_head_normalises_asl1_as_its_smooth_l1(agnostic):
             ["MODEL.RETINANET.FOCAL_LOSS_GAMMA"],
         ),
         (
-            "ghm_faster_rcnn_R_50",
+            "ghm_faster_rcnn_R_50_ghm_c",
             [
                 "MODEL.GHM.ROI_BOX_HEAD.REG.LOSS_TYPE", "asl1",
                 "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou",

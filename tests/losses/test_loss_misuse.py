@@ -346,9 +346,9 @@ def test_messages_say_what_came_and_what_is_allowed():
         softmax(logits, labels + 3)
     with pytest.raises(ValueError, match=r"weight must have shape \(4,\), got \(3,\)"):
         softmax(logits, labels, torch.ones(3))
-    with pytest.raises(ValueError, match=r"as many as preds \(2\), got 1 and 2"):
+    with pytest.raises(ValueError, match=r"each of the 2 preds, got 1 and 2"):
         GHMRLoss().forward_pooled([logits] * 2, [logits])
-    with pytest.raises(ValueError, match=r"as many as preds \(2\), got 1 and 1"):
+    with pytest.raises(ValueError, match=r"each of the 2 preds, got 1 and 1"):
         GHMRLoss().forward_pooled([logits] * 2, [logits], [None])
 
 

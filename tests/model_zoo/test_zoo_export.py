@@ -33,7 +33,7 @@ from ghm_d2.model_zoo.stock import (
 from tests.detectors import NUM_CLASSES, TWO_IMAGES, batch, small_config, small_model
 from tests.tiny import ROOT, forget_program, tiny_pairs, write_coco
 
-CONFIGS = {"retinanet": "ghm_retinanet_R_50", "faster_rcnn": "ghm_faster_rcnn_R_50"}
+CONFIGS = {"retinanet": "ghm_retinanet_R_50", "faster_rcnn": "ghm_faster_rcnn_R_50_ghm_c"}
 # Random weights find something at a threshold of 0 alone.
 EXTRA = {
     "retinanet": {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.0},
@@ -414,14 +414,14 @@ def test_backbone_that_stock_detectron2_lacks():
 
 
 def test_stock_config_keeps_the_rest():
-    cfg = small_config("ghm_faster_rcnn_R_50", "MODEL.PROPOSAL_GENERATOR.NAME", "GHMRPN")
+    cfg = small_config("ghm_faster_rcnn_R_50_ghm_c", "MODEL.PROPOSAL_GENERATOR.NAME", "GHMRPN")
     cfg.freeze()
     stock = stock_config(cfg)
     assert stock.MODEL.PROPOSAL_GENERATOR.NAME == "RPN"
     assert stock.MODEL.ROI_HEADS.NAME == "StandardROIHeads"
     assert stock.MODEL.ROI_HEADS.NUM_CLASSES == NUM_CLASSES
     assert not stock.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.CLIP_GRADIENTS.ENABLED
-    model = small_model("ghm_faster_rcnn_R_50")
+    model = small_model("ghm_faster_rcnn_R_50_ghm_c")
     kept = stock_weights(model.state_dict(), type(model)(**parts_without_losses(model)))
     assert not any("ghm_" in name for name in kept) and len(kept) > 100
 

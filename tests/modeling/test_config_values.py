@@ -11,6 +11,7 @@ from detectron2.modeling import build_backbone
 
 from ghm_d2.engine import checks
 from ghm_d2.engine.selection import check_selection
+from ghm_d2.engine.value_checks import check_values
 from ghm_d2.engine.writers import check_writers
 from ghm_d2.errors import UserError
 from ghm_d2.modeling import build_losses, validate_ghm_config
@@ -51,7 +52,7 @@ def _config(part):
         return small_config("ghm_retinanet_MobileNetV2")
     if part == "RETINANET":
         return small_config("ghm_retinanet_R_50")
-    cfg = small_config("ghm_faster_rcnn_R_50", "MODEL.PROPOSAL_GENERATOR.NAME", "GHMRPN")
+    cfg = small_config("ghm_faster_rcnn_R_50_ghm_c", "MODEL.PROPOSAL_GENERATOR.NAME", "GHMRPN")
     cfg.MODEL.GHM[part].CLS.ENABLED = cfg.MODEL.GHM[part].REG.ENABLED = True
     return cfg
 
@@ -60,7 +61,7 @@ def check_training(cfg):
     """Of keys whose range depends on the rest of the config."""
     cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD = ("coco_2017_val",), 1
     cfg.MODEL.GHM.TRAINING.SAVE_BEST = True
-    checks._check_values(cfg, eval_only=False)
+    check_values(cfg, eval_only=False, world_size=1)
     check_selection(cfg)
     check_writers(cfg)
 
@@ -128,3 +129,11 @@ def test_mu_is_a_number_or_auto(part, tmp_path):
     cfg.merge_from_list([key, "Auto"])
     with pytest.raises(UserError, match=rf"{key} must be of type float or .auto., .*'Auto'"):
         validate_ghm_config(cfg)
+
+
+def test_given_keys_of_a_loss_that_is_off_are_named(caplog):
+    cfg = small_config("ghm_faster_rcnn_R_50")
+    node = "MODEL.GHM.ROI_BOX_HEAD"
+    given = {f"{node}.CLS.BINS", f"{node}.CLS.ENABLED", f"{node}.REG.BINS", "SOLVER.MAX_ITER"}
+    checks._name_keys_without_effect(cfg, given)
+    assert caplog.messages == [f"{node}.CLS.BINS has no effect: {node}.CLS.ENABLED is False."]

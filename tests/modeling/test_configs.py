@@ -72,17 +72,24 @@ def test_published_losses():
 
 
 def test_paper_two_stage_switches():
-    head = load("configs/ghm_r_faster_rcnn_R_50.yaml").MODEL.GHM.ROI_BOX_HEAD
-    assert (head.CLS.ENABLED, head.REG.ENABLED) == (False, True)
-    head = load("configs/ghm_faster_rcnn_R_50.yaml").MODEL.GHM.ROI_BOX_HEAD
-    assert (head.CLS.ENABLED, head.REG.ENABLED) == (True, True)
+    """GHM-R alone where no name says GHM-C."""
+    two_stage = [path for path in PUBLISHED if "rcnn" in path.name]
+    assert len(two_stage) >= 6
+    for path in two_stage:
+        ghm = load(path).MODEL.GHM
+        assert ghm.ROI_BOX_HEAD.REG.ENABLED
+        assert ghm.ROI_BOX_HEAD.CLS.ENABLED == path.stem.endswith("_ghm_c"), path
+        assert not ghm.RPN.CLS.ENABLED and not ghm.RPN.REG.ENABLED
+
+
+def test_the_former_name_of_a_config_is_the_same_config():
+    assert load("configs/ghm_r_faster_rcnn_R_50.yaml") == load("configs/ghm_faster_rcnn_R_50.yaml")
 
 
 SL1 = {"RETINANET.SMOOTH_L1_LOSS_BETA": 1 / 9, "GHM.RETINANET.REG.ENABLED": False}
 TWO_STAGE = {
     "RPN.SMOOTH_L1_BETA": 1 / 9,
     "ROI_BOX_HEAD.SMOOTH_L1_BETA": 1.0,
-    "GHM.ROI_BOX_HEAD.CLS.ENABLED": False,
 }
 HEAD_OFF = {"GHM.ROI_BOX_HEAD.REG.ENABLED": False}
 RPN_ON = {"GHM.RPN.REG.ENABLED": True}
@@ -171,14 +178,19 @@ BAD = [
 
 
 @pytest.mark.parametrize(("key", "value"), BAD, ids=[key for key, _ in BAD])
-def test_out_of_range_value_names_its_key(key, value):
+@pytest.mark.parametrize("enabled", [True, False])
+def test_out_of_range_value_names_its_key(key, value, enabled):
     name = "ghm_retinanet_R_50" if key.startswith("RETINANET") else "ghm_faster_rcnn_R_50"
     cfg = load(f"configs/{name}.yaml")
-    cfg.merge_from_list(["MODEL.GHM.RPN.CLS.ENABLED", True, "MODEL.GHM.RPN.REG.ENABLED", True])
+    for part in ("RETINANET", "RPN", "ROI_BOX_HEAD"):
+        cfg.MODEL.GHM[part].CLS.ENABLED = cfg.MODEL.GHM[part].REG.ENABLED = enabled
     cfg.merge_from_list([f"MODEL.GHM.{key}", value])
     with pytest.raises(UserError, match=f"MODEL.GHM.{key}") as error:
         validate_ghm_config(cfg)
     assert repr(value) in str(error.value)
+
+
+FED_LOSS = ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True]
 
 
 @pytest.mark.parametrize(
@@ -200,13 +212,13 @@ def test_out_of_range_value_names_its_key(key, value):
             ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "MODEL.GHM.ROI_BOX_HEAD.REG.ENABLED"],
         ),
         (
-            "ghm_faster_rcnn_R_50",
-            ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True],
+            "ghm_faster_rcnn_R_50_ghm_c",
+            FED_LOSS,
             ["MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED"],
         ),
         (
             "ghm_cascade_rcnn_R_50",
-            ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True],
+            [*FED_LOSS, "MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED", True],
             ["MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "MODEL.GHM.ROI_BOX_HEAD.CLS.ENABLED"],
         ),
         (

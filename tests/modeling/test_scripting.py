@@ -88,11 +88,11 @@ def test_dense_detectors(build):
 @pytest.mark.parametrize(
     ("base", "opts"),
     [
-        ("ghm_faster_rcnn_R_50", ()),
+        ("ghm_faster_rcnn_R_50_ghm_c", ()),
         ("ghm_mask_rcnn_R_50", ()),
-        ("ghm_faster_rcnn_R_50", ("MODEL.KEYPOINT_ON", True)),
+        ("ghm_faster_rcnn_R_50_ghm_c", ("MODEL.KEYPOINT_ON", True)),
         ("ghm_mask_rcnn_R_50", ("MODEL.KEYPOINT_ON", True)),
-        ("ghm_faster_rcnn_R_50", ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)),
+        ("ghm_faster_rcnn_R_50_ghm_c", ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)),
     ],
     ids=["Faster", "Mask", "Keypoint", "Mask-Keypoint", "Faster-sigmoid"],
 )

@@ -221,7 +221,7 @@ def test_light_retinanet_takes_the_weights_and_trains(tmp_path):
 
 def test_faster_rcnn_on_a_torchvision_backbone():
     cfg = small_config(
-        "ghm_r_faster_rcnn_R_50",
+        "ghm_faster_rcnn_R_50",
         "MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone",
         "MODEL.GHM.TORCHVISION.NAME", "resnet18",
         "MODEL.FPN.IN_FEATURES", STAGES,

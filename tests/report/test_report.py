@@ -283,7 +283,7 @@ def test_invisible_and_endless_names_are_escaped_and_cut(tmp_path, capsys, quick
         assert shown in text
     assert "long " * 450 not in text
     said = capsys.readouterr().out
-    assert said.startswith("not on the page: names of classes: a\\x1b\\ud800 has other ones")
+    assert said.startswith("not on the page: names of classes: a\\x1b\\ud800 has others")
     assert said.replace("\n", "").isprintable()
 
 
