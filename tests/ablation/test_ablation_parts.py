@@ -154,7 +154,10 @@ GOOD = {"config_file": RETINANET, "rows": [ROW]}
         (GOOD | {"corrupt": {}}, "corrupt must map names to shares of errors"),
         (GOOD | {"corrupt": {"a": 0.2}}, "corrupt: a must map kinds of errors to shares"),
         (GOOD | {"corrupt": {"a": {"missing": "20 %"}}}, "must map kinds of errors to shares"),
-        (GOOD | {"corrupt": {"a": {"misssing": 0.2}}}, "corrupt: a: there is no kind 'misssing'"),
+        (
+            GOOD | {"corrupt": {"a": {"misssing": 0.2}}},
+            "corrupt: a: there is no kind of error 'misssing'",
+        ),
         (GOOD | {"corrupt": {"a": {"missing": 20}}}, "corrupt: a: the share 'missing' must lie in"),
         (GOOD | {"rows": [ROW | {"corrupt": {}}]}, "unknown field 'corrupt'"),
     ],
