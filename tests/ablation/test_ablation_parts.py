@@ -158,7 +158,7 @@ GOOD = {"config_file": RETINANET, "rows": [ROW]}
             GOOD | {"corrupt": {"a": {"misssing": 0.2}}},
             "corrupt: a: there is no kind of error 'misssing'",
         ),
-        (GOOD | {"corrupt": {"a": {"missing": 20}}}, "corrupt: a: the share 'missing' must lie in"),
+        (GOOD | {"corrupt": {"a": {"missing": 20}}}, "the share of 'missing' must lie in"),
         (GOOD | {"rows": [ROW | {"corrupt": {}}]}, "unknown field 'corrupt'"),
     ],
 )

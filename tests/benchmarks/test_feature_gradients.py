@@ -214,6 +214,7 @@ def test_script_writes_data_and_tables(tmp_path):
 def test_shares_of_four_trainings(tmp_path):
     data = f"tiny={write_coco(tmp_path)}"
     words = ["--dataset", data, "--steps", "0", "1", "--batches", "1", "--output", str(tmp_path)]
+    words += ["--noise", "0", "0.9"]
     opts = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "2"]
     try:
         shares.main([*words, "--opts", *opts])
@@ -223,7 +224,7 @@ def test_shares_of_four_trainings(tmp_path):
     assert str(tmp_path) not in text
     runs = json.loads(text)["trainings"]
     assert [(run["trained_by"], run["wrong_labels"]) for run in runs] == [
-        ("focal", 0), ("GHM-C", 0), ("focal", 0.2), ("GHM-C", 0.2)
+        ("focal", 0), ("GHM-C", 0), ("focal", 0.9), ("GHM-C", 0.9)
     ]  # fmt: skip
     for run in runs:
         for snapshot in run["snapshots"]:
