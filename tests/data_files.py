@@ -220,7 +220,7 @@ CASES = {
     "box missing": Case(without("bbox"), None, 'has no "bbox"'),
     "box missing, polygon there": Case(
         together(every(segmentation=lambda row: [polygon(row)]), without("bbox")),
-        words="12 annotations have no box: computed from their masks",
+        words="12 annotations have no box: it is computed from their masks",
     ),
     "box empty list, mask there": Case(
         together(every(segmentation=rle), every(bbox=[])), words="12 annotations have no box"
@@ -270,9 +270,9 @@ CASES = {
         together(without("width", "images"), without("height", "images")),
         words="6 images have no whole numbers",
     ),
-    "sizes null": Case(every("images", width=None), words="6 images have no whole number"),
-    "sizes zero": Case(every("images", width=0, height=0), words="6 images have no whole number"),
-    "sizes a word": Case(one(0, "images", height="high"), words="1 images have no whole number"),
+    "sizes null": Case(every("images", width=None), words="6 images have no whole numbers"),
+    "sizes zero": Case(every("images", width=0, height=0), words="6 images have no whole numbers"),
+    "sizes a word": Case(one(0, "images", height="high"), words="1 images have no whole numbers"),
     "sizes text": Case(every("images", width="64", height="64"), words="6 values are text"),
     "sizes float": Case(every("images", width=64.0, height=64.0)),
     "sizes wrong": Case(one(0, "images", width=60), None, "64 x 64 pixels, but", split=True),

@@ -97,7 +97,7 @@ def test_the_grid_of_comparing_losses(tmp_path):
     file.write_text(grid.replace("/path/to", str(ROOT)) + tuning)
     loaded = load_grid(file)
     assert loaded.reference == loaded.rows[0].name == "focal + SL1" and len(loaded.rows) == 2
-    assert loaded.tuning is not None and loaded.tuning.tries == 13
+    assert loaded.tuning is not None and loaded.tuning.tries == 5
     cfg = get_cfg()
     add_ghm_config(cfg)
     for key, value in loaded.rows[0].overrides.items():

@@ -151,7 +151,7 @@ YOLO = {
             **{"train.txt": "./images/train/a.png\n./images/train/x.png\n", "val.txt": "b.png\n"},
         ),
         BOTH,
-        "train.txt: 1 of its images are not there, the first is ./images/train/x.png",
+        "train.txt: 1 of the images that it lists do not exist; the first: ./images/train/x.png",
         SPLIT,
     ),
     "yolo, no val": ToolCase("YOLO", yolo("train: images\nval: images\n" + NAMES), BOTH),
@@ -211,7 +211,7 @@ YOLO = {
         "YOLO", yolo(a=A + "0 a b c d\n"), BOTH, "1 objects are left out.*line 2 of a.txt", SPLIT
     ),
     "yolo, a line cut off": ToolCase(
-        "YOLO", yolo(a=A + "0 0.5 0.5\n"), BOTH, "line 2 of a.txt, '0 0.5 0.5', is no box", SPLIT
+        "YOLO", yolo(a=A + "0 0.5 0.5\n"), BOTH, "line 2 of a.txt, '0 0.5 0.5', is not a box", SPLIT
     ),
     "yolo in pixels": ToolCase(
         "YOLO", yolo(a="0 14 11 20 10\n", b="1 22 27 24 30\n"), None, "is not in fractions"
@@ -231,7 +231,7 @@ YOLO = {
         "YOLO",
         yolo("train: images/train\nval: images/other\n" + NAMES),
         {"a.png": [DISC]},
-        "data.yaml names val: images/other, which does not exist",
+        "data.yaml gives val: images/other, which does not exist",
     ),
     "yolo, names alone": ToolCase("YOLO", yolo(NAMES), BOTH, splits=SPLIT),
     "yolo, a split alone": ToolCase(
@@ -335,7 +335,7 @@ LABELME = {
             {**shape(DISC[1], "disc", "line"), "points": [[5, 5], [9, 9]]},
         ),
         BOTH,
-        "2 objects are left out, because they have no box or polygon",
+        "2 objects are left out because they have no box or polygon",
     ),
     "labelme, a point alone": ToolCase(
         "labelme",
@@ -504,7 +504,7 @@ VIA = {
     ),
     "via, one without an attribute": ToolCase(
         "VIA", via([region(rect(DISC[1]), type="disc"), region(rect(BAR[1]))]), BOTH,
-        "holds a rect without 'type'",
+        "holds a rect without the attribute 'type'",
     ),
     "via, no regions": ToolCase("VIA", via(b=[]), {"a.png": [DISC], "b.png": []}),
     "via, images below": ToolCase("VIA", via(folder="img/x"), BOTH),

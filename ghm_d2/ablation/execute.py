@@ -83,7 +83,7 @@ def execute(
     outcome.cached = {run.id for run in planned.values() if store.load(run)}
     waiting = deque(run for run in planned.values() if run.id not in outcome.cached)
     if outcome.cached:
-        logger.info("%d runs are done already", len(outcome.cached))
+        logger.info("done already: %d of %d runs", len(outcome.cached), len(planned))
     if not waiting:
         return outcome
     submitter = _Submitter(store, threads, gpus_each, cluster, parameters or {})

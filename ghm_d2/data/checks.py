@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "image size": (
         STOPS,
         "images do not have the size that the annotation file says",
-        "their boxes may not fit: give the images that were labelled",
+        "give the images that were labelled, or their boxes would not fit",
     ),
     "image depth": (
         STOPS,

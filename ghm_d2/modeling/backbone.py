@@ -71,7 +71,8 @@ class TorchvisionBackbone(Backbone):
                 norms stay as they are.
             freeze_at: a name as in `out_features`: no parameter up to it is trained; "": all are.
             cache_mb: memory (10^6 bytes) for the feature maps of images, so that an image that
-                comes back costs nothing; 0: none. The network must be frozen as a whole, and is in
+                comes back costs nothing; 0: none. It is in use from the first call of `train`, in
+                evaluations as well. The network must be frozen as a whole, and is in
                 eval mode throughout: one that drops blocks at random in training drops none.
 
         Raises:
@@ -111,7 +112,9 @@ class TorchvisionBackbone(Backbone):
         elif norm == "SyncBN":
             body = nn.SyncBatchNorm.convert_sync_batchnorm(body)
         self.body = body
-        self._cache = cache_for(body, cache_mb)
+        self._cache, self._trains = cache_for(body, cache_mb), False
+        if self._cache:
+            body.eval()
         self._out_features = list(out_features)
         self._out_feature_channels = {x.name: x.channels for x in self._maps}
         self._out_feature_strides = {x.name: x.stride for x in self._maps}
@@ -126,7 +129,7 @@ class TorchvisionBackbone(Backbone):
             pad (AlexNet, SqueezeNet, Inception v3) have fewer cells: their outermost are repeated
             on all sides alike, so that the others lie where they are in the image.
         """
-        features = self.body(x) if self._cache is None else self._cache(self.body, x)
+        features = self._cache(self.body, x) if self._cache and self._trains else self.body(x)
         for name, _, stride, channels_last, unpadded in self._maps:
             if channels_last:
                 features[name] = features[name].permute(0, 3, 1, 2)
@@ -140,7 +143,9 @@ class TorchvisionBackbone(Backbone):
     def train(self, mode: bool = True) -> "TorchvisionBackbone":
         """As of any module, but a network whose maps are kept stays in eval mode."""
         super().train(mode)
-        if self._cache is not None:
+        # A model that never trains sees most images once: maps would fill the memory for nothing.
+        self._trains |= mode
+        if self._cache:
             self.body.eval()
         return self
 

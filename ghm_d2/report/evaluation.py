@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ghm_d2.engine.evaluation import best_f1
-from ghm_d2.errors import UserError, cannot, described
+from ghm_d2.errors import UserError, cannot, described, shown
 
 from .run_files import TestSet
 
@@ -131,7 +131,7 @@ def _evaluate(data: TestSet) -> Evaluation:
     result.evaluate()
     result.accumulate()
     ids = sorted(truth.getCatIds())
-    names = [str(truth.cats[k]["name"]) for k in ids]
+    names = [shown(truth.cats[k]["name"], limit=1000) for k in ids]  # as a training has them
     precision = result.eval["precision"][:, :, :, 0, -1]
     precision = np.where(precision > -1, precision, np.nan)
     objects = Counter(

@@ -199,7 +199,8 @@ def _evaluation(result: Evaluation, folder: Path, images: int, run: RunFiles) ->
     best, worst, unreadable = best_and_worst(result, folder, images)
     if unreadable:
         run.missing.append(f"{len(unreadable)} images of {result.name}; the first: {unreadable[0]}")
-    if run.record.classes and run.record.classes != tuple(result.classes):
+    trained = [shown(name, limit=1000) for name in run.record.classes]
+    if trained and trained != result.classes:
         run.missing.append(
             f"names of classes: {result.name} has others than the training, or another order; the "
             "names in the annotations are shown"

@@ -138,7 +138,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
         (out / name).rename(tmp_path / name)
     main(argv)
     assert (out / "tiny.md").read_text() == report
-    assert "2 runs are done already" in capsys.readouterr().out
+    assert "done already: 2 of 2 runs" in capsys.readouterr().out
 
 
 PYTHON_GRID = {

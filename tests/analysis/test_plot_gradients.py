@@ -363,7 +363,7 @@ def test_images_that_give_no_example(trained, tmp_path, monkeypatch):
     nothing = PartDistributions(ClassificationDistribution(30), RegressionDistribution(10, 0.02))
     nothing.classification.counts += 1
     monkeypatch.setattr(report, "collect", lambda *args: {"box_head": nothing})
-    with pytest.raises(UserError, match="the box_head met no box examples"):
+    with pytest.raises(UserError, match="the box_head has no box examples"):
         plot_gradients(command(trained, tmp_path))
 
 

@@ -101,8 +101,14 @@ def test_what_is_left_out_is_counted(data, tmp_path, capsys):
         (["--predictions", "a.json", "--number", "-1"], "--number must not be negative, got -1"),
         (["--predictions", "missing.json"], "missing.json cannot be read"),
         (["--config-file", "missing.yaml"], "missing.yaml does not exist"),
-        (["--config-file", RETINANET, "--folds", "7"], "must lie between 2 and 6"),
-        (["--config-file", RETINANET, "--folds", "1"], "must lie between 2 and 6"),
+        (
+            ["--config-file", RETINANET, "--folds", "7"],
+            "2 and the number of images, 6",
+        ),
+        (
+            ["--config-file", RETINANET, "--folds", "1"],
+            "2 and the number of images, 6",
+        ),
     ],
 )
 def test_mistakes(words, message, data, capsys):

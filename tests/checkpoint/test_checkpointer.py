@@ -370,7 +370,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(folder, monkeypatch):
     before = sorted(os.listdir(folder))
     for name in ("model_0000011", "model_0000008"):  # a new file, and one that is there
         with pytest.raises(
-            UserError, match="cannot be written .No space left.*go on with --resume"
+            UserError, match="cannot be written .No space left.*continue with --resume"
         ):
             checkpointer.save(name, iteration=11)
     assert sorted(os.listdir(folder)) == before and resumed(folder) == 8

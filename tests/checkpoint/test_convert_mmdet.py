@@ -331,8 +331,8 @@ def test_settings_that_are_refused(write, output, old, new, sentence):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("os.mkdir({made!r})", "computes model, and text is not run"),
-        ("dict(type=os.mkdir({made!r}))", "computes model, and text is not run"),
+        ("os.mkdir({made!r})", "computes model by code, which is not run"),
+        ("dict(type=os.mkdir({made!r}))", "computes model by code, which is not run"),
         ("(", "no config text in it can be read"),
     ],
 )

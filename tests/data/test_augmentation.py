@@ -73,9 +73,12 @@ def test_all_that_detectron2_has_for_images_are_known():
     [
         ("RandomBrighness(0.8, 1.2)", "similar: RandomBrightness"),
         ("MinIoURandomCrop()", "is not an augmentation of images in Detectron2"),
-        ("RandomBrightness(0.8)", "it is RandomBrightness(intensity_min, intensity_max)"),
-        ("RandomBrightness(0.8, 1.2, 3)", "it is RandomBrightness(intensity_min"),
-        ("RandomRotation(angel=[1, 2])", "it is RandomRotation(angle"),
+        (
+            "RandomBrightness(0.8)",
+            "are RandomBrightness(intensity_min, intensity_max)",
+        ),
+        ("RandomBrightness(0.8, 1.2, 3)", "its arguments are RandomBrightness(intensity_min"),
+        ("RandomRotation(angel=[1, 2])", "its arguments are RandomRotation(angle"),
         ("ResizeShortestEdge([64], sample_style='x')", "cannot be built (AssertionError: x)"),
         ("RandomCrop('relative', 3)", "fails on a test image of 128 x 96 pixels"),
         ("RandomApply('x')", "cannot be built"),
@@ -147,7 +150,7 @@ def test_python_configs_take_texts_too(tmp_path):
     names = [type(aug).__name__ for aug in mapper.augmentations.augs]
     assert names == ["RandomContrast", "ResizeShortestEdge", "RandomFlip"]
     file.write_text(PYTHON_CONFIG + "dataloader.train.mapper.augmentations.append('Nothing')\n")
-    with pytest.raises(ValueError, match="augmentations 'Nothing': Nothing is none"):
+    with pytest.raises(ValueError, match="augmentations 'Nothing': Nothing is not an augmentation"):
         python_build.build_train_mapper(load_config(str(file)))
 
 

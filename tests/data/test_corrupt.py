@@ -179,7 +179,7 @@ def test_masks_stay_and_spurious_boxes_get_one_where_others_have():
         ({"missing": -0.1}, "got -0.1"),
         ({"spurious": float("nan")}, "got nan"),
         ({"wrong class": 0.5, "moved": 0.6}, "add up to 1.1"),
-        ({"turned": 0.5}, "no kind 'turned'"),
+        ({"turned": 0.5}, "no kind of error 'turned'"),
     ],
 )
 def test_shares_out_of_range(shares, message):

@@ -266,7 +266,7 @@ def test_images_that_two_sets_share(tmp_path, caplog):
     (tmp_path / "b" / "b.json").write_text(json.dumps(content))
     register_datasets([f"a={first}", f"b={second}"])
     assert "2 of the 6 images of b have the same content as images of a" in caplog.text
-    assert "the first is new.png" in caplog.text
+    assert "the first: new.png" in caplog.text
 
 
 def test_copies_within_a_set_are_worth_knowing(tmp_path, capsys):

@@ -74,7 +74,7 @@ REFUSED = {
     "deep.png": (lambda p: Image.new("I;16", (64, 64)).save(p), "mode I;16.*convert it to 8 bits"),
     "float.tiff": (lambda p: Image.new("F", (64, 64)).save(p), "mode F"),
     "small.png": (lambda p: Image.new("RGB", (64, 60)).save(p), "64 x 60 .*says 64 x 64"),
-    "turned.jpg": (wide, "32 x 64 pixels, as its EXIF .*says 64 x 64"),
+    "turned.jpg": (wide, "32 x 64 pixels, after its EXIF .*says 64 x 64"),
     "pixel.png": (lambda p: Image.new("RGB", (1, 1)).save(p), "1 x 1 pixels"),
 }
 
@@ -136,7 +136,7 @@ def test_the_tool_lists_everything_at_once(tmp_path, tool):
         "image 5 (gone.png) is missing",
         "image 6 (5.png) has 64 x 64 pixels, but the annotation file says 63 x 64",
         "image 1 (0.png) cannot be read: image file is truncated",
-        "image 2 (1.png) is of Pillow's mode I;16",
+        "image 2 (1.png) has Pillow's mode I;16",
         "image 3 (2.png) is P",
     ):
         assert words in text
@@ -218,7 +218,8 @@ def test_an_image_that_breaks_is_replaced_in_training_and_black_in_a_test(tmp_pa
     training.train()
     text = caplog.text
     assert "odd.png cannot be used (image file is truncated" in text
-    assert "another one replaces it; 1 of " in text and "tested as a black one; 1 of 4" in text
+    assert "another image replaces it (1 of " in text
+    assert "a black image replaces it (1 of 4" in text
     assert "bbox" in training._last_eval_results
     tested = [x for batch in training.build_test_loader(training.cfg, "odd") for x in batch]
     assert [x["image_id"] for x in tested] == [1, 2, 3, 4, 5, 6]  # none of them twice

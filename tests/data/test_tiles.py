@@ -96,7 +96,7 @@ def test_small_images_stay_whole_and_nothing_is_overwritten(tmp_path, capsys):
     [
         (["--side", "9"], "at least 32 pixels, got 9"),
         (["--overlap", "1"], "in [0, 0.9), got 1"),
-        (["SEED", "1"], "SEED is no option"),
+        (["SEED", "1"], "SEED is not an option"),
     ],
 )
 def test_mistakes(tmp_path, capsys, more, words):

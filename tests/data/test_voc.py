@@ -165,7 +165,7 @@ def test_broken_files_are_named_and_counted(tmp_path, output):
         "other.xml is not a VOC annotation",
         "7 XML files are left out",
         "5 images have no XML file",
-        "all: 1 of 2 listed images have no labels that can be used, the first is img0",
+        "all: 1 of 2 listed images have no labels that can be used; the first: img0",
     ):
         assert words in text, words
 
@@ -213,7 +213,7 @@ def test_mistakes(tmp_path, capsys):
     for argv, message in (
         ([tmp_path / "none", *out], "none does not exist"),
         ([tmp_path / "empty", *out], "empty holds no labels of COCO, YOLO, VOC"),
-        ([tmp_path, *out], "several folders of labels: give listed, voc"),
+        ([tmp_path, *out], "several folders of labels, listed, voc: give them one by one"),
         ([voc, *out, "--split", "train"], "no split train: neither ImageSets/Main/train.txt"),
         ([voc, *out, "--split", "a", "--val-fraction", "0.5"], "exclude each other"),
         ([voc, *out, "--val-fraction", "1"], "between 0 and 1, got 1"),
@@ -349,7 +349,7 @@ def test_spellings_in_lists(tmp_path, output):
     write_lists(voc, all=["\ufeff" + lines[0], *lines[1:]])
     convert(voc, "--output-dir", tmp_path, "--split", "all")
     assert names(written(tmp_path)["all"]) == ["my first image", "img1", "img2", "img.v1"]
-    assert "1 of 5 listed images have no labels that can be used, the first is img9" in output()
+    assert "1 of 5 listed images have no labels that can be used; the first: img9" in output()
 
 
 def test_the_folders_of_roboflow_are_the_splits(tmp_path, output):
@@ -359,7 +359,7 @@ def test_the_folders_of_roboflow_are_the_splits(tmp_path, output):
     found = written(tmp_path / "out")
     assert {k: len(v["images"]) for k, v in found.items()} == {"train": 3, "val": 2, "test": 1}
     assert found["val"]["images"][0]["file_name"] == "valid/img0.png"
-    assert "Split as the labels are: train, val, test" in output()
+    assert "Split as the labels declare: train, val, test" in output()
     convert(tmp_path / "voc", "--output-dir", tmp_path / "b", "--split", "val")
     assert list(written(tmp_path / "b")) == ["val"]
     convert(tmp_path / "voc", "--output-dir", tmp_path / "c", "--val-fraction", "0.5")
@@ -398,7 +398,7 @@ def test_cvat(tmp_path, output):
         "annotations.xml: 'gone.png' is not among the images",
         "'3.png' is for an image of 640 x 48 pixels",
         "2 objects are polygons or rotated",
-        "1 objects are left out, because they have no box or polygon that can be read",
+        "1 objects are left out because they have no box or polygon that can be read",
     ):
         assert words in text, words
     (root,) = {word.rpartition(",")[2] for word in text.splitlines()[-1].split()[1::2]}
@@ -436,7 +436,7 @@ def test_cvat_for_video(tmp_path, output):
         "frame_000003.png": [1, 2, 10, 20],
         "frame_000004.png": [1, 2, 10, 20],  # a polygon stays where it is until it goes away
     }
-    assert "'frame 6' has no image of this name" in output()
+    assert "'frame 6' is not among the images" in output()
 
 
 def test_cvat_for_video_wants_frames(tmp_path, capsys):

@@ -243,7 +243,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert "run none whose author you do not trust" in " ".join(capsys.readouterr().out.split())
+    assert "use only files from people you trust" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

@@ -213,8 +213,8 @@ def test_an_average_of_the_weights_is_evaluated_and_saved(run, tmp_path, monkeyp
 def test_averaged_weights_are_resumed_as_such(run, fails, tmp_path, without_pictures):
     run("out", ema=0.9, max_iter=2)
     assert (
-        "EMA_DECAY as it was" in (error := fails("out", "--resume", max_iter=4))
-        or "train.ema_decay as it was" in error
+        "EMA_DECAY the value that it had" in (error := fails("out", "--resume", max_iter=4))
+        or "train.ema_decay the value that it had" in error
     )
 
 

@@ -92,7 +92,7 @@ def test_on_the_command_line_beside_a_labelled_one(base, tmp_path, capsys):
     out = capsys.readouterr().out
     folder = tmp_path / "out" / "inference"
     assert submission(folder / "bare", content["categories"])
-    assert "bare.json has no annotations: predictions are written" in out
+    assert "bare.json has no annotations: there will be predictions" in out
     assert "bare has no ground truth here" in out and "full has no ground truth" not in out
     assert "Evaluation results for bbox" in out
 

@@ -59,7 +59,7 @@ def same(found, expected):
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "alexnet"])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_maps_of_the_network_in_eval_mode(name, training):
-    plain, kept = backbone(name).eval(), backbone(name, 100).train(training)
+    plain, kept = backbone(name).eval(), backbone(name, 100).train().train(training)
     x = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     expected = plain(x)
     first, again, mixed = kept(x[:2]), kept(x[:2]), kept(x[[2, 0]])
@@ -71,6 +71,18 @@ def test_the_maps_of_the_network_in_eval_mode(name, training):
         assert torch.equal(first[name], again[name])
         torch.testing.assert_close(mixed[name], maps[[2, 0]], **near)
         assert torch.equal(mixed[name][1], first[name][0])
+
+
+def test_a_model_that_never_trains_keeps_nothing():
+    plain, kept = backbone().eval(), TorchvisionBackbone("resnet18", freeze_at="res5", cache_mb=9)
+    kept.load_state_dict(plain.state_dict())
+    x, images = torch.randn(1, 3, 64, 96), []
+    kept.body.register_forward_hook(lambda *_: images.append(1))
+    for mode in (None, False, True, False):
+        if mode is not None:
+            kept.train(mode)
+        same(kept(x), plain(x))
+    assert len(images) == 3  # twice for nothing, then once for the training and its evaluations
 
 
 def test_each_image_is_computed_once():
