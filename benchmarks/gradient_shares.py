@@ -197,7 +197,32 @@ def write_table(result: dict[str, Any], file: Path) -> None:
             for name in TRAINED_BY:
                 rows.append([str(snapshot["step"]), name, *_cells(snapshot[name])])
         lines += [markdown_table(header, rows), "", markdown_table(believes, states), ""]
+    lines += [_summary(result["trainings"]), ""]
     file.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _summary(trainings: Sequence[dict[str, Any]]) -> str:
+    """The last snapshots in words, without a judgement."""
+    lines = [f"## At step {trainings[0]['snapshots'][-1]['step']}\n"]
+    for run in trainings:
+        last = run["snapshots"][-1]
+        state = last["detector"]
+        lines.append(
+            f"- Trained by {run['trained_by']}, {run['wrong_labels']:.0%} wrong labels: "
+            f"{state['confident_negatives']:,.0f} confident negatives, p {state['p_right']:.2f}."
+        )
+        for name in TRAINED_BY:
+            found = last[name]
+            parts = zip(KINDS, found["by_level"], found["by_region"], strict=True)
+            told = [
+                f"{kind} {100 * sum(levels):.1f} % ({100 * regions[-1]:.1f} % with g over 0.9)"
+                for kind, levels, regions in parts
+            ]
+            lines.append(
+                f"  - {name}, of {found['total']:.3g} worth {found['effective_examples']:.0f} "
+                f"logits: {', '.join(told)}."
+            )
+    return "\n".join(lines)
 
 
 def _cells(found: dict[str, Any]) -> list[str]:
