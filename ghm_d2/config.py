@@ -9,7 +9,7 @@ from detectron2.config import CfgNode as CN
 AUTO_KEYS = tuple(
     f"MODEL.GHM.{part}.{key}"
     for part in ("RETINANET", "RPN", "ROI_BOX_HEAD")
-    for key in ("REG.MU",)
+    for key in ("REG.MU", "CLS.LOSS_WEIGHT", "REG.LOSS_WEIGHT")
 )
 
 
@@ -58,7 +58,10 @@ def _loss_node(bins: int, momentum: float, loss_weight: float) -> CN:
     node.BINS = bins
     # alpha of the moving average of the region counts, in [0, 1); 0: counts of this call alone.
     node.MOMENTUM = momentum
-    # Factor of this loss.
+    # Factor of this loss; "auto": it follows from the gradients at the predictions, which are kept
+    # as large as those of a reference loss: in RetinaNet 4 times Detectron2's focal loss, twice its
+    # smooth L1 for "ghm_r" and once for "asl1"; in two-stage detectors Detectron2's losses. "focal"
+    # itself has 4 then, "smooth_l1" 1.
     node.LOSS_WEIGHT = loss_weight
     # Divisor of the region weights: "valid_bins" (non-empty regions, authors' code) or
     # "all_bins" (M, paper).

@@ -12,6 +12,7 @@ Clear rather than fast; the gradient of every loss is written in closed form, wi
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -175,6 +176,25 @@ class RunningCounts:
         return weights
 
 
+class FollowingWeight:
+    """reference / divisor / own, each of them averaged over calls with weights 0.9^age; 1 before
+    the first call in which all three are above 0 and finite."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, float, float]] = []
+
+    def __call__(self, figures: tuple[float, float, float], *, write: bool) -> float:
+        usable = all(math.isfinite(x) and x > 0 for x in figures)
+        calls = [*self.calls, figures] if usable else self.calls
+        if write:
+            self.calls = calls
+        if not calls:
+            return 1.0
+        ages = np.arange(len(calls))[::-1]
+        reference, divisor, own = np.average(calls, axis=0, weights=0.9**ages)
+        return float(reference / divisor / own)
+
+
 class GHMReference:
     """A GHM loss over any kind of example; one call is one histogram and one update.
 
@@ -188,14 +208,18 @@ class GHMReference:
         *,
         bins: int,
         momentum: float,
-        loss_weight: float = 1.0,
+        loss_weight: float | str = 1.0,
         density: str = "unit_region",
+        reference: Callable[..., tuple[float, float]] | None = None,
         **switches: Any,
     ) -> None:
         self.examples = examples
         self.bins = bins
         self.loss_weight = loss_weight
         self.density = density
+        # (L1 norm of the reference's gradient, its divisor) of one call, for loss_weight "auto"
+        self.reference = reference
+        self.following = FollowingWeight()
         self.counts = RunningCounts(bins, momentum, **switches)
         self.training = True
 
@@ -211,11 +235,19 @@ class GHMReference:
         parts = [self.examples(*call) for call in calls]
         kept = [part.gradient_norm[part.keep] for part in parts]
         ends = np.cumsum([len(g) for g in kept])
-        pieces = np.split(self.example_weights(np.concatenate(kept)), ends[:-1])
+        g = np.concatenate(kept)
+        weight_of = self.example_weights(g)
+        pieces = np.split(weight_of, ends[:-1])
         loss, gradients = 0.0, []
+        factor = self.loss_weight
+        if factor == "auto":
+            found = zip(calls, parts, strict=True)
+            norm, divisor = np.sum([self.reference(c, p) for c, p in found], axis=0)
+            own = float((weight_of * (region_of(g, self.bins) + 0.5) / self.bins).sum())
+            factor = self.following((norm, max(divisor, 1), own), write=self.training)
         for part, piece in zip(parts, pieces, strict=True):
             weights = np.zeros(part.keep.shape)
-            weights[part.keep] = self.loss_weight * piece
+            weights[part.keep] = factor * piece
             loss += (weights * part.loss).sum()
             missing = part.gradient.ndim - weights.ndim
             gradients.append(weights.reshape(weights.shape + (1,) * missing) * part.gradient)
@@ -234,7 +266,16 @@ def ghm_c(
     def examples(*call: Array | None) -> Examples:
         return of_activation(*call, class_weight=class_weight, ignored=ignored)
 
-    return GHMReference(examples, bins=bins, momentum=momentum, **switches)
+    def reference(call: tuple, part: Examples) -> tuple[float, float]:
+        logits, labels = call[:2]
+        if activation == "softmax":  # half the L1 norm, as the own gradient's
+            return part.gradient_norm[part.keep].sum(), np.count_nonzero(part.keep)
+        gradient = 4 * focal(logits, labels)[1]
+        positives = [part.keep[r, k] for r, k in enumerate(labels) if 0 <= k < part.keep.shape[1]]
+        return np.abs(gradient)[part.keep].sum(), np.sum(positives)
+
+    settings = {"bins": bins, "momentum": momentum, "reference": reference}
+    return GHMReference(examples, **settings, **switches)
 
 
 def ghm_r(*, mu=0.02, bins=10, momentum=0.7, **switches) -> GHMReference:
@@ -244,7 +285,12 @@ def ghm_r(*, mu=0.02, bins=10, momentum=0.7, **switches) -> GHMReference:
     def examples(*call: Array | None) -> Examples:
         return asl1_examples(*call, mu=mu)
 
-    return GHMReference(examples, bins=bins, momentum=momentum, **switches)
+    def reference(call: tuple, part: Examples) -> tuple[float, float]:
+        d = np.subtract(*call[:2], dtype=np.float64)[part.keep]
+        return 2 * np.count_nonzero(d), d.size / part.keep[0].size if d.size else 0.0
+
+    settings = {"bins": bins, "momentum": momentum, "reference": reference}
+    return GHMReference(examples, **settings, **switches)
 
 
 class FollowingGHMR(GHMReference):

@@ -46,6 +46,8 @@ def draw_summary(summary: Mapping[str, Any], stem: Path) -> list[Path]:
     for axis in axes:
         axis.grid(True, axis="x", alpha=0.3)
         axis.margins(x=0.15)
+        if not axis.has_data():  # a scale around 0 would pass for one
+            axis.set_xticks([])
     figure.suptitle(summary["title"], fontsize="medium")
     if any(axis.get_legend_handles_labels()[0] for axis in axes):
         figure.legend(loc="outside lower center", ncols=4, fontsize="small")

@@ -257,11 +257,9 @@ def tuning_text(record: Mapping[str, Any]) -> str:
     for name, row in record["rows"].items():
         tries = row["tries"]
         count = f"{len(tries)}" if row["complete"] else f"{len(tries)} of {record['tries']}"
-        scores = [one["score"] for one in tries]
-        best = [max((s for s in scores if s is not None), default=None)]
-        figures = ["failed" if s is None else f"{s:.1f}" for s in scores[:1] + best * bool(scores)]
-        lines.append([name, count, *figures, *(_told(row, key) for key in keys)])
-    lines = [line + [""] * (len(header) - len(line)) for line in lines]
+        ends = [tries[0], max(tries, key=lambda one: one["score"] or -1.0)] if tries else []
+        cells = [name, count, *map(_figure, ends), *(_told(row, key) for key in keys)]
+        lines.append(cells + [""] * (len(header) - len(cells)))
     factors = ", ".join(f"{_short(key)} by {f:g}" for key, f in record["keys"].items())
     seeds = ", ".join(map(str, record["seeds"]))
     told = (
@@ -275,7 +273,22 @@ def tuning_text(record: Mapping[str, Any]) -> str:
             " Rows with fewer tries are not tuned yet: they are not in the tables above, and what "
             "they have chosen may change."
         )
-    return f"## Tuning\n\n{markdown_table(header, lines)}\n\n{told}"
+    every = [
+        f"- {name}: {'; '.join(f'{_numbers(one)}: {_figure(one)}' for one in row['tries'])}"
+        for name, row in record["rows"].items()
+        if row["tries"]
+    ]
+    listed = "\n".join([f"Every try ({', '.join(map(_short, keys))}: {column}):", "", *every])
+    parts = ["## Tuning", markdown_table(header, lines), told, *([listed] if every else [])]
+    return "\n\n".join(parts)
+
+
+def _numbers(one: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value:g}" for value in one["values"].values())
+
+
+def _figure(one: Mapping[str, Any]) -> str:
+    return "failed" if one["score"] is None else f"{one['score']:.1f}"
 
 
 def _told(row: Mapping[str, Any], key: str) -> str:

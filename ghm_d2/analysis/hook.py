@@ -3,7 +3,7 @@
 import json
 import os
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from detectron2.engine import HookBase
@@ -13,12 +13,15 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ghm_d2.losses.base import HarmonizedLoss, observed
+from ghm_d2.losses.weighted import WeightedLoss
 from ghm_d2.run_folder import STATISTICS as FILE
 
 from .statistics import SHARES, CallStatistics, measure, summarize
 
 _SCALARS = ("plain_loss", "plain_loss_positives", *(f"gradient_share_{name}" for name in SHARES))
 _SCALARS += ("non_empty_regions", "largest_weight")
+
+Kind = TypeVar("Kind", bound=WeightedLoss)
 
 
 def build_gradient_statistics(
@@ -101,15 +104,46 @@ class GradientStatistics(HookBase):
         self._calls.setdefault(module, []).append(measure(module, *arguments))
 
 
-def losses_by_name(model: nn.Module) -> dict[str, list[HarmonizedLoss]]:
-    """The harmonised losses of a model; copies ("ghm_c.0", "ghm_c.1") share one name.
+class LossWeights(HookBase):
+    """Writes the weights of losses with `loss_weight="auto"` as `NAME/loss_weight`.
+
+    It must run before the hook that writes the logs, at whose iterations alone it reads them: a
+    weight lies on the device, and reading it waits for that.
+    """
+
+    def __init__(self, model: nn.Module, period: int) -> None:
+        """
+        Args:
+            model: the model, wrapped for several processes or not.
+            period: of the logs, in iterations.
+        """
+        self.period = period
+        self.losses = {
+            name: copies
+            for name, copies in losses_by_name(model, WeightedLoss).items()
+            if copies[0].follows_weight
+        }
+
+    def after_step(self) -> None:
+        """Writes the weights of this step, averaged over copies."""
+        following = self.trainer.iter + 1
+        if following % self.period and following != self.trainer.max_iter:
+            return
+        for name, copies in self.losses.items():
+            weight = sum(float(loss.loss_weight) for loss in copies) / len(copies)
+            self.trainer.storage.put_scalar(f"{name}/loss_weight", weight, smoothing_hint=False)
+
+
+def losses_by_name(model: nn.Module, kind: type[Kind] = HarmonizedLoss) -> dict[str, list[Kind]]:
+    """The losses of a model; copies ("ghm_c.0", "ghm_c.1") share one name.
 
     Args:
         model: the model, wrapped for several processes or not.
+        kind: the class of the losses.
     """
-    losses: dict[str, list[HarmonizedLoss]] = {}
+    losses: dict[str, list[Kind]] = {}
     for path, module in getattr(model, "module", model).named_modules():
-        if isinstance(module, HarmonizedLoss):
+        if isinstance(module, kind):
             parent, _, last = path.rpartition(".")
             losses.setdefault(parent if last.isdigit() else path, []).append(module)
     return losses

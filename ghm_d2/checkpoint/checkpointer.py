@@ -17,7 +17,7 @@ from fvcore.common.checkpoint import (
 
 from ghm_d2.errors import UserError, described, reason, shown
 from ghm_d2.files import whole_file
-from ghm_d2.losses.base import HarmonizedLoss
+from ghm_d2.losses.weighted import WeightedLoss
 from ghm_d2.run_folder import LAST_CHECKPOINT, RunFolder
 from ghm_d2.run_parts import Record
 
@@ -69,8 +69,8 @@ class _RestrictedTorchLoad(Checkpointer):
 
 
 def _reset_counts(model: torch.nn.Module, path: str) -> None:
-    losses = [module for module in model.modules() if isinstance(module, HarmonizedLoss)]
-    counted = [loss for loss in losses if loss.acc_sum.any()]
+    losses = [module for module in model.modules() if isinstance(module, WeightedLoss)]
+    counted = [loss for loss in losses if any((x > 0).any() for x in loss.state_dict().values())]
     for loss in losses:
         loss.reset_parameters()
     if counted:

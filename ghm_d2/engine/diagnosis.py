@@ -237,12 +237,14 @@ def _watch_losses(model: nn.Module) -> Iterator[list[Row]]:
     def watch(name: str, loss: HarmonizedLoss) -> None:
         original, calls = loss.forward_pooled, 0
 
-        def forward_pooled(predictions: Any, targets: Any, weights: Any = None) -> Tensor:
+        def forward_pooled(
+            predictions: Any, targets: Any, weights: Any = None, **settings: Any
+        ) -> Tensor:
             nonlocal calls
             level = f" {levels[calls % len(levels)]}" if loss in by_level and levels else ""
             calls += 1
             try:
-                value = original(predictions, targets, weights)
+                value = original(predictions, targets, weights, **settings)
                 loss.raise_deferred_errors()
                 note = f"{float(value.detach()):.6g}"
             except ValueError as error:

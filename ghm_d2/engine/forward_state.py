@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ghm_d2.losses.base import HarmonizedLoss
+from ghm_d2.losses.weighted import WeightedLoss
 
 _NORMALIZER = "loss_normalizer"  # of Detectron2's dense detectors: a plain attribute
-_WRITERS = (HarmonizedLoss, nn.modules.batchnorm._BatchNorm)
+_WRITERS = (WeightedLoss, nn.modules.batchnorm._BatchNorm)
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ForwardState:
 
     Attributes:
         buffers: those that a forward pass in training mode writes, by their names in the model: the
-            counts of the harmonised losses and the running statistics of batch norm.
+            running averages of the losses and the running statistics of batch norm.
         normalizer: running number of positives of a dense detector; None where there is none.
         rng: states of PyTorch's generators, "cpu" and, for a model on a GPU, "cuda"; a forward
             pass uses no other generator.

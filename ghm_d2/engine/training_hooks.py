@@ -7,7 +7,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 
-from ghm_d2.analysis.hook import build_gradient_statistics
+from ghm_d2.analysis.hook import LossWeights, build_gradient_statistics
 
 from .averaging import AveragedWeights
 from .finite_weights import FiniteWeights
@@ -46,6 +46,7 @@ def build_hooks(trainer: Any) -> list[HookBase | None]:
             settings.output_dir,
             settings.accumulation_steps,
         ),
+        LossWeights(trainer.model, _log_period(settings)) if is_main else None,
         FolderIsThere(settings.output_dir) if is_main else None,
         FiniteWeights(settings.checkpoint_period),
         LengthEstimate() if is_main else None,

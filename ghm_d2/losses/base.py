@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import (
     WEIGHT_MESSAGE,
     ValueChecks,
     check_choice,
-    check_non_negative,
     check_plain,
     raise_first,
 )
@@ -25,7 +26,8 @@ from .kernels import (
     device_examples,
     device_takes,
 )
-from .running_counts import RunningCounts, is_recomputation
+from .running_counts import RunningCounts
+from .weighted import is_recomputation
 
 # Makes the examples of several predictions with whole-tensor operations.
 Eager = Callable[[Sequence[Tensor]], EagerExamples]
@@ -64,7 +66,7 @@ class HarmonizedLoss(RunningCounts):
         self,
         bins: int,
         momentum: float,
-        loss_weight: float,
+        loss_weight: float | str,
         *,
         normalize_by: str = "valid_bins",
         decay_empty_bins: bool = False,
@@ -76,12 +78,12 @@ class HarmonizedLoss(RunningCounts):
         super().__init__(
             bins,
             momentum,
+            loss_weight,
             normalize_by=normalize_by,
             decay_empty_bins=decay_empty_bins,
             bias_correction=bias_correction,
             sync=sync,
         )
-        self.loss_weight = check_non_negative("loss_weight", loss_weight)
         self.density = check_choice("density", density, ("unit_region", "exact"))
         if density == "exact":
             if self.momentum:
@@ -92,6 +94,11 @@ class HarmonizedLoss(RunningCounts):
             for name in ("decay_empty_bins", "bias_correction", "sync"):
                 if getattr(self, name):
                     raise ValueError(f"{name} must be False with density='exact', got True")
+            if self.follows_weight:
+                raise ValueError(
+                    "loss_weight must be a number with density='exact', which has no region counts "
+                    "to tell the gradient from, got 'auto'"
+                )
         self._failures: dict[str, Tensor] = {}
         self._bits: Tensor | None = None
         self._messages: dict[int, str] = {}
@@ -100,7 +107,10 @@ class HarmonizedLoss(RunningCounts):
         """The settings, as `print(model)` shows them."""
         names = ["bins", "momentum", "loss_weight", "normalize_by", "decay_empty_bins"]
         names += ["bias_correction", "sync", "density"]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        values = {name: getattr(self, name) for name in names} | {
+            "loss_weight": self._weight_setting
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
     def raise_deferred_errors(self) -> None:
         """Raises the ValueError of an earlier call on a CUDA device, if there is one; synchronises.
@@ -117,6 +127,8 @@ class HarmonizedLoss(RunningCounts):
         predictions: Sequence[Tensor],
         targets: Sequence[Tensor],
         weights: Sequence[Tensor | None] | None = None,
+        *,
+        divisor: float | None = None,
     ) -> Tensor:
         """:meth:`forward` of several tensors (such as FPN levels) that share one histogram.
 
@@ -124,6 +136,7 @@ class HarmonizedLoss(RunningCounts):
             predictions: tensors as the first argument of :meth:`forward`.
             targets: one tensor for each of them, as the second argument.
             weights: likewise, a tensor or None for each; or None.
+            divisor: see :meth:`forward`.
 
         Returns:
             One scalar; the running counts are updated once.
@@ -131,7 +144,7 @@ class HarmonizedLoss(RunningCounts):
         Raises:
             ValueError: as :meth:`forward`, or the sequences differ in length.
         """
-        return self._forward(predictions, targets, weights, True)
+        return self._forward(predictions, targets, weights, True, divisor)
 
     def forward_levels(
         self,
@@ -161,6 +174,7 @@ class HarmonizedLoss(RunningCounts):
         targets: Sequence[Tensor],
         weights: Sequence[Tensor | None] | None,
         pooled: bool,
+        divisor: float | None = None,
     ) -> Tensor:
         weights = [None] * len(predictions) if weights is None else weights
         if not len(predictions) == len(targets) == len(weights):
@@ -181,7 +195,7 @@ class HarmonizedLoss(RunningCounts):
                 for name, value in zip((*self.argument_names, "weight"), each, strict=True):
                     check_plain(name, value, self.acc_sum.device)
                 raw.append(self._layout(*each))
-            return self._loss(raw, pooled)
+            return self._loss(raw, pooled, divisor)
 
     def _layout(self, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Arguments:
         """The arguments of one tensor in the layout of :meth:`_values`; checks shapes and types."""
@@ -263,6 +277,8 @@ class HarmonizedLoss(RunningCounts):
         more = self._device_arguments()
         if more is None or compiled_loss is None or not torch.compiler.is_compiling():
             return None
+        if self.follows_weight:  # the operator takes a number
+            return None
         mu = constants.get("mu")
         if not device_takes(raw, self.bins, mu is None):
             return None
@@ -286,12 +302,13 @@ class HarmonizedLoss(RunningCounts):
         """What each bit that a CUDA kernel sets means; see `conclude_with` of the kernels."""
         return {2: WEIGHT_MESSAGE, 4: self.not_finite_message}
 
-    def _loss(self, raw: Sequence[Arguments], pooled: bool) -> Tensor:
+    def _loss(self, raw: Sequence[Arguments], pooled: bool, divisor: float | None = None) -> Tensor:
         """The loss over one or more histograms, and one update of the buffers.
 
         Args:
             raw: what :meth:`_layout` made of each prediction, its target and its weight.
             pooled: whether all tensors share one histogram; else each has its own.
+            divisor: see :meth:`_measure`.
 
         Returns:
             A scalar, float32 at least.
@@ -315,9 +332,17 @@ class HarmonizedLoss(RunningCounts):
             counts = examples.counts(self.bins)
             if pooled and len(raw) > 1:
                 counts = counts.sum(0, keepdim=True)
-            scale = self.loss_weight * self._pool(counts, writes)
+            processes = self._pool(counts, writes)
             region_weights, walked = self._walk(counts)
-            weights = region_weights if scale == 1 else region_weights * scale
+            if self.follows_weight:
+                values = arguments or self._all_values(raw, ValueChecks())
+                found = partial(self._measure, values, divisor, counts, region_weights, writes)
+                weight, average = self._follow(found, recomputed)
+                state |= average
+                weights = region_weights * (weight * processes)
+            else:
+                scale = self.loss_weight * processes
+                weights = region_weights if scale == 1 else region_weights * scale
             if device is not None:
                 buffers = {name: getattr(self, name) for name in walked} if writes else None
                 device.conclude_with(walked, buffers, self._bits_of(device, raw))
@@ -336,6 +361,35 @@ class HarmonizedLoss(RunningCounts):
         if writes:
             self._write(state, holds)
         return loss if holds is None else torch.where(holds, loss, torch.nan)
+
+    def _measure(
+        self,
+        arguments: Sequence[Arguments],
+        divisor: float | None,
+        counts: Tensor,
+        region_weights: Tensor,
+        meet: bool,
+    ) -> Tensor:
+        """What :meth:`_follow` averages; the own gradient with every g in the middle of its region.
+
+        Args:
+            arguments: what :meth:`_values` made of the tensors of this call.
+            divisor: what the caller divides the reference loss by; None: its own.
+            counts, region_weights: (L, bins), R_j over all processes and w_j of each histogram.
+            meet: whether to add up the other figures over the processes as well.
+        """
+        figures = self._reference_gradient(arguments)
+        if divisor is not None:
+            figures[1] = divisor
+        if meet and self._processes() > 1:
+            dist.all_reduce(figures)
+        middles = (torch.arange(self.bins, device=counts.device) + 0.5) / self.bins
+        own = (counts * region_weights * middles).sum()
+        return torch.stack([figures[0], figures[1].clamp(min=1), own])
+
+    def _reference_gradient(self, arguments: Sequence[Arguments]) -> Tensor:
+        """float (2,): L1 norm of the gradient of the reference's sum, and what divides that."""
+        raise NotImplementedError
 
     def _bits_of(self, device: FusedExamples, raw: Sequence[Arguments]) -> Tensor:
         """int64 (1,): bits of what was refused since the last :meth:`raise_deferred_errors`."""

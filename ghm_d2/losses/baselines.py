@@ -6,12 +6,46 @@ Shape shorthand:
     K: number of foreground classes
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import ValueChecks, check_bins, check_floating, check_non_negative, check_positive
-from .functional import at_least_float32, authentic_smooth_l1_loss
+from .checks import (
+    ValueChecks,
+    check_bins,
+    check_floating,
+    check_loss_weight,
+    check_non_negative,
+    check_positive,
+)
+from .functional import (
+    at_least_float32,
+    authentic_smooth_l1_loss,
+    focal_gradient_norm,
+    regression_examples,
+)
+from .weighted import WeightedLoss
+
+# Predictions, targets, and which of them count (None: all), as the kernels take them.
+Examples = tuple[Tensor, Tensor, Tensor | None]
+
+# Of more logits in a call, the gradient of negatives is estimated from about as many.
+_SAMPLE = 1 << 13
+# As many are copied into one tensor for less than it costs to go through several.
+_FEW = 1 << 20
+
+
+def _gradient_norms(examples: Sequence[Examples], alpha: float, gamma: float) -> Tensor:
+    """:func:`focal_gradient_norm` of all tensors of a call."""
+    xs, ys, keeps = zip(*examples, strict=True)
+    size = sum(x.numel() for x in xs)
+    share = min(1.0, _SAMPLE / max(size, 1))
+    if size <= _FEW and len({y.dim() for y in ys}) == 1 and all(keep is None for keep in keeps):
+        examples = [(torch.cat(xs), torch.cat(ys), None)]
+    found = [focal_gradient_norm(*each, alpha, gamma, share) for each in examples]
+    return torch.stack(found).sum(0)
 
 
 def focal_loss(
@@ -93,15 +127,21 @@ def ohem_loss(
     Raises:
         ValueError: as :func:`focal_loss`, or `negatives_per_positive` is wrong.
     """
+    return _ohem(logits, labels, negatives_per_positive, scores)[0]
+
+
+def _ohem(
+    logits: Tensor, labels: Tensor, negatives_per_positive: int, scores: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`ohem_loss`, and the numbers of the rows that it keeps."""
     rows = _row_losses(logits, labels, scores)
     ratio = check_bins(negatives_per_positive, "negatives_per_positive")
     negative = labels == logits.shape[1]
-    positive = (labels >= 0) & ~negative
-    positives, negatives = torch.stack([positive.sum(), negative.sum()]).tolist()
-    kept = min(ratio * max(positives, 1), negatives)
+    positive = ((labels >= 0) & ~negative).nonzero().flatten()
+    kept = min(ratio * max(len(positive), 1), int(negative.sum()))
     hardest = rows.detach().masked_fill(~negative, -1).topk(kept, sorted=False).indices
-    total: Tensor = (rows * positive).sum() + rows[hardest].sum()
-    return total / max(int(positives + kept), 1)
+    chosen = torch.cat([positive, hardest])
+    return rows[chosen].sum() / max(len(chosen), 1), chosen
 
 
 def _row_losses(logits: Tensor, labels: Tensor, scores: Tensor | None) -> Tensor:
@@ -143,13 +183,17 @@ def _logits_and_targets(
 class FocalLoss(nn.Module):
     """:func:`focal_loss` times `loss_weight`.
 
-    A detector divides it by what it divides its own focal loss by.
+    A detector divides it by what it divides its own focal loss by. "auto" is `AUTO_WEIGHT`.
     """
 
-    def __init__(self, alpha: float = 0.25, gamma: float = 2.0, loss_weight: float = 1.0) -> None:
+    AUTO_WEIGHT = 4.0
+
+    def __init__(
+        self, alpha: float = 0.25, gamma: float = 2.0, loss_weight: float | str = 1.0
+    ) -> None:
         super().__init__()
         self.alpha, self.gamma = float(alpha), check_non_negative("gamma", gamma)
-        self.loss_weight = check_non_negative("loss_weight", loss_weight)
+        self.loss_weight = check_loss_weight(loss_weight, self.AUTO_WEIGHT)
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
@@ -160,53 +204,106 @@ class FocalLoss(nn.Module):
         """See :func:`focal_loss`."""
         return self.loss_weight * focal_loss(logits, labels, scores, self.alpha, self.gamma)
 
+    def gradient_norm(self, examples: Sequence[Examples]) -> Tensor:
+        """L1 norm of the gradient at the logits, and the number of positives: float (2,).
 
-class CrossEntropyLoss(nn.Module):
-    """:func:`cross_entropy_loss` times `loss_weight` (20 in the paper's baseline)."""
+        Of more than 2^13 logits, most negatives are estimated from a sample of the rows.
+        """
+        norm, positives, _ = _gradient_norms(examples, self.alpha, self.gamma)
+        return torch.stack([self.loss_weight * norm, positives])
 
-    def __init__(self, loss_weight: float = 1.0) -> None:
-        super().__init__()
-        self.loss_weight = check_non_negative("loss_weight", loss_weight)
+
+class _ClsBaseline(WeightedLoss):
+    def __init__(self, loss_weight: float | str, reference: FocalLoss | None) -> None:
+        super().__init__(loss_weight)
+        if self.follows_weight:
+            self.reference = reference or FocalLoss(loss_weight="auto")
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
-        return f"loss_weight={self.loss_weight!r}"
+        return f"loss_weight={self._weight_setting!r}"
+
+    def _measure(self, example: Examples, own: Tensor) -> Tensor:
+        norm, positives = self.reference.gradient_norm([example]).unbind()
+        return torch.stack([norm, positives.clamp(min=1), own])
+
+
+class CrossEntropyLoss(_ClsBaseline):
+    """:func:`cross_entropy_loss` times `loss_weight` (20 in the paper's baseline).
+
+    `loss_weight="auto"` keeps the gradient as large as that of `reference`, over its number of
+    positives; None: focal loss with its "auto" weight. See
+    :class:`~ghm_d2.losses.weighted.WeightedLoss`.
+    """
+
+    def __init__(self, loss_weight: float | str = 1.0, reference: FocalLoss | None = None) -> None:
+        super().__init__(loss_weight, reference)
 
     @torch.jit.unused
     def forward(self, logits: Tensor, labels: Tensor, scores: Tensor | None = None) -> Tensor:
         """See :func:`cross_entropy_loss`."""
-        return self.loss_weight * cross_entropy_loss(logits, labels, scores)
+
+        def measure() -> Tensor:
+            example = _example(logits, labels, scores)
+            return self._measure(example, torch.div(*self.gradient_norm([example]).unbind()))
+
+        return self._weighted(cross_entropy_loss(logits, labels, scores), measure)
+
+    @staticmethod
+    def gradient_norm(examples: Sequence[Examples]) -> Tensor:
+        """L1 norm of the gradient of the sum of the losses, and the number of rows: float (2,)."""
+        norm, _, rows = _gradient_norms(examples, -1, 0)
+        return torch.stack([norm, rows])
 
 
-class OHEMLoss(nn.Module):
-    """:func:`ohem_loss` times `loss_weight`."""
+class OHEMLoss(_ClsBaseline):
+    """:func:`ohem_loss` times `loss_weight`; "auto" and `reference`: see `CrossEntropyLoss`."""
 
-    def __init__(self, loss_weight: float = 1.0, negatives_per_positive: int = 3) -> None:
-        super().__init__()
-        self.loss_weight = check_non_negative("loss_weight", loss_weight)
+    def __init__(
+        self,
+        loss_weight: float | str = 1.0,
+        negatives_per_positive: int = 3,
+        reference: FocalLoss | None = None,
+    ) -> None:
+        super().__init__(loss_weight, reference)
         self.negatives_per_positive = check_bins(negatives_per_positive, "negatives_per_positive")
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
-        ratio = self.negatives_per_positive
-        return f"loss_weight={self.loss_weight!r}, negatives_per_positive={ratio!r}"
+        return f"{super().extra_repr()}, negatives_per_positive={self.negatives_per_positive!r}"
 
     @torch.jit.unused
     def forward(self, logits: Tensor, labels: Tensor, scores: Tensor | None = None) -> Tensor:
         """See :func:`ohem_loss`."""
-        return self.loss_weight * ohem_loss(logits, labels, self.negatives_per_positive, scores)
+        loss, chosen = _ohem(logits, labels, self.negatives_per_positive, scores)
+
+        def measure() -> Tensor:
+            x, target, keep = example = _example(logits, labels, scores)
+            rows = x[chosen], target[chosen], None if keep is None else keep[chosen]
+            own = focal_gradient_norm(*rows, -1, 0)[0] / max(len(chosen), 1)
+            return self._measure(example, own)
+
+        return self._weighted(loss, measure)
+
+
+def _example(logits: Tensor, labels: Tensor, scores: Tensor | None) -> Examples:
+    if scores is None:
+        return logits, labels.long(), None
+    return (*_logits_and_targets(logits, labels, scores), (labels >= 0).unsqueeze(1))
 
 
 class SmoothL1Loss(nn.Module):
     """Sum of smooth L1, times `loss_weight`; Detectron2's RetinaNet has no such factor.
 
-    A detector divides it by what it divides its own smooth L1 loss by.
+    A detector divides it by what it divides its own smooth L1 loss by. "auto" is `AUTO_WEIGHT`.
     """
 
-    def __init__(self, beta: float = 0.0, loss_weight: float = 1.0) -> None:
+    AUTO_WEIGHT = 1.0
+
+    def __init__(self, beta: float = 0.0, loss_weight: float | str = 1.0) -> None:
         super().__init__()
         self.beta = check_non_negative("beta", beta)
-        self.loss_weight = check_non_negative("loss_weight", loss_weight)
+        self.loss_weight = check_loss_weight(loss_weight, self.AUTO_WEIGHT)
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
@@ -225,21 +322,43 @@ class SmoothL1Loss(nn.Module):
         pair = at_least_float32(pred), at_least_float32(target)
         return self.loss_weight * F.smooth_l1_loss(*pair, beta=self.beta, reduction="sum")
 
+    def gradient_norm(self, examples: Sequence[Examples]) -> Tensor:
+        """L1 norm of the gradient at the deltas, and the number of positives: float (2,).
 
-class ASL1Loss(nn.Module):
+        A positive that counts in part, by a mask of its coordinates, is a part of one.
+        """
+        figures = []
+        for pred, target, keep in examples:
+            d = (at_least_float32(pred.detach()) - at_least_float32(target.detach())).abs()
+            size = (d / self.beta).clamp(max=1) if self.beta else d.sign()
+            counted = torch.ones_like(d, dtype=torch.bool) if keep is None else keep.expand_as(d)
+            positives = counted.sum() / pred.shape[1:].numel()
+            figures.append(torch.stack([torch.where(counted, size, 0.0).sum(), positives]))
+        norm, positives = torch.stack(figures).sum(0).unbind()
+        return torch.stack([self.loss_weight * norm, positives])
+
+
+class ASL1Loss(WeightedLoss):
     """Sum of :func:`~ghm_d2.losses.authentic_smooth_l1_loss`, times `loss_weight`.
 
-    A detector divides it by what it divides its smooth L1 loss by.
+    A detector divides it by what it divides its smooth L1 loss by. "auto" keeps the gradient as
+    large as that of `reference`; None: L1 loss. See :class:`~ghm_d2.losses.weighted.WeightedLoss`.
     """
 
-    def __init__(self, mu: float = 0.02, loss_weight: float = 1.0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        mu: float = 0.02,
+        loss_weight: float | str = 1.0,
+        reference: SmoothL1Loss | None = None,
+    ) -> None:
+        super().__init__(loss_weight)
         self.mu = check_positive("mu", mu)
-        self.loss_weight = check_non_negative("loss_weight", loss_weight)
+        if self.follows_weight:
+            self.reference = reference or SmoothL1Loss()
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
-        return f"mu={self.mu!r}, loss_weight={self.loss_weight!r}"
+        return f"mu={self.mu!r}, loss_weight={self._weight_setting!r}"
 
     @torch.jit.unused
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -251,4 +370,10 @@ class ASL1Loss(nn.Module):
         Returns:
             A scalar on the graph, float32 (float64 for float64 input).
         """
-        return self.loss_weight * authentic_smooth_l1_loss(pred, target, self.mu, "sum")
+
+        def measure() -> Tensor:
+            norm, positives = self.reference.gradient_norm([(pred, target, None)]).unbind()
+            own = regression_examples(pred, target, self.mu)[1].sum()
+            return torch.stack([norm, positives, own / positives])
+
+        return self._weighted(authentic_smooth_l1_loss(pred, target, self.mu, "sum"), measure)

@@ -68,6 +68,17 @@ def check_non_negative(name: str, value: float) -> float:
     return float(value)
 
 
+def check_loss_weight(value: float | str, auto: float) -> float:
+    """Returns `value` as a float, `auto` for "auto"; raises ValueError if it is neither."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(
+                f"loss_weight must be a finite number of at least 0 or 'auto', got {value!r}"
+            )
+        return auto
+    return check_non_negative("loss_weight", value)
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     """Returns `value`; raises ValueError unless it is one of `allowed`."""
     if value not in allowed:

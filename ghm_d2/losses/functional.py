@@ -13,6 +13,7 @@ Shape shorthand:
     M: number of unit regions (`bins`)
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -128,6 +129,89 @@ def softmax_examples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     log_p = torch.log_softmax(at_least_float32(logits), dim=1)
     loss = -log_p.gather(1, labels.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
     return loss, -torch.expm1(-loss.detach())
+
+
+def focal_gradient(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Size of the gradient that focal loss sends to each logit.
+
+    `|d/dx a g^gamma BCE(x, t)| = a (g^(gamma + 1) + gamma g^(gamma - 1) p (1 - p) BCE(x, t))` with
+    p = sigmoid(x), g = |p - t| and a = alpha t + (1 - alpha) (1 - t).
+
+    Args:
+        logits: any shape.
+        targets: of the same shape, in [0, 1].
+        alpha: in [0, 1]; negative: a = 1.
+        gamma: at least 0; 0: cross entropy.
+
+    Returns:
+        Of the logits' shape, float32 at least, without a gradient.
+    """
+    x = at_least_float32(logits.detach())
+    t = targets.to(x.dtype)
+    p = x.sigmoid()
+    size = g = (p - t).abs()
+    if gamma:
+        # The power of 0 is infinite where gamma is below 1. Softplus(x) - t x is BCE(x, t).
+        power = g.clamp(min=1e-12).pow(gamma - 1)
+        size = power * (g * g + gamma * p * (1 - p) * (F.softplus(x) - t * x))
+    return size if alpha < 0 else size * (alpha * t + (1 - alpha) * (1 - t))
+
+
+def focal_gradient_norm(
+    logits: Tensor,
+    labels: Tensor,
+    keep: Tensor | None,
+    alpha: float,
+    gamma: float,
+    share: float = 1.0,
+) -> Tensor:
+    """L1 norm of the gradient of the sum of focal loss, and what it may be divided by.
+
+    Args:
+        logits: (R, K).
+        labels: int64 (R,), class in [0, K), K = background, less = ignored; or dense (R, K).
+        keep: bool (R, 1) or (R, K), False drops a logit; None keeps all.
+        alpha, gamma: see :func:`focal_gradient`.
+        share: below 1, all but the positives' own logits is estimated from about this share of the
+            rows, spread evenly and always the same.
+
+    Returns:
+        float (3,): the norm, the number of positive rows, the number of rows that count.
+    """
+    rows, columns = logits.shape
+    if not logits.numel():
+        return torch.zeros(3, device=logits.device)
+    dense, classes = labels.dim() == 2, labels
+    if dense:
+        highest, classes = labels.max(1)
+        classes = torch.where(highest > 0, classes, columns)
+    positive = (classes >= 0) & (classes < columns)
+    picked = torch.arange(rows, device=logits.device)
+    index = picked
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(logits):
+        index = positive.nonzero().flatten()  # a CUDA device would make the host wait
+
+    def total(x: Tensor, t: Tensor, counted: Tensor) -> Tensor:
+        # 0 times the NaN of an ignored example would still be NaN
+        return torch.where(counted, focal_gradient(x, t, alpha, gamma), 0.0).sum()
+
+    own = classes[index].clamp(0, columns - 1).unsqueeze(1)
+    x = logits[index].gather(1, own)
+    counted = positive[index].unsqueeze(1)
+    if keep is not None:
+        counted = counted & keep[index].expand(-1, columns).gather(1, own)
+    positives = counted.sum()
+    exact = total(x, labels[index].gather(1, own) if dense else torch.ones_like(x), counted)
+
+    if (sample := math.ceil(rows * share)) < rows:
+        # Multiples of the golden ratio: steps of equal length might meet one anchor of each cell.
+        picked = ((picked[:sample].double() * ((5**0.5 - 1) / 2)).frac() * rows).long()
+    x, scale = logits[picked], rows / len(picked)
+    own = classes[picked].unsqueeze(1)
+    counted = own >= 0 if keep is None else (own >= 0) & keep[picked]
+    others = counted & (own != torch.arange(columns, device=logits.device))
+    rest = total(x, labels[picked] if dense else torch.zeros_like(x), others)
+    return torch.stack([exact + scale * rest, positives, scale * counted.any(1).sum()])
 
 
 def unit_region_edges(bins: int, device: torch.device | str = "cpu") -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import Eager, HarmonizedLoss
+from .baselines import CrossEntropyLoss, FocalLoss
 from .checks import (
     ValueChecks,
     check_choice,
@@ -37,7 +38,7 @@ class GHMCLoss(HarmonizedLoss):
         self,
         bins: int = 30,
         momentum: float = 0.75,
-        loss_weight: float = 1.0,
+        loss_weight: float | str = 1.0,
         *,
         activation: str = "sigmoid",
         normalize_by: str = "valid_bins",
@@ -48,12 +49,14 @@ class GHMCLoss(HarmonizedLoss):
         class_dim: int = -1,
         ignore_index: int | None = None,
         class_weight: Sequence[float] | Tensor | None = None,
+        reference: CrossEntropyLoss | FocalLoss | None = None,
     ) -> None:
         """
         Args:
             bins: number M of unit regions, at least 1.
             momentum: alpha of the moving average of the counts, in [0, 1); 0: none.
-            loss_weight: factor of the loss, at least 0.
+            loss_weight: factor of the loss, at least 0; or "auto": it follows from the gradients,
+                see :class:`~ghm_d2.losses.weighted.WeightedLoss`.
             activation: "sigmoid" harmonises every (anchor, class) logit; "softmax" every row.
             normalize_by: divisor D of the region weights: "valid_bins", the regions that hold an
                 example of this call (authors' code), or "all_bins", M (paper).
@@ -72,6 +75,9 @@ class GHMCLoss(HarmonizedLoss):
             class_weight: (K,), at least 0: factor of the loss of each class (in softmax, of each
                 row by its class; K + 1 values name the background's too, which is 1 otherwise).
                 It does not change the counts, and it takes the whole-tensor path.
+            reference: with `loss_weight="auto"`, the loss that the gradient is kept as large as;
+                None: for sigmoid focal loss with its own "auto" weight, over the number of
+                positives; for softmax mean cross entropy, the only one there.
 
         Raises:
             ValueError: an argument is out of range; the message names it.
@@ -90,6 +96,8 @@ class GHMCLoss(HarmonizedLoss):
         self.class_dim = check_integer("class_dim", class_dim)
         ignored = None if ignore_index is None else check_integer("ignore_index", ignore_index)
         self.ignore_index = ignored
+        if self.follows_weight:
+            self.reference = reference or FocalLoss(loss_weight="auto")
         self._class_weight = _check_class_weight(class_weight)
         self.register_buffer("class_weight", None, persistent=False)
         self._set_class_weight(self.acc_sum.device)
@@ -113,7 +121,14 @@ class GHMCLoss(HarmonizedLoss):
         return text
 
     @torch.jit.unused
-    def forward(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None = None,
+        *,
+        divisor: float | None = None,
+    ) -> Tensor:
         """
         Args:
             logits: (R, K) for sigmoid, (R, K + 1) for softmax, or any shape with the classes along
@@ -124,6 +139,8 @@ class GHMCLoss(HarmonizedLoss):
                 quality) have the gradient norm `|sigmoid(x) - t|` too.
             weight: of the shape of the labels that name classes or, for sigmoid, of the logits; 0
                 drops an example, a positive value keeps it. None keeps all.
+            divisor: with `loss_weight="auto"`, what the reference loss is divided by in place of
+                its own number of positives or rows, above 0.
 
         Returns:
             A scalar on the graph, float32 (float64 for float64 logits); 0 without examples. It can
@@ -133,7 +150,7 @@ class GHMCLoss(HarmonizedLoss):
             ValueError: a shape, type or value is wrong; see :meth:`raise_deferred_errors` for
                 when values are checked on CUDA.
         """
-        return self.forward_pooled([logits], [labels], [weight])
+        return self.forward_pooled([logits], [labels], [weight], divisor=divisor)
 
     def _layout(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Arguments:
         """Logits (R, K), labels (R,) or dense (R, K), weight (R,) or (R, K)."""
@@ -212,6 +229,17 @@ class GHMCLoss(HarmonizedLoss):
         else:
             allowed = f"lie in [0, {k}] ({k} = background) or be {self._ignored} (ignored)"
         return f"labels must {allowed}; they hold a value outside"
+
+    def _reference_gradient(self, arguments: Sequence[Arguments]) -> Tensor:
+        if self.activation == "sigmoid":
+            return self.reference.gradient_norm(arguments)
+        figures = []
+        for logits, labels, keep in arguments:
+            # |p - t| summed over a row's classes is twice g, here as in the own gradient.
+            g = softmax_examples(logits, labels)[1]
+            counted = labels >= 0 if keep is None else (labels >= 0) & keep
+            figures.append(torch.stack([torch.where(counted, g, 0.0).sum(), counted.sum()]))
+        return torch.stack(figures).sum(0)
 
     def _dense_labels(
         self, labels: Tensor, keep: Tensor | None, message: str, checks: ValueChecks

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import Eager, HarmonizedLoss
+from .baselines import SmoothL1Loss
 from .checks import ValueChecks, check_floating, check_positive, check_weight, example_mask
 from .functional import at_least_float32, regression_examples
 from .kernels import Arguments, EagerPart, FusedExamples, regression_kernel
@@ -39,13 +40,14 @@ class GHMRLoss(HarmonizedLoss):
         mu: float | str = 0.02,
         bins: int = 10,
         momentum: float = 0.7,
-        loss_weight: float = 1.0,
+        loss_weight: float | str = 1.0,
         *,
         normalize_by: str = "valid_bins",
         decay_empty_bins: bool = False,
         bias_correction: bool = False,
         sync: bool = False,
         density: str = "unit_region",
+        reference: SmoothL1Loss | None = None,
     ) -> None:
         """
         Args:
@@ -56,6 +58,8 @@ class GHMRLoss(HarmonizedLoss):
             bins, momentum: see :class:`~ghm_d2.losses.GHMCLoss`.
             loss_weight: likewise; the published code uses 10 in RetinaNet.
             normalize_by, decay_empty_bins, bias_correction, sync, density: likewise.
+            reference: with `loss_weight="auto"`, the loss that the gradient is kept as large as,
+                over the number of positives; None: L1 loss times 2.
 
         Raises:
             ValueError: an argument is out of range; the message names it.
@@ -70,6 +74,8 @@ class GHMRLoss(HarmonizedLoss):
             sync=sync,
             density=density,
         )
+        if self.follows_weight:
+            self.reference = reference or SmoothL1Loss(loss_weight=2.0)
         self.follows = mu == "auto"
         if self.follows:
             self.register_buffer("running_median", torch.tensor(-1.0))
@@ -89,13 +95,22 @@ class GHMRLoss(HarmonizedLoss):
             self.mu = _width(self.running_median)
 
     @torch.jit.unused
-    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        divisor: float | None = None,
+    ) -> Tensor:
         """
         Args:
             pred: predicted deltas of the positives, (P, 4) or any shape; floating point.
             target: same shape; where it requires a gradient, it gets one too.
             weight: (P,) or `pred`'s shape; 0 drops an example, a positive value keeps it. None
                 keeps all.
+            divisor: with `loss_weight="auto"`, what the reference loss is divided by in place of
+                the number of positives, above 0.
 
         Returns:
             A scalar on the graph, float32 (float64 for float64 input); 0 without examples.
@@ -104,7 +119,7 @@ class GHMRLoss(HarmonizedLoss):
             ValueError: a shape, type or value is wrong; see :meth:`raise_deferred_errors` for
                 when values are checked on CUDA.
         """
-        return self.forward_pooled([pred], [target], [weight])
+        return self.forward_pooled([pred], [target], [weight], divisor=divisor)
 
     @torch.no_grad()
     def _constants(
@@ -148,6 +163,9 @@ class GHMRLoss(HarmonizedLoss):
         if keep is not None:
             keep = keep.view(*keep.shape, *[1] * (pred.dim() - keep.dim()))
         return pred, target, keep
+
+    def _reference_gradient(self, arguments: Sequence[Arguments]) -> Tensor:
+        return self.reference.gradient_norm(arguments)
 
     def _device_arguments(self) -> dict[str, Any] | None:
         return {} if self.density == "unit_region" else None

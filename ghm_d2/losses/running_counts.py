@@ -1,22 +1,22 @@
 """The running counts of the unit regions: their buffers, moving average, and pooling."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import check_bins, check_choice, check_flag, check_fraction
 from .functional import Averaging
 from .kernels import walk
+from .weighted import WeightedLoss
 
 # A number of updates after which 1 - alpha^n has long been 1 in float64.
 _STEADY = 1 << 40
 
 
-class RunningCounts(nn.Module):
-    """A module that averages the counts of unit regions over its calls.
+class RunningCounts(WeightedLoss):
+    """A loss that averages the counts of unit regions over its calls.
 
     Attributes:
         acc_sum: float32 (bins,), the exponential moving average of the region counts,
@@ -33,6 +33,7 @@ class RunningCounts(nn.Module):
         self,
         bins: int,
         momentum: float,
+        loss_weight: float | str,
         *,
         normalize_by: str = "valid_bins",
         decay_empty_bins: bool = False,
@@ -40,7 +41,7 @@ class RunningCounts(nn.Module):
         sync: bool = False,
     ) -> None:
         """See :class:`~ghm_d2.losses.GHMCLoss` for the arguments."""
-        super().__init__()
+        super().__init__(loss_weight)
         self.bins = check_bins(bins)
         self.momentum = check_fraction("momentum", momentum)
         self.normalize_by = check_choice("normalize_by", normalize_by, ("valid_bins", "all_bins"))
@@ -53,6 +54,7 @@ class RunningCounts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Sets the running counts to 0, as in a new module; also after `to_empty`."""
+        super().reset_parameters()
         with torch.no_grad():
             self.acc_sum.zero_()
             if self.bias_correction:
@@ -63,13 +65,6 @@ class RunningCounts(nn.Module):
         """The weights of each histogram, and the buffers after the last; see :func:`walk`."""
         averaging = Averaging(self.momentum, self.normalize_by, self.decay_empty_bins)
         return walk(counts, self.acc_sum, getattr(self, "num_updates", None), averaging)
-
-    @torch.no_grad()
-    def _write(self, state: dict[str, Tensor], holds: Tensor | None) -> None:
-        """Keeps `state`, unless a bad value was met: a refused call leaves nothing behind."""
-        for name, value in state.items():
-            buffer = getattr(self, name)
-            buffer.copy_(value if holds is None else torch.where(holds, value, buffer))
 
     def _pool(self, counts: Tensor, meet: bool) -> int:
         """Adds up `counts` over all processes in place; returns how many there are.
@@ -92,55 +87,10 @@ class RunningCounts(nn.Module):
         self,
         state_dict: dict[str, Any],
         prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
         *args: Any,
     ) -> None:
-        """Also loads checkpoints of detectors with other losses or without bias correction.
-
-        Counts missing from the checkpoint stay as they are; averages that were saved without bias
-        correction are taken to need none.
-        """
+        """Also loads checkpoints without bias correction: their averages are taken to need none."""
         acc_sum = state_dict.get(f"{prefix}acc_sum")
         if self.bias_correction and acc_sum is not None:
             state_dict.setdefault(f"{prefix}num_updates", (acc_sum > 0).long() * _STEADY)
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *args)
-        own = {prefix + name for name in self._buffers}
-        missing_keys += [key for key in missing if key not in own]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "RunningCounts":
-        """Keeps the dtype of the buffers even in `model.half()`: counts exceed float16's 65504."""
-        before = {name: x for name, x in self._buffers.items() if x is not None}
-        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        for name, x in before.items():
-            if (moved := getattr(self, name)).dtype != x.dtype:
-                setattr(self, name, x.to(moved.device))
-        return self
-
-
-def is_recomputation(averages: bool) -> bool:
-    """Whether activation checkpointing repeats an earlier call, inside a backward pass.
-
-    The gradient then uses the weights of the earlier call, which the loss's graph holds; the
-    counts must not be averaged a second time.
-
-    Args:
-        averages: whether the module is in training mode and keeps running counts.
-
-    Raises:
-        ValueError: the checkpointing is reentrant: its first pass had no graph to hold weights.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    if torch._C._current_graph_task_id() == -1:
-        return False
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if averages and hooks is not None and hooks(True) is None:
-        raise ValueError(
-            "use_reentrant must be False in torch.utils.checkpoint around a harmonised loss, "
-            "got True: its first pass runs without gradients, so that the running counts "
-            "cannot tell it from a validation"
-        )
-    return True
+        super()._load_from_state_dict(state_dict, prefix, *args)

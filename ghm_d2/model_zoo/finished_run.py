@@ -68,7 +68,7 @@ def read_finished_run(folder: str | Path) -> FinishedRun:
         raise UserError(f"the config of {folder} does not say for how many iterations to train.")
     if done < wanted:
         raise UserError(
-            f"{folder} is not finished, with {done} of {wanted} iterations done: continue with "
+            f"{folder} is not finished, it has done {done} of {wanted} iterations: continue with "
             "--resume."
         )
     if not (box_ap := _box_ap(run, settings.test, wanted)):

@@ -76,11 +76,18 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
         _check_choice(f"{prefix}.CLS.LOSS_TYPE", kind, ("ghm_c", *CLS_BASELINES))
         softmax = part == "ROI_BOX_HEAD" and not cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE
         with _naming_keys(f"{prefix}.CLS"):
+            focal = {
+                "alpha": cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
+                "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
+            }
+            retinanet = part == "RETINANET"
+            reference = FocalLoss(**focal, loss_weight="auto") if retinanet else CrossEntropyLoss()
             if kind == "ghm_c":
-                activation = "softmax" if softmax else "sigmoid"
-                weight = _class_weight(cfg, part)
                 losses["ghm_c"] = GHMCLoss(
-                    activation=activation, class_weight=weight, **_arguments(cfg, node.CLS)
+                    activation="softmax" if softmax else "sigmoid",
+                    class_weight=_class_weight(cfg, part),
+                    reference=reference,
+                    **_arguments(cfg, node.CLS),
                 )
             elif node.CLS.get("CLASS_WEIGHT"):
                 raise UserError(
@@ -88,11 +95,9 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
                     "loss: leave one of the two out"
                 )
             else:
-                more = {"loss_weight": node.CLS.LOSS_WEIGHT}
-                if kind == "focal":
-                    focal = cfg.MODEL.RETINANET
-                    more |= {"alpha": focal.FOCAL_LOSS_ALPHA, "gamma": focal.FOCAL_LOSS_GAMMA}
-                losses["cls_baseline"] = CLS_BASELINES[kind](**more)
+                more = focal if kind == "focal" else {"reference": reference}
+                loss = CLS_BASELINES[kind](loss_weight=node.CLS.LOSS_WEIGHT, **more)
+                losses["cls_baseline"] = loss
     if node.REG.ENABLED:
         kind = node.REG.LOSS_TYPE
         _check_choice(f"{prefix}.REG.LOSS_TYPE", kind, ("ghm_r", *REG_BASELINES))
@@ -104,14 +109,17 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
                 "two"
             )
         with _naming_keys(f"{prefix}.REG"):
+            beta = attrgetter(_BETA[part])(cfg)
             if kind == "ghm_r":
-                losses["ghm_r"] = GHMRLoss(mu=node.REG.MU, **_arguments(cfg, node.REG))
-            else:
-                more = (
-                    {"mu": node.REG.MU}
-                    if kind == "asl1"
-                    else {"beta": attrgetter(_BETA[part])(cfg)}
+                losses["ghm_r"] = GHMRLoss(
+                    mu=node.REG.MU,
+                    reference=SmoothL1Loss(beta, 2.0 if part == "RETINANET" else 1.0),
+                    **_arguments(cfg, node.REG),
                 )
+            else:
+                more = {"beta": beta}
+                if kind == "asl1":
+                    more = {"mu": node.REG.MU, "reference": SmoothL1Loss(beta)}
                 loss = REG_BASELINES[kind](loss_weight=node.REG.LOSS_WEIGHT, **more)
                 losses["reg_baseline"] = loss
     return losses

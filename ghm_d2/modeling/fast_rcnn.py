@@ -122,6 +122,7 @@ class GHMFastRCNNOutputLayers(FastRCNNOutputLayers):
             gt_classes,
             self.num_classes,
         )
+        normalizer = max(gt_classes.numel(), 1)
         if self.ghm_r is None:
-            return self.reg_baseline(pred, target) / max(gt_classes.numel(), 1)
-        return self.ghm_r(pred, target)
+            return self.reg_baseline(pred, target) / normalizer
+        return self.ghm_r(pred, target, divisor=normalizer)

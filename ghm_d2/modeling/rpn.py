@@ -73,12 +73,12 @@ class GHMRPN(RPN):
         losses = super().losses(
             anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
         )
-        labels = torch.stack(gt_labels)
+        labels, normalizer = torch.stack(gt_labels), self.batch_size_per_image * len(gt_labels)
         if self.ghm_c is not None:
             # One class: 0 is "object", 1 is background.
             classes = torch.where(labels >= 0, 1 - labels, labels).long()
             logits = torch.cat(pred_objectness_logits, dim=1)
-            loss = self.ghm_c(logits.view(-1, 1), classes.flatten())
+            loss = self.ghm_c(logits.view(-1, 1), classes.flatten(), divisor=normalizer)
             losses["loss_rpn_cls"] = loss * self.loss_weight.get("loss_rpn_cls", 1.0)
         if self.ghm_r is not None or self.reg_baseline is not None:
             pred, target = anchor_deltas(
@@ -89,11 +89,9 @@ class GHMRPN(RPN):
                 labels == 1,
             )
             if self.ghm_r is not None:
-                loss = self.ghm_r(pred, target)
+                loss = self.ghm_r(pred, target, divisor=normalizer)
             else:
-                loss = self.reg_baseline(pred, target) / (
-                    self.batch_size_per_image * len(gt_labels)
-                )
+                loss = self.reg_baseline(pred, target) / normalizer
             losses["loss_rpn_loc"] = loss * self.loss_weight.get("loss_rpn_loc", 1.0)
         raise_deferred_errors(self)
         return losses

@@ -560,6 +560,8 @@ def test_report_says_what_was_tried(summary):
     assert "| GHM-R | 3 | 33.0 | 33.0 | 4 | 0.1 |" in text
     assert "| none | 1 of 3 | failed | failed | 1 | 0.1 |" in text
     assert "| new | 0 of 3 |  |  |  |  |" in text
+    assert "Every try (CLS.W, B.LR: AP):" in text
+    assert "\n- GHM-R: 4, 0.1: 33.0; 8, 0.1: failed; 2, 0.1: 31.0\n" in text
     assert "3 tries (CLS.W by 2, B.LR by 1.5), seed 8, 9, trained on 30 of" in text
     assert "Rows with fewer tries are not tuned yet" in text
     assert "planned: 1, 2, 3." in text and "planned" not in render_markdown(summary | {"seeds": []})

@@ -130,7 +130,7 @@ def test_mistakes(retinanet, tmp_path, fails):
         ([*retinanet, *out, "--opset", "17"], "--opset is for ONNX alone"),
         ([*retinanet, *out[2:], "--format", "onnx", "--opset", "9"], "between 16 and 20, got 9"),
         ([*retinanet, *out[:3], tmp_path], "is a folder: name a file"),
-        ([*retinanet, *out[:3], tmp_path / "broken.png" / "m"], "cannot be written"),
+        ([*retinanet, *out[:3], tmp_path / "broken.png" / "m"], "cannot be made"),
         ([*retinanet, *out, "--check", tmp_path / "none.png"], "none.png does not exist"),
         ([*retinanet, *out, "--check", tmp_path / "empty"], "holds no .jpg, .jpeg"),
         ([*retinanet, *out, "--check", tmp_path / "broken.png"], "broken.png cannot be read"),

@@ -11,26 +11,27 @@ from tests.detectors import TWO_IMAGES, batch, gradients, small_model, step
 class Losses(torch.nn.Module):
     """Both losses behind a layer with parameters."""
 
-    def __init__(self):
+    def __init__(self, loss_weight):
         super().__init__()
         torch.manual_seed(1)
         self.head = torch.nn.Linear(8, 8)
-        self.ghm_c = GHMCLoss()
-        self.ghm_r = GHMRLoss()
+        self.ghm_c = GHMCLoss(loss_weight=loss_weight)
+        self.ghm_r = GHMRLoss(loss_weight=loss_weight)
 
     def forward(self, x, labels, pred, target):
         loss_cls = self.ghm_c(self.head(x), labels)
         return loss_cls + self.ghm_r(pred + self.head.bias[:4], target)
 
 
-def test_compiled_losses_agree_without_a_graph_break():
+@pytest.mark.parametrize("loss_weight", [1.0, "auto"])
+def test_compiled_losses_agree_without_a_graph_break(loss_weight):
     args = (
         torch.randn(500, 8) * 3,
         torch.randint(-1, 9, (500,)),
         torch.randn(50, 4) * 0.1,
         torch.randn(50, 4) * 0.1,
     )
-    plain, other = Losses(), Losses()
+    plain, other = Losses(loss_weight), Losses(loss_weight)
     compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
     for _ in range(3):  # the running counts must move alike
         a, b = plain(*args), compiled(*args)

@@ -37,17 +37,22 @@ KINDS = pytest.mark.parametrize(
     [(GHMCLoss, cls_call), (softmax_loss, softmax_call), (GHMRLoss, box_call)],
     ids=["ghm_c", "ghm_c_softmax", "ghm_r"],
 )
-SWITCHES = pytest.mark.parametrize(
-    "switches",
-    [
-        {},
-        {"momentum": 0.0},
-        {"bias_correction": True},
-        {"decay_empty_bins": True},
-        {"decay_empty_bins": True, "bias_correction": True, "normalize_by": "all_bins"},
-    ],
-    ids=lambda s: "-".join(s) or "default",
-)
+_SWITCHES = [
+    {},
+    {"momentum": 0.0},
+    {"bias_correction": True},
+    {"decay_empty_bins": True},
+    {"decay_empty_bins": True, "bias_correction": True, "normalize_by": "all_bins"},
+]
+
+
+def _with(switches):
+    return pytest.mark.parametrize("switches", switches, ids=lambda s: "-".join(s) or "default")
+
+
+SWITCHES = _with([*_SWITCHES, {"loss_weight": "auto"}])
+# The weight of "auto" is one for a step: levels are no longer single calls.
+OF_COUNTS = _with(_SWITCHES)
 
 
 @KINDS
@@ -509,7 +514,7 @@ def test_outside_training_steps_no_process_waits_for_another(make, call, monkeyp
 
 
 @KINDS
-@SWITCHES
+@OF_COUNTS
 @DOUBLE
 def test_levels_at_once_are_single_calls_one_after_the_other(make, call, switches, dtype):
     at_once, single, rng = make(**switches), make(**switches), np.random.default_rng(18)

@@ -17,7 +17,7 @@ WORLDS = (2, 3)
 SWITCHES = (
     {},
     {"momentum": 0.0, "normalize_by": "all_bins"},
-    {"decay_empty_bins": True, "bias_correction": True},
+    {"decay_empty_bins": True, "bias_correction": True, "loss_weight": "auto"},
 )
 KINDS = {
     "ghm_c": GHMCLoss,

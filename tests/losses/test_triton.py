@@ -112,6 +112,30 @@ def test_logits(dtype, weighted, kind, rows, columns):
         assert_equals_oracle(loss_fn, oracle, [tensor], loss, expected, [grad])
 
 
+@pytest.mark.parametrize("kind", ["ghm_c", "ghm_r"])
+def test_weights_that_follow(kind, launched):
+    rng = np.random.default_rng(4)
+    settings = {"loss_weight": "auto", "bias_correction": True}
+    if kind == "ghm_c":
+        loss_fn, oracle = GHMCLoss(**settings).to(DEVICE), ref.ghm_c(**settings)
+    else:
+        loss_fn, oracle = GHMRLoss(**settings).to(DEVICE), ref.ghm_r(**settings)
+    for rows in (700, 200):
+        if kind == "ghm_c":
+            x, target = draw_logits(rng, rows, 7, 30, torch.float32)
+            target = torch.from_numpy(target)
+        else:
+            x, target = map(torch.tensor, ref.draw_boxes(rng, rows))
+        tensor, values = rounded(x, torch.float32)
+        expected, grad = oracle(values, target.numpy())
+        loss = loss_fn(tensor, target.to(DEVICE))
+        assert_equals_oracle(loss_fn, oracle, [tensor], loss, expected, [grad])
+    loss_fn.raise_deferred_errors()
+    kept = loss_fn.running_gradients.clone()
+    loss_fn(tensor.detach() * torch.nan, target.to(DEVICE))
+    assert torch.equal(loss_fn.running_gradients, kept) and "finish" in launched
+
+
 @DTYPES
 @pytest.mark.parametrize("weighted", [None, "rows", "elements"])
 @pytest.mark.parametrize("mu", ["number", "tensor", "auto"])

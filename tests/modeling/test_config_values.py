@@ -131,6 +131,27 @@ def test_mu_is_a_number_or_auto(part, tmp_path):
         validate_ghm_config(cfg)
 
 
+@pytest.mark.parametrize("part", PARTS[:3])
+@pytest.mark.parametrize("loss", ["CLS", "REG"])
+def test_a_loss_weight_is_a_number_or_auto(part, loss):
+    key, kinds = f"MODEL.GHM.{part}.{loss}.LOSS_WEIGHT", {"REG": ("ghm_r", "smooth_l1", "asl1")}
+    if part == "RETINANET":
+        kinds["CLS"] = ("ghm_c", "focal", "cross_entropy", "ohem")
+    for kind in kinds.get(loss, ("ghm_c",)):
+        cfg = config(key)
+        if loss in kinds:
+            cfg.merge_from_list([f"MODEL.GHM.{part}.{loss}.LOSS_TYPE", kind])
+        cfg.merge_from_list([key, "auto"])
+        validate_ghm_config(cfg)
+        name = kind if kind.startswith("ghm") else f"{loss.lower()}_baseline"
+        loss_fn = build_losses(cfg, part)[name]
+        constant = {"focal": 4.0, "smooth_l1": 1.0}.get(kind)
+        assert loss_fn.loss_weight == (constant or 1.0) and (constant or loss_fn.follows_weight)
+        cfg.merge_from_list([key, "Auto"])
+        with pytest.raises(UserError, match=rf"{key} must be of type float or .auto., .*'Auto'"):
+            validate_ghm_config(cfg)
+
+
 def test_given_keys_of_a_loss_that_is_off_are_named(caplog):
     cfg = small_config("ghm_faster_rcnn_R_50")
     node = "MODEL.GHM.ROI_BOX_HEAD"
