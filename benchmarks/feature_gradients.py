@@ -62,10 +62,12 @@ OTHER_PRIOR = 0.1
 Inputs = list[dict[str, Any]]
 
 
-def build_detector(dataset: str, options: Sequence[Any] = ()) -> tuple[CfgNode, nn.Module]:
+def build_detector(
+    dataset: str, options: Sequence[Any] = (), config: str = CONFIG
+) -> tuple[CfgNode, nn.Module]:
     """The detector with its backbone's weights, in training mode, and its config."""
     pairs = [str(word) for word in (*OPTIONS, *options)]
-    cfg, _ = build_config(CONFIG, pairs, [dataset], log_to_file=False)
+    cfg, _ = build_config(config, pairs, [dataset], log_to_file=False)
     if cfg.MODEL.RETINANET.NUM_CLASSES < 2:
         raise UserError("--dataset has one class: label noise needs at least two.")
     if cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
@@ -78,26 +80,28 @@ def build_detector(dataset: str, options: Sequence[Any] = ()) -> tuple[CfgNode, 
     return cfg, model
 
 
-def noisy_instances(inputs: dict[str, Any], num_classes: int) -> Instances:
-    """An image's ground truth with a wrong class in one box of ten, the same at each call."""
+def noisy_instances(inputs: dict[str, Any], num_classes: int, share: float = NOISE) -> Instances:
+    """An image's ground truth with a wrong class in a share of the boxes, the same at each call."""
     clean = inputs["instances"]
     generator = torch.Generator().manual_seed(zlib.crc32(str(inputs["image_id"]).encode()))
     size = len(clean)
-    flip = torch.rand(size, generator=generator) < NOISE
+    flip = torch.rand(size, generator=generator) < share
     shift = torch.randint(1, num_classes, (size,), generator=generator)
     noisy = Instances(clean.image_size, gt_boxes=clean.gt_boxes)
     noisy.gt_classes = torch.where(flip, (clean.gt_classes + shift) % num_classes, clean.gt_classes)
     return noisy
 
 
-def predict(model: nn.Module, inputs: Inputs, features: list[Tensor]) -> Predictions:
-    """What the head makes of `features`, with labels."""
+def predict(
+    model: nn.Module, inputs: Inputs, features: list[Tensor], noise: float = NOISE
+) -> Predictions:
+    """What the head makes of `features`, with labels, a share of them wrong in the noisy ones."""
     logits, deltas = model._transpose_dense_predictions(
         model.head(features), [model.num_classes, 4]
     )
     anchors = model.anchor_generator(features)
     labels, boxes = model.label_anchors(anchors, [x["instances"] for x in inputs])
-    noisy = [noisy_instances(x, model.num_classes) for x in inputs]
+    noisy = [noisy_instances(x, model.num_classes, noise) for x in inputs]
     noisy_labels, _ = model.label_anchors(anchors, noisy)
     return Predictions(
         anchors, logits, deltas, torch.stack(labels), torch.stack(noisy_labels),
@@ -212,17 +216,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **describe(),
     }
     result["snapshots"] = list(run(args.dataset, args.steps, args.batches, args.opts))
-    write_json(args.output, _rounded(result))
+    write_json(args.output, rounded(result))
     write_table(result, args.output.with_suffix(".md"))
     print(f"written: {args.output} and its .md")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """More than five digits would suggest a precision that a few batches do not have."""
     if isinstance(value, dict):
-        return {key: _rounded(x) for key, x in value.items()}
+        return {key: rounded(x) for key, x in value.items()}
     if isinstance(value, list):
-        return [_rounded(x) for x in value]
+        return [rounded(x) for x in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 

@@ -1,13 +1,14 @@
 """A grid: the rows of an ablation table, read from YAML. The paper's tables are such files too."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ghm_d2.config_files import find_config, similar_configs
+from ghm_d2.data.corrupt import check_shares
 from ghm_d2.errors import UserError, cannot, reason, similar_names
 
 # The paper's tables that come with the package: name -> file.
@@ -27,6 +28,8 @@ class Row:
         config_file: a base config of this row's own; None: that of the grid.
         published: column (or "seconds_per_iteration") to the value that the paper gives.
         note: shown below the table.
+        corrupt: kind of error to its share of the training data's objects; see
+            :func:`ghm_d2.data.corrupt.corrupt_coco`.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Row:
     config_file: Path | None = None
     published: Mapping[str, float] | None = None
     note: str = ""
+    corrupt: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Grid:
         overrides: config key to value, for all rows.
         columns: names of the evaluation's figures; the first is the one that rows are compared by.
         reference: name of the row that the others are compared with; "": no comparison.
-        compare: names of the rows compared with it; all others by default.
+        compare: name of a row to that of the row it is compared with, which has the same data; in
+            a file, the names of the rows compared with `reference`, all others by default.
         published_on: what the published values were measured on.
         note: shown below the heading.
         tuning: how the rows are tuned first; None: they are taken as they are.
@@ -80,14 +85,14 @@ class Grid:
     overrides: Mapping[str, Any]
     columns: tuple[str, ...] = ("AP", "AP50", "AP75")
     reference: str = ""
-    compare: tuple[str, ...] = ()
+    compare: Mapping[str, str] = field(default_factory=dict)
     published_on: str = ""
     note: str = ""
     tuning: Tuning | None = None
 
 
-_ROW_FIELDS = tuple(field.name for field in fields(Row))
-_GRID_FIELDS = tuple(field.name for field in fields(Grid) if field.name != "name")
+_ROW_FIELDS = tuple(x.name for x in fields(Row) if x.name != "corrupt")
+_GRID_FIELDS = (*(x.name for x in fields(Grid) if x.name != "name"), "corrupt")
 
 
 def load_grid(file: str | Path) -> Grid:
@@ -95,8 +100,9 @@ def load_grid(file: str | Path) -> Grid:
 
     Args:
         file: YAML with the fields of :class:`Grid` (without `name`), its `rows` with those of
-            :class:`Row`; every `config_file` is relative to this file,
-            or a name in `configs/`.
+            :class:`Row` (without `corrupt`); every `config_file` is relative to this file, or a
+            name in `configs/`. With a field `corrupt`, a name to the shares of a :class:`Row`, all
+            rows are there once for each of these names.
 
     Raises:
         UserError: the file cannot be read, or what it holds is not a grid.
@@ -132,25 +138,50 @@ def load_grid(file: str | Path) -> Grid:
                     f"{file}: row {row.name!r} publishes {key!r}, which is neither among the "
                     f"columns ({', '.join(columns)}) nor {SPEED}."
                 )
+    compare = compare or tuple(n for n in names if reference and n != reference)
+    noise = _noise(f"{file}: corrupt", content.get("corrupt"))
+    ends = {f", {name}" if name else "": shares for name, shares in noise.items()}
     return Grid(
         name=file.stem,
         title=str(content.get("title", file.stem)),
         config_file=_config_file(file, content["config_file"]),
-        rows=rows,
+        rows=tuple(
+            replace(row, name=row.name + end, corrupt=shares)
+            for end, shares in ends.items()
+            for row in rows
+        ),
         overrides=_overrides(str(file), content.get("overrides")),
         columns=columns,
         reference=reference,
-        compare=compare or tuple(n for n in names if reference and n != reference),
+        compare={name + end: reference + end for end in ends for name in compare},
         published_on=str(content.get("published_on", "")),
         note=str(content.get("note", "")).strip(),
         tuning=_tuning(f"{file}: tuning", content.get("tuning")),
     )
 
 
+def _noise(where: str, content: Any) -> dict[str, dict[str, float]]:
+    """Name to shares; one without name or errors where the grid does not say."""
+    if content is None:
+        return {"": {}}
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{where} must map names to shares of errors, got {content!r}.")
+    for name, shares in content.items():
+        if not isinstance(shares, dict) or any(
+            type(x) not in (int, float) for x in shares.values()
+        ):
+            raise UserError(f"{where}: {name} must map kinds of errors to shares, got {shares!r}.")
+        try:
+            check_shares(shares)
+        except UserError as error:
+            raise UserError(f"{where}: {name}: {error}") from error
+    return {str(name): shares for name, shares in content.items()}
+
+
 def _tuning(where: str, content: Any) -> Tuning | None:
     if content is None:
         return None
-    _check_fields(where, content, [field.name for field in fields(Tuning)], ("keys", "tries"))
+    _check_fields(where, content, [x.name for x in fields(Tuning)], ("keys", "tries"))
     keys = content["keys"]
     if not isinstance(keys, dict) or not keys:
         raise UserError(f"{where}: keys must map config keys to factors, got {keys!r}.")

@@ -1,7 +1,7 @@
 """The table as a picture: every seed, the means, and the published values beside them."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ def draw_summary(summary: Mapping[str, Any], stem: Path) -> list[Path]:
 
 
 def _measured(axis: Axes, summary: Mapping[str, Any], column: str) -> None:
+    for mean, ends in _references(summary, column):
+        axis.plot([mean, mean], ends, "--", color=_REFERENCE, linewidth=1, zorder=0)
     seeds: list[tuple[float, int]] = []
     means: list[tuple[float, int, float]] = []
     for y, row in enumerate(summary["rows"]):
@@ -62,8 +64,6 @@ def _measured(axis: Axes, summary: Mapping[str, Any], column: str) -> None:
         seeds += [(value, y) for value in figure["by_seed"].values()]
         if figure["mean"] is not None:
             means.append((figure["mean"], y, figure["deviation"] or 0.0))
-        if row["name"] == summary["reference"] and figure["mean"] is not None:
-            axis.axvline(figure["mean"], color=_REFERENCE, linestyle="--", linewidth=1, zorder=0)
     if means:
         x, y, deviation = zip(*means, strict=True)
         axis.errorbar(
@@ -73,6 +73,20 @@ def _measured(axis: Axes, summary: Mapping[str, Any], column: str) -> None:
         x, y = zip(*seeds, strict=True)
         axis.plot(x, y, "|", color=_SEED, markersize=14, markeredgewidth=2, label="seeds")
     axis.set_xlabel(f"{column}, measured")
+
+
+def _references(
+    summary: Mapping[str, Any], column: str
+) -> Iterator[tuple[float, tuple[float, float]]]:
+    """The mean of each row that others are compared with, and where a line for it ends."""
+    rows = {
+        row["name"]: (y, row["figures"][column]["mean"]) for y, row in enumerate(summary["rows"])
+    }
+    for name in dict.fromkeys(item["reference"] for item in summary["comparisons"]):
+        compared = [item["row"] for item in summary["comparisons"] if item["reference"] == name]
+        places = [rows[row][0] for row in (name, *compared)]
+        if (mean := rows[name][1]) is not None:
+            yield mean, (min(places) - 0.4, max(places) + 0.4)
 
 
 def _tries(axis: Axes, record: Mapping[str, Any]) -> None:

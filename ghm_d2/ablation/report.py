@@ -109,12 +109,16 @@ def _row(
 def _comparisons(grid: Grid, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     named = {row["name"]: row for row in rows}
     found = []
-    for name in grid.compare:
+    for pair in grid.compare.items():
         for column in grid.columns:
-            pair = (named[n]["figures"][column]["by_seed"] for n in (name, grid.reference))
-            difference = paired_difference(*pair)
+            difference = paired_difference(*(named[n]["figures"][column]["by_seed"] for n in pair))
             found.append(
-                {"row": name, "column": column, **asdict(difference), "verdict": difference.verdict}
+                {
+                    **dict(zip(("row", "reference"), pair, strict=True)),
+                    "column": column,
+                    **asdict(difference),
+                    "verdict": difference.verdict,
+                }
             )
     return found
 
@@ -229,7 +233,8 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
         "Differences are paired by seed, with Student's t-interval for each alone (not corrected "
         "for their number)."
     )
-    return f"## Compared with {summary['reference']}\n\n{table}\n\n{told}"
+    data = ", each on the same data" if len({c["reference"] for c in found.values()}) > 1 else ""
+    return f"## Compared with {summary['reference']}{data}\n\n{table}\n\n{told}"
 
 
 def _interval(item: Mapping[str, Any]) -> str:
@@ -251,7 +256,7 @@ def _told(circumstances: Mapping[str, list[Any]]) -> str:
     commits = [c[:10] + ("+changes" if len(c) > 40 else "") for c in circumstances["commit"]]
     lines = [
         f"- iterations: {_list(circumstances['iterations'])}",
-        f"- data: {'; '.join(sets)}",
+        f"- data: {'; '.join(dict.fromkeys(sets))}",
         f"- machine: {_list(circumstances['gpu'] + circumstances['cpu'])}; "
         f"threads: {_list(circumstances['threads'])}",
         f"- PyTorch {_list(circumstances['torch'])}, "

@@ -11,6 +11,7 @@ import yaml
 
 from ghm_d2.ablation import TABLES, Grid, Run, load_grid, plan_runs, tune, write_report
 from ghm_d2.ablation.execute import CLUSTERS, Outcome, execute
+from ghm_d2.ablation.noise import plan_with_noise
 from ghm_d2.ablation.results import Store
 from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
 from ghm_d2.engine.preemption import PREEMPTED
@@ -100,9 +101,9 @@ def _run(grid: Grid, args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be written ({error}).") from error
 
-    def plan(rows: Grid, seeds: Sequence[int], datasets: Sequence[str]) -> list[Run]:
+    def plan_part(part: Grid, seeds: Sequence[int], datasets: Sequence[str]) -> list[Run]:
         return plan_runs(
-            rows,
+            part,
             seeds,
             datasets=datasets,
             pairs=args.opts,
@@ -111,6 +112,9 @@ def _run(grid: Grid, args: argparse.Namespace) -> None:
             scratch=store.work,
             complete=not args.report_only,
         )
+
+    def plan(rows: Grid, seeds: Sequence[int], datasets: Sequence[str]) -> list[Run]:
+        return plan_with_noise(plan_part, rows, seeds, datasets, store.work / "noise")
 
     outcome = Outcome()
 

@@ -95,7 +95,8 @@ def corrupt_coco(
     return {**content, "annotations": rows}, changes
 
 
-def _check(content: Mapping[str, Any], shares: Mapping[str, float]) -> None:
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Raises UserError unless they are shares of `KINDS`, of one error for each object."""
     for kind, share in shares.items():
         if kind not in KINDS:
             raise UserError(f"there is no kind of error {kind!r}; there are {', '.join(KINDS)}.")
@@ -107,6 +108,10 @@ def _check(content: Mapping[str, Any], shares: Mapping[str, float]) -> None:
             f"the shares of wrong classes, missing and moved boxes add up to {whole:g}, but each "
             "object has one error at most: give shares that add up to at most 1."
         )
+
+
+def _check(content: Mapping[str, Any], shares: Mapping[str, float]) -> None:
+    check_shares(shares)
     if shares.get("wrong class") and len(content["categories"]) < 2:
         raise UserError(
             "there is only one class, so none is wrong: give no share of wrong classes."

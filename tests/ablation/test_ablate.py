@@ -74,8 +74,9 @@ def wait_for(condition, seconds=600):
 
 
 def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
-    """2 rows really train; Ctrl-C comes in the middle of the first one."""
-    grid, out = write_grid(tmp_path), tmp_path / "out"
+    """2 rows really train, on wrong classes; Ctrl-C comes in the middle of the first one."""
+    grid = write_grid(tmp_path, corrupt={"noisy": {"wrong class": 0.5}})
+    out = tmp_path / "out"
     argv = ["--grid", str(grid), "--output", str(out), "--seeds", "2", *data]
     argv += ["--threads", "1"]
 
@@ -98,7 +99,11 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     main(argv)
     text = capsys.readouterr().out
     runs = {p.stem: json.loads(p.read_text()) for p in out.glob("runs/*.json")}
-    assert sorted((r["row"], r["seed"]) for r in runs.values()) == [("M = 5", 2), ("focal", 2)]
+    names = ["focal, noisy", "M = 5, noisy"]
+    assert sorted((r["row"], r["seed"]) for r in runs.values()) == [(n, 2) for n in sorted(names)]
+    assert {name for r in runs.values() for name in r["data"]["train"]} == {
+        "first_wrong_class_50_seed_2"
+    }
     assert runs[cut]["starts"] == 2
     logs = [log.read_text() for log in (out / "work" / "logs" / cut).glob("*_log.out")]
     assert len(logs) == 2
@@ -106,7 +111,7 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     told = f"{stopped} is written: go on with --resume."
     assert sum(told in log for log in logs) == 1
     assert sum(f"Starting training from iteration {int(stopped[6:13]) + 1}" in x for x in logs) == 1
-    one = next(r for r in runs.values() if r["row"] == "M = 5")
+    one = next(r for r in runs.values() if r["row"] == "M = 5, noisy")
     assert one["config"]["MODEL.GHM.RETINANET.CLS.BINS"] == 5 and one["config"]["SEED"] == 2
     assert one["iterations"] == 20 and one["threads"] == 1
     assert one["seconds_per_iteration"] > 0 and one["peak_rss_mb"] > 100
@@ -118,12 +123,12 @@ def test_interrupted_resumed_cached(tmp_path, data, capsys, monkeypatch):
     for name in ("tiny.md", "tiny.json", "tiny.png", "tiny.svg"):
         assert (out / name).stat().st_size > 0
     report = (out / "tiny.md").read_text()
-    assert report in text and "| M = 5 | 1 | " in report and " | 33.4 |" in report
+    assert report in text and "| M = 5, noisy | 1 | " in report and " | 33.4 |" in report
     assert "1 runs were cut off" in report
     summary = json.loads((out / "tiny.json").read_text())
-    assert [row["name"] for row in summary["rows"]] == ["focal", "M = 5"]
+    assert [row["name"] for row in summary["rows"]] == names
     assert summary["rows"][1]["figures"]["AP50"]["by_seed"] == {
-        str(r["seed"]): r["metrics"]["AP50"] for r in runs.values() if r["row"] == "M = 5"
+        str(r["seed"]): r["metrics"]["AP50"] for r in runs.values() if r["row"] == "M = 5, noisy"
     }
 
     # The study's file is enough to know its runs: without their folders, none is started again.

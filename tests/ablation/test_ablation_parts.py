@@ -10,8 +10,9 @@ from detectron2.config import get_cfg
 from ghm_d2 import add_ghm_config
 from ghm_d2.ablation import TABLES, load_grid, plan_runs
 from ghm_d2.ablation.grid import SPEED
+from ghm_d2.ablation.noise import plan_with_noise
 from ghm_d2.ablation.plan import flat
-from ghm_d2.ablation.plot import draw_summary
+from ghm_d2.ablation.plot import _references, draw_summary
 from ghm_d2.ablation.report import render_markdown, summarize
 from ghm_d2.ablation.results import Store, _figures, read_study
 from ghm_d2.ablation.stats import mean_and_deviation, paired_difference, t_quantile
@@ -149,6 +150,16 @@ GOOD = {"config_file": RETINANET, "rows": [ROW]}
         (GOOD | {"rows": [ROW | {"published": {"AP": "?"}}]}, "must map columns to numbers"),
         (GOOD | {"rows": [ROW | {"overrides": {"MODEL": {"A": 1}}}]}, "write the whole key"),
         (GOOD | {"rows": [ROW | {"overrides": [1]}]}, "must map config keys to values"),
+        (GOOD | {"corrupt": ["missing"]}, "corrupt must map names to shares of errors"),
+        (GOOD | {"corrupt": {}}, "corrupt must map names to shares of errors"),
+        (GOOD | {"corrupt": {"a": 0.2}}, "corrupt: a must map kinds of errors to shares"),
+        (GOOD | {"corrupt": {"a": {"missing": "20 %"}}}, "must map kinds of errors to shares"),
+        (
+            GOOD | {"corrupt": {"a": {"misssing": 0.2}}},
+            "corrupt: a: there is no kind of error 'misssing'",
+        ),
+        (GOOD | {"corrupt": {"a": {"missing": 20}}}, "the share of 'missing' must lie in"),
+        (GOOD | {"rows": [ROW | {"corrupt": {}}]}, "unknown field 'corrupt'"),
     ],
 )
 def test_mistakes_in_a_grid(content, sentence, tmp_path):
@@ -272,6 +283,65 @@ def test_plan_of_a_python_config(tmp_path):
         unregister_all()
     with pytest.raises(UserError, match="cannot be set for all runs: it is what row 'a'"):
         ident("model.ghm_c.bins=7")
+
+
+NOISY = {"clean": {}, "noisy": {"wrong class": 0.5, "missing": 0.25}}
+
+
+def plan_noisy(folder, rows, seeds, **changes):
+    """The runs of a grid with noise; each row another number of regions."""
+    rows = [{"name": n, "overrides": {"MODEL.GHM.RETINANET.CLS.BINS": m}} for n, m in rows.items()]
+    overrides = {k: list(v) if isinstance(v, tuple) else v for k, v in TINY.items() if k != "SEED"}
+    content = GOOD | {"overrides": overrides, "rows": rows, "corrupt": NOISY} | changes
+    folder.mkdir(exist_ok=True)
+    (folder / "g.yaml").write_text(yaml.safe_dump(content))
+    grid = load_grid(folder / "g.yaml")
+    sets = [f"{name}={write_coco(folder, name)}" for name in ("first", "second")]
+
+    def part(grid, seeds, datasets):
+        return plan_runs(grid, seeds, datasets=datasets, scratch=folder / "log", complete=False)
+
+    return grid, plan_with_noise(part, grid, seeds, sets, folder / "noise")
+
+
+def test_rows_on_copies_with_errors(tmp_path):
+    rows = {"a": 5, "b": 6}
+    grid, runs = plan_noisy(tmp_path / "a", rows, (3, 1), reference="a")
+    names = ["a, clean", "b, clean", "a, noisy", "b, noisy"]
+    assert [row.name for row in grid.rows] == names
+    assert grid.compare == {"b, clean": "a, clean", "b, noisy": "a, noisy"}
+    assert [(run.row, run.seed) for run in runs] == [(n, s) for s in (3, 1) for n in names]
+    assert len({run.id for run in runs}) == 8
+    # One copy for each seed; what is not corrupted is the run that a grid without noise has.
+    train = {(run.row, run.seed): run.data["train"] for run in runs}
+    assert train["a, noisy", 3] == train["b, noisy", 3] != train["a, noisy", 1]
+    assert train["a, clean", 3] == train["a, clean", 1] and list(train["a, clean", 1]) == ["first"]
+    assert len({json.dumps(run.data["test"]) for run in runs}) == 1
+    unregister_all()
+    _, plain = plan_noisy(tmp_path / "a", rows, (3, 1), corrupt=None)
+    assert {run.id for run in plain} == {run.id for run in runs if "clean" in run.row}
+    unregister_all()
+    # The copy is what the training gets, and the same after a kill or in another folder.
+    text = next(word for word in runs[2].argv if word.startswith("first_"))
+    name, _, where = text.partition("=")
+    assert f"('{name}',)" in runs[2].argv and name == "first_wrong_class_50_missing_25_seed_3"
+    file = tmp_path / "a" / "noise" / f"{name}.json"
+    noisy = json.loads(file.read_text())
+    assert where == f"{file},{tmp_path / 'a' / 'images'}"
+    true = {row["id"]: row["category_id"] for row in coco_content()["annotations"]}
+    assert len(noisy["annotations"]) == 9
+    assert sum(true[row["id"]] != row["category_id"] for row in noisy["annotations"]) == 6
+    changes = json.loads(file.with_name(f"{name}.changes.json").read_text())
+    assert sorted(row["kind"] for row in changes) == ["missing"] * 3 + ["wrong class"] * 6
+    before = file.read_bytes()
+    for folder in ("a", "b"):
+        assert [r.id for r in plan_noisy(tmp_path / folder, rows, (3, 1))[1]] == [
+            run.id for run in runs
+        ]
+        unregister_all()
+    assert file.read_bytes() == before
+    with pytest.raises(UserError, match="corrupt makes copies of the first --dataset"):
+        plan_with_noise(lambda *_: [], grid, (1,), [], tmp_path)
 
 
 def stored(run, **changes):
@@ -433,6 +503,31 @@ def test_report_says_what_was_measured(summary):
     assert "- none, seed 1: no lamp" in text and "1 not done: none (seed 2)." in text
     assert "4 runs were cut off" in text and "commit 0123456789" in text
     assert json.loads(json.dumps(summary))["comparisons"][0]["verdict"] == "better"
+
+
+def test_rows_are_compared_on_the_same_data(tmp_path):
+    """A clean reference of 10 and a noisy one of 20: each row against its own."""
+    grid, runs = plan_noisy(tmp_path, {"a": 5, "b": 6}, (1, 2), reference="a")
+    values = {"a, clean": 10.0, "b, clean": 11.0, "a, noisy": 20.0, "b, noisy": 18.0}
+    more = {SPEED: None, "peak_rss_mb": None, "peak_gpu_mb": None, "gpu": None, "cpu": None}
+    more |= {"nothing_detected": False, "iterations": 2, "threads": 1, "versions": {}, "starts": 1}
+    results = {
+        run.id: more
+        | {"metrics": {"AP": values[run.row] + run.seed}, "commit": "0", "data": run.data}
+        for run in runs
+    }
+    summary = summarize(grid, runs, results, {})
+    found = {
+        (item["row"], item["reference"]): item["mean"]
+        for item in summary["comparisons"]
+        if item["column"] == "AP"
+    }
+    assert found == {("b, clean", "a, clean"): 1.0, ("b, noisy", "a, noisy"): -2.0}
+    text = render_markdown(summary)
+    assert "## Compared with a, each on the same data" in text
+    assert text.count("test second (") == 1
+    ends = list(_references(summary, "AP"))
+    assert ends == [(11.5, (-0.4, 1.4)), (21.5, (1.6, 3.4))]
 
 
 def tuned(summary):

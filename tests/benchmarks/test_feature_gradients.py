@@ -19,6 +19,7 @@ from tests.tiny import unregister_all, write_coco
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import feature_gradients as script  # noqa: E402
 import gradient_measures as measures  # noqa: E402
+import gradient_shares as shares  # noqa: E402
 import gradient_variants as losses  # noqa: E402
 
 CLS, BOX = "MODEL.GHM.RETINANET.CLS", "MODEL.GHM.RETINANET.REG"
@@ -117,6 +118,21 @@ def test_shares_of_a_hand_made_case():
     ] == pytest.approx(2 / 9)
 
 
+def test_whose_gradient_it_is_in_a_hand_made_case():
+    """Nine logits of |g| = 0.5, two of them with a wrong label; |p - t| is 0.5 too."""
+    found = shares.measure(losses.CrossEntropy(noisy=True), hand_made())
+    assert found["by_level"] == [[0, 0], pytest.approx([2 / 9, 0]), pytest.approx([4 / 9, 3 / 9])]
+    for kind, share in enumerate((0, 2 / 9, 7 / 9)):
+        expected = [0.0] * shares.REGIONS
+        expected[5] = pytest.approx(share)
+        assert found["by_region"][kind] == expected
+    assert found["effective_examples"] == pytest.approx(9)
+    clean = shares.measure(losses.CrossEntropy(), hand_made())
+    assert [sum(x) for x in clean["by_level"]] == pytest.approx([1 / 9, 0, 8 / 9])
+    believed = shares.look(hand_made(), losses.CrossEntropy(noisy=True))
+    assert believed == {"confident_negatives": 7, "p_right": 0, "p_given": 0.5, "p_true": 0.5}
+
+
 def test_weights_and_regions_of_a_hand_made_case():
     found = measured(losses.GHMC("batch", momentum=0.0), hand_made())
     assert found["regions"] == [1] and found["largest_weight"] == pytest.approx([1 / 9])
@@ -193,6 +209,36 @@ def test_script_writes_data_and_tables(tmp_path):
     assert ratio < cls["cross entropy x 20"]["positives_share"]
     table = output.with_suffix(".md").read_text()
     assert all(f"| {name} |" in table for name in [*cls, *box])
+
+
+def test_shares_of_four_trainings(tmp_path):
+    data = f"tiny={write_coco(tmp_path)}"
+    words = ["--dataset", data, "--steps", "0", "1", "--batches", "1", "--output", str(tmp_path)]
+    words += ["--noise", "0", "0.9"]
+    opts = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "2"]
+    try:
+        shares.main([*words, "--opts", *opts])
+    finally:
+        unregister_all()
+    text = (tmp_path / "gradient_shares.json").read_text()
+    assert str(tmp_path) not in text
+    runs = json.loads(text)["trainings"]
+    assert [(run["trained_by"], run["wrong_labels"]) for run in runs] == [
+        ("focal", 0), ("GHM-C", 0), ("focal", 0.9), ("GHM-C", 0.9)
+    ]  # fmt: skip
+    for run in runs:
+        for snapshot in run["snapshots"]:
+            for name in ("focal", "GHM-C"):
+                by_level, by_region = snapshot[name]["by_level"], snapshot[name]["by_region"]
+                assert sum(map(sum, by_level)) == pytest.approx(1, abs=1e-3)
+                assert [sum(x) for x in by_level] == pytest.approx(
+                    [sum(x) for x in by_region], abs=1e-3
+                )
+    # Before the first step all detectors are one.
+    assert runs[0]["snapshots"][0] == runs[1]["snapshots"][0] != runs[2]["snapshots"][0]
+    assert runs[0]["snapshots"][1] != runs[1]["snapshots"][1]
+    table = (tmp_path / "gradient_shares.md").read_text()
+    assert table.count("## Trained by") == 4 and "| 1 | GHM-C |" in table
 
 
 def test_mistakes_are_one_sentence(tmp_path):
