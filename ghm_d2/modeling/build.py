@@ -91,8 +91,8 @@ def build_losses(cfg: CfgNode, part: str) -> dict[str, nn.Module | None]:
                 )
             elif node.CLS.get("CLASS_WEIGHT"):
                 raise UserError(
-                    f"{prefix}.CLS.CLASS_WEIGHT is of GHM-C, and LOSS_TYPE {kind!r} is another "
-                    "loss: leave one of the two out"
+                    f"{prefix}.CLS.CLASS_WEIGHT works with GHM-C alone, not with LOSS_TYPE "
+                    f"{kind!r}: leave one of the two out"
                 )
             else:
                 more = focal if kind == "focal" else {"reference": reference}
@@ -270,9 +270,9 @@ def _check_cascade(cfg: CfgNode) -> None:
     node, ious = cfg.MODEL.ROI_BOX_CASCADE_HEAD, cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS
     if len(node.IOUS) != len(node.BBOX_REG_WEIGHTS) or node.IOUS[0] != ious[0]:
         raise UserError(
-            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS must be as many as its BBOX_REG_WEIGHTS "
-            f"({len(node.BBOX_REG_WEIGHTS)}) and begin with MODEL.ROI_HEADS.IOU_THRESHOLDS "
-            f"{ious[0]}, got {tuple(node.IOUS)}"
+            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS must have one value for each of its "
+            f"{len(node.BBOX_REG_WEIGHTS)} BBOX_REG_WEIGHTS, the first one that of "
+            f"MODEL.ROI_HEADS.IOU_THRESHOLDS, {ious[0]}; got {tuple(node.IOUS)}"
         )
 
 

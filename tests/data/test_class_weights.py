@@ -82,7 +82,7 @@ def test_mistakes(tmp_path, capsys, text, words):
 def test_a_baseline_has_none():
     cfg = small_config("ghm_retinanet_R_50", *tiny_pairs())
     cfg.MODEL.GHM.RETINANET.CLS.update(CLASS_WEIGHT="1 1 1", LOSS_TYPE="ohem")
-    with pytest.raises(ValueError, match="CLASS_WEIGHT is of GHM-C"):
+    with pytest.raises(ValueError, match="CLASS_WEIGHT works with GHM-C alone"):
         build_losses(cfg, "RETINANET")
 
 
