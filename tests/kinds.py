@@ -82,7 +82,7 @@ class Kind:
         self.file = RCNN if heads else RETINANET
         self._more = TINY_HEADS.get(heads, {})
         if self.python:
-            self.file = str(folder / f"tiny_{heads}.py")
+            self.file = str(folder / (f"tiny_{heads}.py" if heads else "tiny.py"))
             text = PYTHON_RCNN + PYTHON_HEADS[heads] if heads else PYTHON_CONFIG
             Path(self.file).write_text(text)
 

@@ -96,7 +96,7 @@ def test_the_grid_of_comparing_losses(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(grid.replace("/path/to", str(ROOT)) + "".join(more))
     loaded = load_grid(file)
-    assert loaded.reference == loaded.rows[0].name == "focal + SL1" and len(loaded.rows) == 2
+    assert loaded.reference == "focal + SL1" and len(loaded.rows) == 6  # two, each on three copies
     assert loaded.tuning is not None and loaded.tuning.tries == 5
     cfg = get_cfg()
     add_ghm_config(cfg)

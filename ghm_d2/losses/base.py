@@ -108,7 +108,7 @@ class HarmonizedLoss(RunningCounts):
         names = ["bins", "momentum", "loss_weight", "normalize_by", "decay_empty_bins"]
         names += ["bias_correction", "sync", "density"]
         values = {name: getattr(self, name) for name in names} | {
-            "loss_weight": self._weight_setting
+            "loss_weight": self._weight_setting()
         }
         return ", ".join(f"{name}={value!r}" for name, value in values.items())
 

@@ -221,7 +221,7 @@ class _ClsBaseline(WeightedLoss):
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
-        return f"loss_weight={self._weight_setting!r}"
+        return f"loss_weight={self._weight_setting()!r}"
 
     def _measure(self, example: Examples, own: Tensor) -> Tensor:
         norm, positives = self.reference.gradient_norm([example]).unbind()
@@ -358,7 +358,7 @@ class ASL1Loss(WeightedLoss):
 
     def extra_repr(self) -> str:
         """The settings, as `print(model)` shows them."""
-        return f"mu={self.mu!r}, loss_weight={self._weight_setting!r}"
+        return f"mu={self.mu!r}, loss_weight={self._weight_setting()!r}"
 
     @torch.jit.unused
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:

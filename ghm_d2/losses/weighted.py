@@ -38,7 +38,6 @@ class WeightedLoss(nn.Module):
         if self.follows_weight:
             self.register_buffer("running_gradients", torch.zeros(4))
 
-    @property
     def _weight_setting(self) -> float | str:
         """`loss_weight` as it was given."""
         return "auto" if self.follows_weight else float(self.loss_weight)

@@ -129,7 +129,9 @@ class TorchvisionBackbone(Backbone):
             pad (AlexNet, SqueezeNet, Inception v3) have fewer cells: their outermost are repeated
             on all sides alike, so that the others lie where they are in the image.
         """
-        features = self._cache(self.body, x) if self._cache and self._trains else self.body(x)
+        features = (
+            self._cache(self.body, x) if self._cache is not None and self._trains else self.body(x)
+        )
         for name, _, stride, channels_last, unpadded in self._maps:
             if channels_last:
                 features[name] = features[name].permute(0, 3, 1, 2)

@@ -287,12 +287,12 @@ def captured(monkeypatch):
     calls = defaultdict(list)
     original = HarmonizedLoss._forward
 
-    def spy(self, predictions, targets, weights, pooled):
+    def spy(self, predictions, targets, weights, pooled, divisor=None):
         none = [None] * len(predictions)
         zipped = zip(predictions, targets, weights or none, strict=True)
         each = [tuple(a if a is None else a.detach() for a in x) for x in zipped]
         calls[self] += [each] if pooled else [[x] for x in each]
-        return original(self, predictions, targets, weights, pooled)
+        return original(self, predictions, targets, weights, pooled, divisor)
 
     monkeypatch.setattr(HarmonizedLoss, "_forward", spy)
     return calls

@@ -104,7 +104,10 @@ def test_evaluation_refuses_other_classes(run, capsys, edit, sentence):
     ("edit", "sentence"),
     [
         (exchange_names, "are those of the weights in another order"),
-        (other_images, "the data is not that of the checkpoint (first held 6 images and 12 annot"),
+        (
+            other_images,
+            "the data is not what the checkpoint was trained on (first held 6 images and 12 annot",
+        ),
         (lambda content: content["annotations"].pop(), "and holds 6 images and 11 annotations"),
     ],
 )

@@ -71,7 +71,7 @@ def test_dataset_repeats_and_leaves_the_pairs(words):
         (["--config-file", "f", "KEY", "1", "--evil-only"], "--evil-only"),
         (["--config-file", "f", "--eval"], "--eval"),  # no abbreviations
         (["--config-file", "f", "--num-gpus", "two"], "--num-gpus"),
-        (["--config-file", "f", "KEY", "1", "OTHER"], "3 words"),
+        (["--config-file", "f", "KEY", "1", "OTHER"], r"odd number of words \(3\)"),
         (["KEY", "1"], "--config-file"),
         (["--config-file"], "--config-file"),
         (["--config-file", "f", "--dataset"], "--dataset"),

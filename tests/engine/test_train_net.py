@@ -233,7 +233,7 @@ def test_explicit_class_count_that_agrees(base, data, plan):
         (["SOLVER.MAX_ITER"], "one key has no value"),
         (["--nonsense"], "--nonsense"),
         (["--num-gpus", "0"], "--num-gpus and --num-machines must be at least 1"),
-        (["--machine-rank", "1"], "--machine-rank 1 is not in 0 .. 0"),
+        (["--machine-rank", "1"], "--machine-rank must lie in [0, 0] with --num-machines 1, got 1"),
         (["--num-machines", "2"], "needs --dist-url"),
         (["--num-gpus", "2", "SOLVER.IMS_PER_BATCH", "3"], "cannot be divided among 2"),
         (["MODEL.META_ARCHITECTURE", "GHMRetinanet"], "similar: GHMRetinaNet"),
