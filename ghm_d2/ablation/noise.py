@@ -5,14 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ghm_d2.data import check_coco_dataset, parse_dataset
-from ghm_d2.data.annotations import Uses
+from ghm_d2.data import CocoDataset
 from ghm_d2.data.corrupt import KINDS, corrupt_coco
-from ghm_d2.errors import UserError
 from ghm_d2.files import write_json
 
 from .grid import Grid
-from .plan import Run
+from .plan import Run, first_dataset
 
 Plan = Callable[[Grid, Sequence[int], Sequence[str]], list[Run]]
 
@@ -40,25 +38,24 @@ def plan_with_noise(
         UserError: as `plan`, or there is no data set, or its annotations allow no such errors.
     """
     runs = []
+    first = None
+    if any(row.corrupt for row in grid.rows):
+        without = "corrupt makes copies of the first --dataset, and there is none."
+        first = first_dataset(datasets, without)
     for shares, rows in itertools.groupby(grid.rows, key=lambda row: row.corrupt):
         part = replace(grid, rows=tuple(rows))
-        if not shares:
+        if first is None or not shares:
             runs += plan(part, seeds, datasets)
             continue
         for seed in seeds:
-            copy = _corrupted(datasets, shares, seed, folder)
+            copy = _corrupted(first, shares, seed, folder)
             runs += plan(part, [seed], [copy, *datasets[1:]])
     runs.sort(key=lambda run: seeds.index(run.seed))  # stable: the rows stay in order
     return runs
 
 
-def _corrupted(
-    datasets: Sequence[str], shares: Mapping[str, float], seed: int, folder: Path
-) -> str:
+def _corrupted(first: CocoDataset, shares: Mapping[str, float], seed: int, folder: Path) -> str:
     """Writes a copy and the list of its errors; returns it as --dataset has it."""
-    if not datasets:
-        raise UserError("corrupt makes copies of the first --dataset, and there is none.")
-    first = check_coco_dataset(parse_dataset(datasets[0]), uses=Uses(keypoints=False))
     noisy, changes = corrupt_coco(first.data.content, shares, seed)
     told = [f"{kind.replace(' ', '_')}_{100 * shares[kind]:g}" for kind in KINDS if kind in shares]
     name = "_".join([first.name, *told, "seed", str(seed)])

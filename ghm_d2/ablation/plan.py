@@ -14,7 +14,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ghm_d2.config import add_ghm_config
-from ghm_d2.data import CocoDataset
+from ghm_d2.data import CocoDataset, check_coco_dataset, parse_dataset
+from ghm_d2.data.annotations import Uses
 from ghm_d2.engine.checks import check_all
 from ghm_d2.engine.processes import Processes
 from ghm_d2.engine.settings import (
@@ -211,6 +212,21 @@ def _run(
 def flat(cfg: Config) -> dict[str, Any]:
     """The leaves of a config as JSON has them, without the keys that change no result."""
     return effective({k: v for k, v in as_leaves(cfg).items() if k not in _NO_INFLUENCE})
+
+
+def first_dataset(datasets: Sequence[str], without: str) -> CocoDataset:
+    """Checks the data set that rows are trained on, to make other annotation files of it.
+
+    Args:
+        datasets: NAME=annotations.json,image_dir each.
+        without: the sentence where there is none.
+
+    Raises:
+        UserError: there is none, or it is not COCO-format data.
+    """
+    if not datasets:
+        raise UserError(without)
+    return check_coco_dataset(parse_dataset(datasets[0]), uses=Uses(keypoints=False))
 
 
 def effective(config: dict[str, Any]) -> dict[str, Any]:

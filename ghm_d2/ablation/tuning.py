@@ -14,15 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ghm_d2.data import check_coco_dataset, parse_dataset
-from ghm_d2.data.annotations import Uses
 from ghm_d2.data.split import split_coco
 from ghm_d2.errors import UserError
 from ghm_d2.files import write_json
 from ghm_d2.markdown import markdown_table
 
 from .grid import Grid, Row, Tuning
-from .plan import Run
+from .plan import Run, first_dataset
 from .results import Store
 
 logger = logging.getLogger(__name__)
@@ -194,9 +192,8 @@ def _hold_out(
     datasets: Sequence[str], tuning: Tuning, folder: Path
 ) -> tuple[list[str], dict[str, int]]:
     """The training images in two parts, as --dataset has them, and the size of each."""
-    if not datasets:
-        raise UserError("tuning holds out images of the first --dataset: give one.")
-    first = check_coco_dataset(parse_dataset(datasets[0]), uses=Uses(keypoints=False))
+    without = "tuning holds out images of the first --dataset: give one."
+    first = first_dataset(datasets, without)
     parts = split_coco(first.data.content, tuning.fraction, tuning.split_seed)
     texts, images = [], {}
     for suffix, content in zip(("rest", "held_out"), parts, strict=True):

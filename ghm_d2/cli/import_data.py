@@ -11,7 +11,7 @@ from ghm_d2.data.label_folders import COCO, find_folder
 from ghm_d2.data.label_sets import SPLITS, LabelSet, log_notes, read_labels
 from ghm_d2.data.labels import DIFFICULT, LabelledImage, to_coco
 from ghm_d2.data.split import describe, write_coco
-from ghm_d2.engine.arguments import Parser
+from ghm_d2.engine.arguments import Parser, add_output_option
 from ghm_d2.errors import UserError, command, exits_with_one_sentence
 
 _PROGRAM = "ghm-d2 import-data"
@@ -36,14 +36,7 @@ def _parser() -> Parser:
         metavar="FOLDER",
         help="one folder, several of one kind together, or a file that holds all labels",
     )
-    add(
-        "--output",
-        "--output-dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="for SPLIT.json; created if missing",
-    )
+    add_output_option(parser, "for SPLIT.json; created if missing")
     add(
         "--image-dir",
         "--images",

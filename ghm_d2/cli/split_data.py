@@ -16,7 +16,7 @@ from ghm_d2.data.dataset_folders import is_foreign
 from ghm_d2.data.datasets import log_repairs, refuse
 from ghm_d2.data.split import describe, split_coco, write_coco
 from ghm_d2.data.tables import read_annotations
-from ghm_d2.engine.arguments import Parser
+from ghm_d2.engine.arguments import Parser, add_output_option
 from ghm_d2.errors import UserError, command, exits_with_one_sentence
 
 
@@ -44,14 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help="a different seed gives a different split (1)",
     )
-    add(
-        "--output",
-        "--output-dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder for both files; created if missing",
-    )
+    add_output_option(parser, "folder for both files; created if missing")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     with exits_with_one_sentence(parser.prog):
         args = parser.parse_args(argv)

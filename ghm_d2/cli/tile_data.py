@@ -1,7 +1,6 @@
 """Cut large images into tiles, with their objects, to train on objects that are too small."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
@@ -10,7 +9,12 @@ from ghm_d2.data.dataset_option import parse_dataset
 from ghm_d2.data.datasets import check_coco_dataset
 from ghm_d2.data.split import describe, write_coco
 from ghm_d2.data.tiles import check_tiling, import_sahi, tile_coco
-from ghm_d2.engine.arguments import Parser, add_dataset_option, parse_arguments
+from ghm_d2.engine.arguments import (
+    Parser,
+    add_dataset_option,
+    add_output_option,
+    parse_arguments,
+)
 from ghm_d2.errors import UserError, command, counted, exits_with_one_sentence
 
 _PROGRAM = "ghm-d2 tile-data"
@@ -24,14 +28,7 @@ def _parser() -> Parser:
     )
     add_dataset_option(parser, "COCO-format data, or a folder with labels of any tool (repeatable)")
     add = parser.add_argument
-    add(
-        "--output",
-        "--output-dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="for the tiles; created if missing",
-    )
+    add_output_option(parser, "for the tiles; created if missing")
     add("--tile", "--side", type=int, default=640, metavar="PIXELS", help="side of a tile (640)")
     add(
         "--overlap",

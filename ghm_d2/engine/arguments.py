@@ -95,6 +95,13 @@ def add_dataset_option(parser: argparse.ArgumentParser, about: str) -> None:
     )
 
 
+def add_output_option(parser: argparse.ArgumentParser, about: str) -> None:
+    """`--output` for a folder, with what it is for; `--output-dir` is the former name."""
+    parser.add_argument(
+        "--output", "--output-dir", type=Path, required=True, metavar="DIR", help=about
+    )
+
+
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     """The options of Detectron2's launcher."""
     add = parser.add_argument

@@ -68,22 +68,11 @@ class HarmonizedLoss(RunningCounts):
         momentum: float,
         loss_weight: float | str,
         *,
-        normalize_by: str = "valid_bins",
-        decay_empty_bins: bool = False,
-        bias_correction: bool = False,
-        sync: bool = False,
         density: str = "unit_region",
+        **averaging: Any,
     ) -> None:
-        """See :class:`~ghm_d2.losses.GHMCLoss` for the arguments."""
-        super().__init__(
-            bins,
-            momentum,
-            loss_weight,
-            normalize_by=normalize_by,
-            decay_empty_bins=decay_empty_bins,
-            bias_correction=bias_correction,
-            sync=sync,
-        )
+        """See :class:`~ghm_d2.losses.GHMCLoss`; `averaging` is for :class:`RunningCounts`."""
+        super().__init__(bins, momentum, loss_weight, **averaging)
         self.density = check_choice("density", density, ("unit_region", "exact"))
         if density == "exact":
             if self.momentum:
